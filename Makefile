@@ -1,0 +1,55 @@
+# Set-up lives in $(VENV): made if it is missing, used as it is if it is yours (make VENV=~/my-env).
+# A PyTorch that is already installed there is kept, CUDA build or not, as long as it is new enough.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.vae-hyperband-ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data run test lint notebook clean
+
+help:  ## Show this list
+	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
+	@echo "make test    set up, run the tests"
+	@echo "make lint    check format, style and types"
+	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
+	@echo "make notebook  execute model.ipynb and store its outputs"
+	@echo "make clean   remove caches and build files; your runs and the environment stay"
+	@echo
+	@echo "VENV=$(VENV)   the virtual environment to use or make"
+	@echo "PYTHON=$(PYTHON)   the Python (3.11 or newer) that makes it"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || { echo "making the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c 'import torch' 2>/dev/null && grep -v '^torch==' constraints.txt > $(READY).constraints \
+		|| cp constraints.txt $(READY).constraints
+	@echo "installing the tested set of packages (about a minute and a half)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(READY).constraints -e '.[dev]'
+	@touch $@
+
+data: $(READY)  ## Fetch and check Fashion-MNIST
+	$(BIN)/vae-hyperband data --install
+
+run: $(READY)  ## The whole job
+	$(BIN)/vae-hyperband run
+
+test: $(READY)  ## The tests; Fashion-MNIST is fetched if it can be, one test uses it
+	@$(BIN)/vae-hyperband data --install || echo "going on without Fashion-MNIST"
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Format, style, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+notebook: $(READY)  ## Execute model.ipynb in place
+	$(BIN)/vae-hyperband data --install
+	$(BIN)/jupyter execute --inplace vae_hyperband/model.ipynb
+
+clean:  ## Remove what can be made again; checkpoints/, logs/ and the environment stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""A variational autoencoder for fashion images, and the repeatable experiment around it."""
+
+from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.config import RunOptions, SearchConfig, SearchOptions, TrainConfig
+from vae_hyperband.data import get_dataloader, load_split
+from vae_hyperband.errors import VAEHyperbandError
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.model import VAE
+from vae_hyperband.objective import kl_to_standard_normal, nats_per_image, reconstruction_nats
+from vae_hyperband.training import eval_epoch, fit, train_epoch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VAE",
+    "RunOptions",
+    "SearchConfig",
+    "SearchOptions",
+    "TrainConfig",
+    "VAEHyperbandError",
+    "eval_epoch",
+    "evaluate",
+    "fit",
+    "get_dataloader",
+    "kl_to_standard_normal",
+    "load_ckpt",
+    "load_model",
+    "load_split",
+    "nats_per_image",
+    "reconstruction_nats",
+    "save_ckpt",
+    "train_epoch",
+]

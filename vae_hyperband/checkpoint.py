@@ -1,0 +1,171 @@
+"""One checkpoint format: a ``.pt`` of tensors and plain values that carries its own digest.
+
+``torch.load(path, weights_only=True)`` opens it, so nothing executes because it was loaded. That
+function does not notice a flipped bit in a tensor, though, so the digest over every name, type,
+shape, value and byte is checked before anything is used.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.errors import CheckpointError, RunFolderError
+from vae_hyperband.model import VAE
+
+FORMAT = "vae-hyperband checkpoint"
+VERSION = 1
+LATEST, BEST = "latest.pt", "best.pt"
+
+#: What every checkpoint holds, besides "format", "version" and "digest".
+KEYS = frozenset(
+    {"config", "model", "optimizer", "schedule", "epoch", "step", "sums"}
+    | {"best", "metrics", "data", "environment", "resumed_from"}
+)
+
+
+def tree_digest(tree: Any) -> str:
+    """SHA-256 over nested dicts and lists of tensors and plain values, order of keys included."""
+    digest = hashlib.sha256()
+
+    def add(node: Any) -> None:
+        if isinstance(node, Tensor):
+            digest.update(f"tensor {node.dtype} {tuple(node.shape)};".encode())
+            digest.update(node.detach().cpu().contiguous().numpy().tobytes())
+        elif isinstance(node, dict):
+            digest.update(f"dict {len(node)};".encode())
+            for key, value in node.items():
+                add(key)
+                add(value)
+        elif isinstance(node, list | tuple):
+            digest.update(f"list {len(node)};".encode())
+            for value in node:
+                add(value)
+        else:
+            digest.update(f"{type(node).__name__} {json.dumps(node)};".encode())
+
+    add(tree)
+    return digest.hexdigest()
+
+
+def save_ckpt(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint so that the path holds either the old or the new one, whatever happens.
+
+    ``content`` has exactly :data:`KEYS`. Temporary file in the same folder, fsync, rename, fsync of
+    the folder: without either fsync a power cut can lose a file that was already reported as saved.
+    Raises :class:`RunFolderError` if the folder cannot be written; the old file is then intact.
+    """
+    assert set(content) == KEYS, set(content) ^ KEYS
+    head = {"format": FORMAT, "version": VERSION, "digest": tree_digest(content)}
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save({**head, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    # torch's zip writer reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
+        raise RunFolderError(f"{path} cannot be written: {error}.") from error
+
+
+class replacing:
+    """``with replacing(path) as temporary:`` renames temporary over path if nothing was raised."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> str:
+        handle, self.temporary = tempfile.mkstemp(
+            dir=self.path.parent, prefix=f".{self.path.name}-"
+        )
+        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would hide it from colleagues
+        os.close(handle)
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            os.unlink(self.temporary)
+            return
+        os.replace(self.temporary, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file atomically and durably."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_ckpt(source: Path, target: Path) -> None:
+    """Make ``target`` the same checkpoint as ``source``, atomically and durably."""
+    with replacing(target) as temporary, open(temporary, "wb") as file:
+        file.write(source.read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_ckpt(path: Path | str) -> dict[str, Any]:
+    """The verified content of a checkpoint, tensors on the CPU, plus its "digest".
+
+    Raises :class:`CheckpointError`: missing, damaged, not ours, or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"No checkpoint at {path}: give the path of a .pt file of a run.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # whatever a damaged or foreign file makes the unpickler, the zip reader or torch raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint of this project ({type(error).__name__}): "
+            "use another one, such as best.pt or latest.pt beside it."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint of this project.")
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {content.get('version')}, but this program reads "
+            f"version {VERSION}: use a newer vae-hyperband."
+        )
+    digest = content.get("digest")
+    payload = {name: content[name] for name in content if name in KEYS}
+    if set(payload) != KEYS or tree_digest(payload) != digest:
+        raise CheckpointError(
+            f"{path} is damaged: its content does not match its own digest; use another "
+            "checkpoint, such as best.pt or latest.pt beside it."
+        )
+    return {**payload, "digest": digest}
+
+
+def model_from_ckpt(content: dict[str, Any], source: Path | str = "the checkpoint") -> VAE:
+    """The model of a loaded checkpoint, on the CPU; :class:`CheckpointError` if it does not fit."""
+    channels, image_size, _ = content["data"]["image_shape"]
+    with torch.device("meta"):
+        model = VAE(content["config"]["latent_dim"], image_size, channels)
+    try:
+        model.load_state_dict(content["model"], assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{source} is of another model: {reason}") from error
+    return model.requires_grad_(True)
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> VAE:
+    """The model of any checkpoint of ours, in eval mode. Raises :class:`CheckpointError`."""
+    return model_from_ckpt(load_ckpt(path), path).to(device).eval()

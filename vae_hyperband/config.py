@@ -1,0 +1,268 @@
+"""Every knob, once. Command line, JSON files, checkpoints and the search space derive from here.
+
+``TrainConfig`` decides what a run computes: two runs with equal ones end in equal weights (on one
+machine class). ``RunOptions`` says where and how it is computed, and never changes the result.
+"""
+
+import dataclasses
+import json
+import math
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from vae_hyperband.errors import ConfigError
+
+#: Settings that a resumed run may change; every other difference is refused.
+RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval"})
+
+
+def _require(ok: bool, sentence: str) -> None:
+    if not ok:
+        raise ConfigError(sentence)
+
+
+def _require_number(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
+    flag = "--" + name.replace("_", "-")
+    limit = f"at least {lowest:g}" if highest == math.inf else f"between {lowest:g} and {highest:g}"
+    _require(
+        math.isfinite(value) and lowest <= value <= highest,
+        f"{flag} is {value!r}, but must be {limit}.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What is trained. Losses are in nats per image: sums over pixels and latent dimensions."""
+
+    latent_dim: int = 32
+    """Number of latent dimensions of z."""
+    beta: float = 1.0
+    """Weight of the KL term; 1 is the VAE, more is the beta-VAE of Higgins et al. 2017."""
+    kl_warmup_epochs: float = 0.0
+    """Raise the KL weight linearly from 0 to beta over this many epochs."""
+    learning_rate: float = 4e-3
+    """Peak learning rate of AdamW."""
+    schedule: Literal["one-cycle", "constant"] = "one-cycle"
+    """one-cycle warms up, then anneals to nearly 0 at the last epoch; constant stays."""
+    batch_size: int = 128
+    """Images per step; the last batch of an epoch may be smaller."""
+    epochs: int = 10
+    """Passes over the training split."""
+    val_interval: int = 1
+    """Validate and save every this many epochs, and after the last one."""
+    seed: int = 0
+    """Decides initialisation, order and noise."""
+    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
+    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require_number("latent_dim", self.latent_dim, 1, 4096)
+        _require_number("beta", self.beta, 0)
+        _require_number("kl_warmup_epochs", self.kl_warmup_epochs, 0)
+        _require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"--learning-rate is {self.learning_rate!r}, but must be greater than 0.",
+        )
+        _require_number("batch_size", self.batch_size, 1)
+        _require_number("epochs", self.epochs, 1)
+        _require_number("val_interval", self.val_interval, 1)
+        _require_number("seed", self.seed, 0, 2**63 - 1)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
+        """The configuration in ``values``; :class:`ConfigError` names a missing or unknown key."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        _require(
+            not unknown, f"{source} has settings that this version lacks: {', '.join(unknown)}."
+        )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a run or a search computes, reads and writes. Nothing here changes its result."""
+
+    run: str = "vae"
+    """Name of the run: its folder under checkpoints/ and logs/."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped (default: cache, then system package)."""
+    checkpoints_dir: Path = Path("checkpoints")
+    """Folder that holds one folder of checkpoints per run."""
+    logs_dir: Path = Path("logs")
+    """Folder that holds one folder of TensorBoard logs and metrics.jsonl per run."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        check_run_name(self.run)
+
+    @property
+    def ckpt_folder(self) -> Path:
+        return self.checkpoints_dir / self.run
+
+    @property
+    def log_folder(self) -> Path:
+        return self.logs_dir / self.run
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Places):
+    """Where and how one run is computed. Nothing here changes its result."""
+
+    num_threads: int | None = None
+    """CPU threads of the training process (default: PyTorch's own choice)."""
+    resume_ckpt: Path | None = None
+    """Go on from this checkpoint. Giving the same command again goes on by itself."""
+    log_interval: int = 100
+    """Write training losses every this many steps."""
+    ckpt_seconds: float = 60.0
+    """Within an epoch, save after this many seconds: the most work that a kill can cost."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_number("log_interval", self.log_interval, 1)
+        _require_number("ckpt_seconds", self.ckpt_seconds, 0)
+        if self.num_threads is not None:
+            _require_number("num_threads", self.num_threads, 1, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(Places):
+    """Where and on what a search runs. Nothing here changes which configurations are tried."""
+
+    run: str = "search"
+    """Name of the search: its folder under checkpoints/ and logs/."""
+    address: str | None = None
+    """Join the Ray cluster at this address (host:port); default: a local one, started for this."""
+    cpus_per_trial: int = 1
+    """CPU cores, and threads, of each trial; as many trials run side by side as there is room."""
+    gpus_per_trial: float | None = None
+    """GPUs of each trial, fractions allowed (default: none, or what --device cuda needs)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_number("cpus_per_trial", self.cpus_per_trial, 1)
+        if self.gpus_per_trial is not None:
+            _require_number("gpus_per_trial", self.gpus_per_trial, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The space that is searched, and how. Trial 0 is always the default configuration."""
+
+    num_trials: int = 12
+    """Configurations to try."""
+    max_epochs: int = 9
+    """Epochs of a trial that is never stopped."""
+    scheduler: Literal["asha", "hyperband", "none"] = "asha"
+    """asha (Li et al. 2020) stops the worse trials early; hyperband (Li et al. 2018) pauses."""
+    grace_period: int = 1
+    """ASHA: epochs before a trial may be stopped."""
+    reduction_factor: int = 3
+    """ASHA, HyperBand: one in this many trials goes on at each rung."""
+    latent_dims: tuple[int, ...] = (16, 32, 64)
+    """Latent dimensions to choose from."""
+    learning_rates: tuple[float, float] = (5e-4, 1e-2)
+    """Lowest and highest peak learning rate; drawn log-uniformly."""
+    batch_sizes: tuple[int, ...] = (64, 128, 256)
+    """Batch sizes to choose from."""
+    betas: tuple[float, ...] = (1.0,)
+    """KL weights to choose from; trials are always compared at beta = 1."""
+    seed: int = 0
+    """Decides the configurations drawn, and the seed that every trial trains with."""
+    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
+    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("num_trials", "max_epochs", "grace_period"):
+            _require_number(name, getattr(self, name), 1)
+        _require_number("reduction_factor", self.reduction_factor, 2)
+        _require_number("seed", self.seed, 0, 2**32 - 1)  # numpy's RandomState takes 32 bits
+        for name in ("latent_dims", "batch_sizes", "betas"):
+            flag = "--" + name.replace("_", "-")
+            _require(len(getattr(self, name)) > 0, f"{flag} names no value to choose from.")
+        low, high = self.learning_rates
+        _require(
+            0 < low < high < math.inf,
+            f"--learning-rates is {low!r} {high!r}, but must be two numbers, 0 < lowest < highest.",
+        )
+        _require(
+            self.scheduler != "asha" or self.grace_period < self.max_epochs,
+            f"--grace-period {self.grace_period} leaves ASHA nothing to stop: it must be below "
+            f"--max-epochs {self.max_epochs} (or use --scheduler none).",
+        )
+        for trial in self.corner_trials():  # every value must be one that a trial can train with
+            self.trial_config(trial)
+
+    def corner_trials(self) -> list[dict[str, Any]]:
+        """One trial per listed value, the others at their first: what validation has to see."""
+        first = {
+            "latent_dim": self.latent_dims[0],
+            "learning_rate": self.learning_rates[0],
+            "batch_size": self.batch_sizes[0],
+            "beta": self.betas[0],
+        }
+        lists = {"latent_dim": self.latent_dims, "batch_size": self.batch_sizes, "beta": self.betas}
+        return [first | {name: value} for name, values in lists.items() for value in values]
+
+    def trial_config(self, drawn: dict[str, Any]) -> TrainConfig:
+        """The full configuration of the trial whose hyperparameters were ``drawn``."""
+        return TrainConfig(
+            **drawn, epochs=self.max_epochs, seed=self.seed, dataset=self.dataset, val_interval=1
+        )
+
+
+def check_run_name(name: str) -> None:
+    """Refuse names that would leave their folder: separators, "..", NUL, a leading dot or dash."""
+    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=")
+    _require(
+        0 < len(name) <= 100 and set(name) <= allowed and name[0] not in ".-",
+        f"--run is {name!r}, but must be a plain name: letters, digits and . _ - + = only, not "
+        "starting with a dot or a dash.",
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Readable list of settings whose values differ, ``name: old -> new``."""
+    names = [*new, *(name for name in old if name not in new)]
+    return [
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; :class:`ConfigError` if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
+    _require(isinstance(content, dict), f"{path} holds no JSON object.")
+    return content
+
+
+def _check_types(config: Any) -> None:
+    """Values of the declared types: JSON and Python callers are not checked by a parser."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            flag = "--" + field.name.replace("_", "-")
+            _require(value in choices, f"{flag} is {value!r}, but must be one of {choices}.")
+        elif hint in (int, float, str, bool):
+            wanted = (int, float) if hint is float else hint
+            ok = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
+            _require(ok, f"{field.name} is {value!r}, but must be of type {hint.__name__}.")

@@ -1,0 +1,261 @@
+"""Fashion-MNIST: find -> verify -> decode -> split -> batches. The single source of truth.
+
+A file is accepted by the SHA-256 of its *decompressed* content, so that every repack of the right
+bytes is taken and nothing else is. The training file gives two splits, its first 50,000 images and
+its last 10,000; only split "test" ever opens the test file.
+
+Shape suffixes: N images of a split, B images of a batch, C channels, H height, W width.
+"""
+
+import functools
+import gzip
+import hashlib
+import io
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vae_hyperband.errors import ConfigError, DataError
+from vae_hyperband.randomness import generator
+
+SplitName = Literal["train", "validation", "test"]
+
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+#: SHA-256 of the decompressed files (Xiao, Rasul & Vollgraf 2017, github.com/zalandoresearch).
+FASHION_MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+#: Where Debian's and Ubuntu's package dataset-fashion-mnist puts the four files.
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+#: An IDX header may not promise more than this; Fashion-MNIST's largest file has 47 MB.
+MAX_IDX_BYTES = 1 << 30
+
+
+def cache_folder() -> Path:
+    """The user's cache: $VAE_HYPERBAND_CACHE, else $XDG_CACHE_HOME or ~/.cache, vae-hyperband."""
+    if chosen := os.environ.get("VAE_HYPERBAND_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vae-hyperband"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one split, as stored: one byte per pixel."""
+
+    images_NCHW: Tensor  # uint8
+    labels_N: Tensor  # int64
+    digest: str  # SHA-256 of the decompressed image file the split was taken from
+
+    def __len__(self) -> int:
+        return len(self.images_NCHW)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.images_NCHW.shape[1:]
+        return channels, height, width
+
+    def pixels(self, index: Tensor | slice) -> Tensor:
+        """The images at ``index`` as floats in [0, 1]."""
+        return self.images_NCHW[index].float().div_(255)
+
+
+def load_split(
+    split: SplitName, data_dir: Path | None = None, dataset: str = "fashion-mnist"
+) -> Split:
+    """Find, verify and decode one split.
+
+    ``data_dir`` is any folder with the IDX files, plain or gzipped; without it the user's cache,
+    then the system's package are looked through (``make data`` fills one of them). ``custom``
+    accepts other data in the same format; its validation split is the last sixth of the training
+    file, as Fashion-MNIST's is. Raises :class:`DataError`.
+    """
+    if dataset == "custom" and data_dir is None:
+        raise ConfigError("--dataset custom needs --data-dir, the folder with its four IDX files.")
+    part = "t10k" if split == "test" else "train"
+    expected = FASHION_MNIST_SHA256 if dataset == "fashion-mnist" else {}
+    images_name, labels_name = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+    images, digest = _load_file(images_name, data_dir, expected.get(images_name))
+    labels, _ = _load_file(labels_name, data_dir, expected.get(labels_name))
+    if len(images) != len(labels):
+        raise DataError(
+            f"{images_name} holds {len(images)} images but {labels_name} {len(labels)} labels: "
+            "they are not of one data set."
+        )
+    height, width = images.shape[1:]
+    if height != width or height % 4:
+        raise DataError(
+            f"{images_name} holds {height}x{width} images, but the network takes square ones with "
+            "a side that is a multiple of 4."
+        )
+    part_of_file = slice(None)
+    if split != "test":
+        held_out = math.ceil(len(images) / 6)
+        if len(images) <= held_out:
+            raise DataError(f"{images_name} holds {len(images)} images, too few to split.")
+        cut = len(images) - held_out
+        part_of_file = slice(0, cut) if split == "train" else slice(cut, None)
+    return Split(images[part_of_file, None].clone(), labels[part_of_file].long(), digest)
+
+
+def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Tensor, str]:
+    """The array in the first folder that has the right file, and the digest of its content."""
+    folders = [data_dir] if data_dir is not None else [cache_folder(), SYSTEM_FOLDER]
+    wrong = []
+    for path in (folder / (name + ending) for folder in folders for ending in ("", ".gz")):
+        if not path.is_file():
+            continue
+        try:
+            array, digest = _read_once(path, path.stat().st_mtime_ns, 3 if "idx3" in name else 1)
+            if sha256 is None or digest == sha256:
+                return array, digest
+            raise DataError(
+                f"{path} is not Fashion-MNIST's {name}: the SHA-256 of its content is {digest}, "
+                f"expected {sha256}; remove the file, or pass --dataset custom to use other data."
+            )
+        except DataError as error:
+            wrong.append(error)
+    if wrong:
+        raise wrong[0]
+    places = " or ".join(str(folder) for folder in folders)
+    hint = "check --data-dir" if data_dir else 'run "make data" (vae-hyperband data) to get it'
+    raise DataError(f"No file {name} or {name}.gz in {places}: {hint}.")
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(path: Path, mtime_ns: int, num_dims: int) -> tuple[Tensor, str]:
+    """Two splits come from one file, and a search worker trains many trials: decode it once."""
+    return read_idx(path, num_dims)
+
+
+def read_idx(path: Path, num_dims: int) -> tuple[Tensor, str]:
+    """Decode an IDX file of unsigned bytes, plain or gzipped: ``(uint8 tensor, SHA-256)``.
+
+    The digest is of the decompressed content. Every other file, damaged ones included, raises
+    :class:`DataError`, and never reads more than its header promises (at most 1 GiB).
+    """
+    try:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            with gzip.GzipFile(fileobj=raw) if zipped else raw as file:
+                return _decode_idx(file, path, num_dims)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def _decode_idx(file: io.BufferedIOBase, path: Path, num_dims: int) -> tuple[Tensor, str]:
+    # Big-endian header: two zero bytes, type 8 (unsigned byte), number of dimensions, their sizes.
+    header = file.read(4 + 4 * num_dims)
+    if header[:4] != bytes([0, 0, 8, num_dims]) or len(header) < 4 + 4 * num_dims:
+        raise DataError(
+            f"{path} is not an IDX file of {num_dims}-dimensional bytes: it starts with "
+            f"{header[:8].hex() or 'nothing'}."
+        )
+    sizes = [int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4)]
+    num_bytes = math.prod(sizes)
+    if not 0 < num_bytes <= MAX_IDX_BYTES:
+        raise DataError(f"{path} has a header of size {sizes}, which no data set here has.")
+    body = bytearray(file.read(num_bytes + 1))  # one more than promised shows trailing bytes
+    if len(body) != num_bytes:
+        found = "more" if len(body) > num_bytes else f"only {len(body)}"
+        raise DataError(f"{path} promises {num_bytes} bytes {sizes} but holds {found}.")
+    digest = hashlib.sha256(header)
+    digest.update(body)
+    return torch.frombuffer(body, dtype=torch.uint8).view(sizes), digest.hexdigest()
+
+
+class SplitBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Indexed by a tensor of image numbers: one gather and one division per batch."""
+
+    def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
+        self.split = Split(split.images_NCHW.to(device), split.labels_N.to(device), split.digest)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
+        index_B = index_B.to(self.split.labels_N.device)
+        return self.split.pixels(index_B), self.split.labels_N[index_B]
+
+
+class EpochOrder(Sampler[Tensor]):
+    """Yields the image numbers of each batch; the order is a pure function of (seed, epoch).
+
+    ``start_at(epoch, batch)`` says where the next pass begins, which is all that resuming needs.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, shuffle: bool) -> None:
+        self.num_images, self.batch_size = num_images, batch_size
+        self.seed, self.shuffle = seed, shuffle
+        self.start_at(0)
+
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        self.epoch, self.first_batch = epoch, batch
+
+    def order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.num_images)
+        return torch.randperm(
+            self.num_images, generator=generator(self.seed, "order", position=epoch)
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.order(self.epoch).split(self.batch_size)[self.first_batch :]
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_images / self.batch_size) - self.first_batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def get_dataloader(
+    split: SplitName | Split,
+    batch_size: int = 128,
+    *,
+    seed: int = 0,
+    shuffle: bool | None = None,
+    data_dir: Path | None = None,
+    dataset: str = "fashion-mnist",
+    device: torch.device | str = "cpu",
+) -> DataLoader:
+    """Batches ``(x_BCHW in [0, 1], labels_B)`` of a split, held in memory on ``device``.
+
+    Shuffled for "train" and in file order otherwise, unless ``shuffle`` says; the last batch may be
+    smaller. ``loader.sampler`` is the :class:`EpochOrder`. Raises :class:`DataError`, and
+    :class:`ConfigError` where a batch is larger than the split.
+    """
+    if shuffle is None:
+        shuffle = split == "train"
+    loaded = split if isinstance(split, Split) else load_split(split, data_dir, dataset)
+    if not 1 <= batch_size <= len(loaded):
+        raise ConfigError(
+            f"--batch-size is {batch_size}, but must be between 1 and the {len(loaded)} images of "
+            "the split."
+        )
+    return DataLoader(
+        SplitBatches(loaded, device),
+        sampler=EpochOrder(len(loaded), batch_size, seed, shuffle),
+        batch_size=None,  # the sampler yields whole batches
+        collate_fn=_unchanged,
+        generator=generator(seed, "loader"),  # else DataLoader draws from the global generator
+    )

@@ -1,0 +1,45 @@
+"""What can go wrong through no fault of ours, one type per cause.
+
+Each message is one sentence for a person: what was found, what was expected, what to do. The
+command line prints it and exits with ``exit_status``; from Python the same type is raised.
+"""
+
+
+class VAEHyperbandError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_status = 2
+
+
+class ConfigError(VAEHyperbandError):
+    """A setting out of its range, an unknown name, a file of settings that cannot be read."""
+
+
+class DataError(VAEHyperbandError):
+    """A data file that is missing, damaged or another one than was asked for."""
+
+
+class CheckpointError(VAEHyperbandError):
+    """A checkpoint that is missing, damaged, not ours or of another model."""
+
+
+class ResumeError(CheckpointError):
+    """A checkpoint that is fine, but does not belong to the run that was asked for."""
+
+
+class RunFolderError(VAEHyperbandError):
+    """A folder that cannot be written, or that another process is writing to."""
+
+
+class DeviceError(VAEHyperbandError):
+    """A device that this machine, or this build of PyTorch, does not have."""
+
+
+class SearchError(VAEHyperbandError):
+    """A search that cannot start, cannot go on, or ended without any usable trial."""
+
+
+class DivergedError(VAEHyperbandError):
+    """A loss or gradient that is not finite; the step that found it was not applied."""
+
+    exit_status = 3

@@ -1,0 +1,154 @@
+"""The whole job in one call: data -> search -> train the winner -> evaluate it once -> figures."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_hyperband import figures
+from vae_hyperband.checkpoint import load_model, write_text
+from vae_hyperband.config import Places, RunOptions, SearchConfig, SearchOptions, TrainConfig
+from vae_hyperband.data import load_split
+from vae_hyperband.download import ensure_data
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.process import stop_flag
+from vae_hyperband.search import search
+from vae_hyperband.training import FitResult, fit
+from vae_hyperband.trials import SearchResult, describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainJob(Places):
+    """The whole job; the same command goes on after a stop and repeats nothing."""
+
+    run: str = "fashion"
+    """Name of the job: <run>-search and <run>-best are its folders."""
+    num_trials: int = 8
+    """Configurations to try."""
+    max_epochs: int = 3
+    """Epochs of a trial that is never stopped."""
+    epochs: int = 10
+    """Epochs of the best configuration's full training."""
+    scheduler: str = "asha"
+    """asha, hyperband or none."""
+    seed: int = 0
+    """Decides the configurations drawn, and every run's weights, order and noise."""
+
+
+def run_main_job(job: MainJob) -> bool:
+    """Do the whole job; whether it finished (False: stopped on request, the same call goes on)."""
+    places: dict[str, Any] = {
+        "device": job.device,
+        "checkpoints_dir": job.checkpoints_dir,
+        "logs_dir": job.logs_dir,
+        "data_dir": job.data_dir,
+    }
+    _heading("1/5  data: Fashion-MNIST, checked by its digests")
+    if job.data_dir is None:
+        ensure_data(install=True)
+
+    _heading(f"2/5  search: {job.num_trials} configurations, up to {job.max_epochs} epochs each")
+    config = SearchConfig(
+        num_trials=job.num_trials,
+        max_epochs=job.max_epochs,
+        scheduler=job.scheduler,  # type: ignore[arg-type]  # SearchConfig checks it
+        seed=job.seed,
+    )
+    found = search(config, SearchOptions(run=f"{job.run}-search", **places))
+    if found is None:
+        return False
+    picture = draw_search(found, job.logs_dir / f"{job.run}-search")
+    print(summary_of(found), flush=True)
+
+    _heading(f"3/5  train the best configuration for {job.epochs} epochs")
+    best = dataclasses.replace(found.best_config, epochs=job.epochs)
+    with stop_flag() as should_stop:
+        trained = fit(best, RunOptions(run=f"{job.run}-best", **places), should_stop=should_stop)
+    if not trained.finished:
+        return False
+
+    _heading("4/5  evaluate it, once, on the test split")
+    report = evaluate(trained.best, "test", job.data_dir, job.device)
+    write_text(trained.log_folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    print(table_of(report), flush=True)
+
+    _heading("5/5  figures")
+    for path in (picture, *draw_run(trained, best, job.data_dir)):
+        print(path, flush=True)
+    _print_summary(found, trained, best, report, picture, job)
+    return True
+
+
+def _heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _print_summary(
+    found: SearchResult,
+    trained: FitResult,
+    best: TrainConfig,
+    report: dict[str, Any],
+    picture: Path,
+    job: MainJob,
+) -> None:
+    _heading("done")
+    rows = {
+        "best configuration": describe(best.to_dict()),
+        "validation bound": f"{trained.state.best['bound']:.2f} nats/image, beta = 1",
+        "test bound": f"{_with_error(report['bound'])} nats/image, beta = 1",
+        "checkpoint": trained.best,
+        "TensorBoard logs": trained.log_folder,
+        "search": picture,
+        "configuration file": found.folder.relative_to(Path.cwd())
+        if found.folder.is_relative_to(Path.cwd())
+        else found.folder,
+        "look at them": f"tensorboard --logdir {job.logs_dir} --host 127.0.0.1",
+    }
+    for name, value in rows.items():
+        print(f"{name:20} {value}", flush=True)
+
+
+def summary_of(found: SearchResult) -> str:
+    """The end of a search in three sentences."""
+    return (
+        f"{found.winner.name} won with {found.winner.best_bound:.2f} nats/image (validation, "
+        f"beta = 1): {describe(found.winner.drawn)}.\n"
+        f"{found.num_stopped} of {len(found.trials)} trials were stopped early, {found.num_failed} "
+        f"failed; {found.epochs_spent} epochs were trained, {found.epochs_saved} saved."
+    )
+
+
+def table_of(report: dict[str, Any]) -> str:
+    """An evaluation as lines of text."""
+    rows = {
+        "bound": _with_error(report["bound"]),
+        "  reconstruction": _with_error(report["recon_loss"]),
+        "  KL divergence": _with_error(report["KL_divergence"]),
+        "entropy floor": f"{report['entropy_floor']:.2f}",
+        "bound above floor": f"{report['nats_above_floor']:.2f}",
+    }
+    head = f"{report['split']} split, {report['num_images']:,} images, {report['unit']}"
+    return "\n".join([head, *(f"  {name:18} {value}" for name, value in rows.items())])
+
+
+def _with_error(value: dict[str, float]) -> str:
+    return f"{value['mean']:.2f} +- {value['standard_error']:.2f}"
+
+
+def draw_search(found: SearchResult, log_folder: Path) -> Path:
+    return figures.best_config(found, log_folder / "best_config.png")
+
+
+def draw_run(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> list[Path]:
+    """The pictures of a trained run, beside its logs; made from validation images."""
+    folder, model = trained.log_folder, load_model(trained.best)
+    images = load_split("validation", data_dir, config.dataset).pixels(slice(1000))
+    draw: dict[str, Callable[[Path], Path]] = {
+        "curves.png": lambda path: figures.curves(folder, path),
+        "reconstructions.png": lambda path: figures.reconstructions(model, images[:36], path),
+        "samples.png": lambda path: figures.samples(model, path),
+        "traversal.png": lambda path: figures.traversal(model, images, path),
+    }
+    return [function(folder / name) for name, function in draw.items()]

@@ -1,0 +1,125 @@
+"""The variational autoencoder: two convolutions down to a Gaussian over z, two back up.
+
+    x -> Conv 1->32 -> ReLU -> Conv 32->64 -> ReLU -> flatten -> FC -> mu, log sigma^2
+    z -> FC -> reshape -> ConvT 64->32 -> ReLU -> ConvT 32->1 -> sigmoid
+
+All (transposed) convolutions are 3x3 with stride 2, so 28x28 becomes 14x14, then 7x7, and back.
+
+Shape suffixes: B images, C channels, H height, W width, Z latent dimensions.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vae_hyperband.errors import ConfigError
+from vae_hyperband.randomness import generator
+
+#: log sigma^2 is kept within +-20 (sigma between 4.5e-5 and 2.2e4), so that exp() stays finite.
+LOGVAR_LIMIT = 20.0
+
+
+class Encoder(nn.Module):
+    """q(z|x): the mean and log variance of a diagonal Gaussian per image."""
+
+    def __init__(self, latent_dim: int, image_size: int, channels: int) -> None:
+        super().__init__()
+        small = image_size // 4
+        self.conv1 = nn.Conv2d(channels, 32, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1)
+        self.fc_mu = nn.Linear(64 * small * small, latent_dim)
+        self.fc_logvar = nn.Linear(64 * small * small, latent_dim)
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.conv1(x_BCHW))  # (B, 32, H/2, W/2)
+        h = torch.relu(self.conv2(h))  # (B, 64, H/4, W/4)
+        h = h.flatten(start_dim=1)  # (B, 64 * H/4 * W/4)
+        return self.fc_mu(h), self.fc_logvar(h).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
+
+
+class Decoder(nn.Module):
+    """p(x|z): one logit per pixel."""
+
+    def __init__(self, latent_dim: int, image_size: int, channels: int) -> None:
+        super().__init__()
+        self.small = image_size // 4
+        self.fc = nn.Linear(latent_dim, 64 * self.small * self.small)
+        # 3x3 kernels with stride 2, padding 1 and output padding 1: exactly twice the size
+        self.conv_t1 = nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1)
+        self.conv_t2 = nn.ConvTranspose2d(32, channels, 3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, z_BZ: Tensor) -> Tensor:
+        h = self.fc(z_BZ).unflatten(1, (64, self.small, self.small))  # (B, 64, H/4, W/4)
+        h = torch.relu(self.conv_t1(h))  # (B, 32, H/2, W/2)
+        return self.conv_t2(h)  # (B, C, H, W)
+
+
+class VAE(nn.Module):
+    """Variational autoencoder (Kingma & Welling 2014) with a standard normal prior on z."""
+
+    def __init__(self, latent_dim: int = 32, image_size: int = 28, channels: int = 1) -> None:
+        super().__init__()
+        if latent_dim < 1 or channels < 1 or image_size < 4 or image_size % 4:
+            raise ConfigError(
+                f"A VAE with latent_dim {latent_dim}, image_size {image_size}, channels {channels} "
+                "cannot be built: each must be positive, and the image size a multiple of 4."
+            )
+        self.latent_dim, self.image_size, self.channels = latent_dim, image_size, channels
+        self.encoder = Encoder(latent_dim, image_size, channels)
+        self.decoder = Decoder(latent_dim, image_size, channels)
+
+    def encode(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in [0, 1] -> ``(mu_BZ, logvar_BZ)`` of q(z|x)."""
+        return self.encoder(x_BCHW)
+
+    def decode(self, z_BZ: Tensor) -> Tensor:
+        """Latents -> logits, shape (B, C, H, W); ``torch.sigmoid`` of them is the image."""
+        return self.decoder(z_BZ)
+
+    def forward(self, x_BCHW: Tensor, noise_BZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode, draw z with the given standard normal noise, decode.
+
+        Returns ``(logits_BCHW, mu_BZ, logvar_BZ)``.
+        """
+        mu_BZ, logvar_BZ = self.encode(x_BCHW)
+        return self.decode(reparameterize(mu_BZ, logvar_BZ, noise_BZ)), mu_BZ, logvar_BZ
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Decode ``num_samples`` draws of the prior: images in [0, 1], shape (N, C, H, W).
+
+        The same generator state gives the same images, whatever the device of the model.
+        """
+        device = generator.device if generator is not None else torch.device("cpu")
+        z_BZ = torch.randn(num_samples, self.latent_dim, generator=generator, device=device)
+        return torch.sigmoid(self.decode(z_BZ.to(self.decoder.fc.weight.device)))
+
+    @torch.no_grad()
+    def reconstruct(self, x_BCHW: Tensor) -> Tensor:
+        """Decode the posterior means of the images: images in [0, 1], shape (B, C, H, W)."""
+        mu_BZ, _ = self.encode(x_BCHW)
+        return torch.sigmoid(self.decode(mu_BZ))
+
+
+def reparameterize(mu_BZ: Tensor, logvar_BZ: Tensor, noise_BZ: Tensor) -> Tensor:
+    """z = mu + sigma * noise, differentiable in both. Kingma & Welling 2014, section 2.4."""
+    return mu_BZ + torch.exp(0.5 * logvar_BZ) * noise_BZ
+
+
+def initialized_vae(latent_dim: int, image_size: int, channels: int, seed: int) -> VAE:
+    """A VAE whose initial weights are a function of the seed alone.
+
+    Weights and biases are uniform in +-1/sqrt(fan_in), as PyTorch's own layers draw them, but from
+    our generator; the meta device keeps the constructors from drawing from the global one.
+    """
+    with torch.device("meta"):
+        model = VAE(latent_dim, image_size, channels)
+    model.to_empty(device="cpu")
+    stream = generator(seed, "init")
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            # (out, in, 3, 3), for a transposed convolution (in, out, 3, 3): PyTorch counts dim 1
+            fan_in = layer.weight[0].numel()
+            assert layer.bias is not None
+            for parameter in (layer.weight, layer.bias):
+                nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5, generator=stream)
+    return model

@@ -1,0 +1,121 @@
+"""What a run asks of its process: a stop flag, a folder of its own, a device, threads."""
+
+import contextlib
+import fcntl
+import os
+import platform
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from vae_hyperband.errors import DeviceError, RunFolderError
+
+#: Exit status of a run or search that was told to stop, saved, and goes on when started again
+#: (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGINT, SIGTERM or SIGUSR1 came; a second one ends at once."""
+    came: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if came:
+            os._exit(128 + number)
+        came.append(number)
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saving, then stopping (again: stop at once)\n".encode())
+
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder that this process can write to, or raise :class:`RunFolderError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise RunFolderError(f"The folder {folder} cannot be written to: choose another place.")
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second process; the kernel lets go of it when this one dies."""
+    make_folder(folder)
+    path = folder.parent / f".{folder.name}.lock"  # beside it: what is in the folder is the run's
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise RunFolderError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, "
+                "or choose another --run."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one. Raises :class:`DeviceError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    # torch raises whatever its backend does: RuntimeError, AssertionError, NotImplementedError ...
+    except Exception as error:
+        raise DeviceError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}): use --device cpu."
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device {name} is not supported: use cpu or cuda.")
+    return device
+
+
+@contextlib.contextmanager
+def cpu_threads(num_threads: int | None) -> Iterator[None]:
+    """Compute with that many CPU threads, then go back to what was set before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What bit-exactness depends on besides configuration and data: one machine class."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "torch": str(torch.__version__),  # a TorchVersion is not plain data
+        "python": platform.python_version(),
+        "device": gpu or device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def on_terminal() -> bool:
+    return sys.stderr.isatty()

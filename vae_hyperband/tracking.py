@@ -1,0 +1,166 @@
+"""The one place that writes what a person watches: TensorBoard, metrics.jsonl, progress.
+
+``metrics.jsonl`` holds one row per step and split, without any clock in it, so that a run that was
+killed and resumed leaves the same bytes as one that was not. Speed goes to ``timing.jsonl``.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from vae_hyperband.checkpoint import write_text
+from vae_hyperband.process import make_folder, on_terminal
+
+
+def image_grid(
+    images_NCHW: Tensor, columns: int, margin: int = 2, background: float = 1.0
+) -> Tensor:
+    """Images in [0, 1] side by side, filled row by row: (C, height, width)."""
+    num, channels, height, width = images_NCHW.shape
+    rows = math.ceil(num / columns)
+    cell_h, cell_w = height + margin, width + margin
+    size = (channels, rows * cell_h + margin, columns * cell_w + margin)
+    grid = torch.full(size, background)
+    for i, image in enumerate(images_NCHW.cpu()):
+        top, left = margin + i // columns * cell_h, margin + i % columns * cell_w
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+class Tracker:
+    """Writes one run's logs from a step on; what was logged after that step is taken back.
+
+    A run killed after its last checkpoint has logged steps that it will compute again: their rows
+    are removed, and TensorBoard is told to purge them.
+    """
+
+    def __init__(self, folder: Path, start_step: int, tensorboard: bool = True) -> None:
+        make_folder(folder)
+        self._files = []
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            write_text(folder / name, _rows_until(folder / name, start_step))
+            self._files.append((folder / name).open("a", encoding="utf-8"))
+        self._metrics, self._timing = self._files
+        self._board = None
+        if tensorboard:
+            purge = start_step + 1 if start_step else 0
+            self._board = SummaryWriter(str(folder), purge_step=purge)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        for file in self._files:
+            file.close()
+        if self._board:
+            self._board.close()
+
+    def scalars(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        """One row of losses in nats per image; TensorBoard tags are ``recon_loss/train`` etc."""
+        row = {"step": step, "epoch": epoch, "split": split, **values}
+        self._metrics.write(json.dumps(row) + "\n")
+        if self._board:
+            for name, value in values.items():
+                tag = name if name == "learning_rate" else f"{name}/{split}"
+                self._board.add_scalar(tag, value, step)
+
+    def speed(self, step: int, images_per_second: float) -> None:
+        row = {"step": step, "images_per_second": round(images_per_second, 1)}
+        self._timing.write(json.dumps(row) + "\n")
+        if self._board:
+            self._board.add_scalar("images_per_second", images_per_second, step)
+
+    def pictures(self, step: int, **images_NCHW: Tensor) -> None:
+        """Each argument is a batch of images in [0, 1] and becomes one grid, 8 to a row."""
+        if self._board:
+            for name, images in images_NCHW.items():
+                self._board.add_image(f"images/{name}", image_grid(images, columns=8), step)
+
+    def hyperparameters(self, config: dict[str, Any], metrics: dict[str, float], step: int) -> None:
+        """The row of this run in TensorBoard's HParams table."""
+        if self._board:
+            self._board.add_hparams(config, metrics, run_name=".", global_step=step)
+
+    def flush(self) -> None:
+        """On disk, durably: a checkpoint may be saved only after the rows that it supposes."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        if self._board:
+            self._board.flush()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a line torn by a kill, and what follows it, is left out."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _rows_until(path: Path, step: int) -> str:
+    return "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+
+
+class Progress:
+    """A bar on a terminal, one line per validation elsewhere; ``quiet`` shows nothing."""
+
+    def __init__(self, first_step: int, num_steps: int, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._first, self._num, self._started = first_step, num_steps, time.monotonic()
+        self._last_log, self._images_per_second = self._started, 0.0
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            disable=quiet or not on_terminal(),
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def logged(self, num_images: int, bound: float) -> float:
+        """Images per second since the last call; validation and saving are not counted."""
+        now = time.monotonic()
+        self._images_per_second = num_images / max(now - self._last_log, 1e-9)
+        self._last_log = now
+        speed = f"{self._images_per_second:,.0f} images/s"
+        self._bar.set_postfix_str(f"bound {bound:.1f} nats, {speed}", refresh=False)
+        return self._images_per_second
+
+    def validated(
+        self, step: int, epoch: int, epochs: int, train: dict[str, float], held_out: dict[str, Any]
+    ) -> None:
+        self._last_log = time.monotonic()
+        if self._quiet:
+            return
+        done = max(step - self._first, 1)
+        left = (self._last_log - self._started) / done * (self._num - step)
+        line = (
+            f"epoch {epoch}/{epochs}: bound {train['bound']:.2f} train, {held_out['bound']:.2f} "
+            f"validation (nats/image), {self._images_per_second:,.0f} images/s"
+        )
+        if self._bar.disable:
+            print(f"{line}, {left:.0f} s left", flush=True)
+        else:
+            self._bar.write(line)

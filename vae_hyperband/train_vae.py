@@ -1,0 +1,298 @@
+"""The main entry: ``vae-hyperband train``, or ``python -m vae_hyperband.train_vae train``.
+
+Exit status: 0 done; 2 a user's mistake, told in one sentence; 3 training diverged; 75 stopped on
+request and saved: the same command goes on.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt, write_text
+from vae_hyperband.config import (
+    RunOptions,
+    SearchConfig,
+    SearchOptions,
+    TrainConfig,
+    check_run_name,
+    read_json,
+)
+from vae_hyperband.data import SplitName, get_dataloader, load_split
+from vae_hyperband.download import ensure_data
+from vae_hyperband.errors import ConfigError, RunFolderError, VAEHyperbandError
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.process import EXIT_STOPPED, cpu_threads, pick_device, stop_flag
+from vae_hyperband.training import eval_epoch, fit, train_epoch
+
+__all__ = ["eval_epoch", "get_dataloader", "main", "save_ckpt", "train_epoch"]
+
+Args = TypeVar("Args")
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train one VAE, or go on training it.
+
+    vae-hyperband train --run mine --latent-dim 16 --epochs 5
+
+    Giving the same command again goes on where it stopped. --resume_ckpt goes on from any
+    checkpoint, with its configuration; more --epochs may be given.
+    """
+
+    recipe: tyro.conf.OmitArgPrefixes[TrainConfig]
+    where: tyro.conf.OmitArgPrefixes[RunOptions]
+    config: Path | None = None
+    """Take the configuration from this JSON file, such as a search's best_config.json."""
+
+
+@dataclass(frozen=True)
+class SearchArgs:
+    """Search the hyperparameters with Ray Tune; stop the worse trials early.
+
+    vae-hyperband search --run sweep --num-trials 20 --max-epochs 9
+
+    Trials are compared on the validation bound at beta = 1. Giving the same command again goes on
+    where it stopped.
+    """
+
+    space: tyro.conf.OmitArgPrefixes[SearchConfig]
+    where: tyro.conf.OmitArgPrefixes[SearchOptions]
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Say what a checkpoint is worth: its bound, in nats per image, with standard errors.
+
+    vae-hyperband evaluate checkpoints/mine/best.pt --split test --json mine.json
+    """
+
+    ckpt: tyro.conf.Positional[Path]
+    """The checkpoint."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """Which images; choose between models on validation, report on test."""
+    json: Path | None = None
+    """Also write the result, with its protocol and environment, to this file."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    num_threads: int | None = None
+    """CPU threads (default: PyTorch's own choice)."""
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Draw images from a trained model.
+
+    vae-hyperband sample checkpoints/mine/best.pt --num-samples 64 --out samples.png
+    """
+
+    ckpt: tyro.conf.Positional[Path]
+    """The checkpoint."""
+    num_samples: int = 64
+    """How many images."""
+    out: Path = Path("samples.png")
+    """The picture to write: one grid of all images."""
+    seed: int = 0
+    """The same seed gives the same images."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """Find or fetch Fashion-MNIST and check it.
+
+    vae-hyperband data
+    """
+
+    data_dir: Path | None = None
+    """Check the four files in this folder instead of fetching any."""
+    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
+    """custom: other data in the same format, in --data-dir."""
+    install: bool = False
+    """Where no mirror can be reached, install the system's package if this user may."""
+
+
+def train(argv: list[str]) -> int:
+    args = _parse(TrainArgs, argv, "train", default=_train_default(argv))
+    with stop_flag() as should_stop:
+        trained = fit(args.recipe, args.where, should_stop=should_stop)
+    if not trained.finished:
+        return _stopped("train", argv)
+    from vae_hyperband.main_job import draw_run
+
+    best = trained.state.best
+    print(
+        f"best validation bound {best['bound']:.2f} nats/image (beta = 1) after epoch "
+        f"{best['epoch']}: {trained.best}"
+    )
+    for path in draw_run(trained, args.recipe, args.where.data_dir):
+        print(f"picture: {path}")
+    print(f"look at the run: tensorboard --logdir {args.where.logs_dir} --host 127.0.0.1")
+    return 0
+
+
+def search(argv: list[str]) -> int:
+    args = _parse(SearchArgs, argv, "search")
+    # Ray takes seconds to import, and only this command and "run" need it
+    from vae_hyperband import search as ray_search
+    from vae_hyperband.main_job import draw_search, summary_of
+
+    found = ray_search.search(args.space, args.where)
+    if found is None:
+        return _stopped("search", argv)
+    print(summary_of(found))
+    print(f"every trial's curve: {draw_search(found, args.where.log_folder)}")
+    config = args.where.ckpt_folder / "best_config.json"
+    print(f"train it again, in full: vae-hyperband train --run best --config {config} --epochs 10")
+    return 0
+
+
+def evaluate_ckpt(argv: list[str]) -> int:
+    args = _parse(EvaluateArgs, argv, "evaluate")
+    from vae_hyperband.main_job import table_of
+
+    with cpu_threads(args.num_threads):
+        report = evaluate(args.ckpt, args.split, args.data_dir, args.device)
+    print(table_of(report))
+    if args.json:
+        try:
+            write_text(args.json, json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise RunFolderError(f"{args.json} cannot be written: {error.strerror}.") from error
+    return 0
+
+
+def sample(argv: list[str]) -> int:
+    args = _parse(SampleArgs, argv, "sample")
+    if args.num_samples < 1:
+        raise ConfigError(f"--num-samples is {args.num_samples}, but must be at least 1.")
+    if args.out.suffix != ".png":
+        raise ConfigError(f"--out is {args.out}, but must end in .png.")
+    model = load_model(args.ckpt, pick_device(args.device))
+    from vae_hyperband import figures
+
+    print(figures.samples(model, args.out, args.num_samples, args.seed))
+    return 0
+
+
+def data(argv: list[str]) -> int:
+    args = _parse(DataArgs, argv, "data")
+    if args.data_dir is None and args.dataset == "fashion-mnist":
+        ensure_data(args.install)
+    names: tuple[SplitName, ...] = ("train", "validation", "test")
+    for name in names:
+        split = load_split(name, args.data_dir, args.dataset)
+        print(f"{name:10} {len(split):6,} images {split.image_shape}, file {split.digest[:12]}...")
+    return 0
+
+
+def run(argv: list[str]) -> int:
+    from vae_hyperband.main_job import MainJob, run_main_job
+
+    return 0 if run_main_job(_parse(MainJob, argv, "run")) else _stopped("run", argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": run,
+    "search": search,
+    "train": train,
+    "evaluate": evaluate_ckpt,
+    "sample": sample,
+    "data": data,
+}
+
+USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
+
+  run       the whole job: data, search, train the winner, evaluate, figures
+  search    search hyperparameters with Ray Tune (ASHA, HyperBand)
+  train     train one VAE or beta-VAE, or go on training it
+  evaluate  the bound of a checkpoint on a split, with standard errors
+  sample    draw images from a checkpoint
+  data      find or fetch Fashion-MNIST and check it
+
+"vae-hyperband COMMAND --help" explains each. Hyphens and underscores in options are the same.
+Exit status: 0 done, 2 a mistake in the command or its files, 3 training diverged,
+75 stopped on request (SIGINT, SIGTERM, SIGUSR1): the same command goes on.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise ConfigError(f"{argv[0]!r} is no command: use one of {', '.join(COMMANDS)}.")
+        return COMMANDS[argv[0]](argv[1:])
+    except VAEHyperbandError as error:
+        print(f"vae-hyperband: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def _stopped(command: str, argv: list[str]) -> int:
+    print(f"stopped and saved; go on with: vae-hyperband {shlex.join([command, *argv])}")
+    return EXIT_STOPPED
+
+
+def _train_default(argv: list[str]) -> TrainArgs:
+    """What ``train`` starts from before its options are read: defaults, a file, or a checkpoint."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scan.add_argument("--config", type=Path)
+    scan.add_argument("--resume_ckpt", "--resume-ckpt", type=Path)
+    try:
+        given, _ = scan.parse_known_args(argv)
+    except argparse.ArgumentError:  # an option without its value: the real parser says so
+        return TrainArgs(TrainConfig(), RunOptions())
+    if given.config and given.resume_ckpt:
+        raise ConfigError("--config and --resume_ckpt both name a configuration: give one.")
+    if given.config:
+        content = read_json(given.config)
+        recipe = TrainConfig.from_dict(content.get("config", content), str(given.config))
+        return TrainArgs(recipe, RunOptions(num_threads=content.get("num_threads")))
+    if given.resume_ckpt:
+        recipe = TrainConfig.from_dict(load_ckpt(given.resume_ckpt)["config"], "the checkpoint")
+        with contextlib.suppress(ConfigError):  # a folder whose name cannot name a run
+            run_name = given.resume_ckpt.resolve().parent.name
+            check_run_name(run_name)
+            return TrainArgs(recipe, RunOptions(run=run_name))
+        return TrainArgs(recipe, RunOptions())
+    return TrainArgs(TrainConfig(), RunOptions())
+
+
+def _parse(args_type: type[Args], argv: list[str], command: str, default: Any = None) -> Args:
+    """Read a command's options. A wrong one is told in one sentence, exit status 2."""
+    said = io.StringIO()
+    optional = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(args_type, args=argv, prog=f"vae-hyperband {command}", **optional)
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise ConfigError(_one_sentence(said.getvalue(), command)) from None
+
+
+def _one_sentence(box: str, command: str) -> str:
+    """The message and the suggestion out of tyro's framed error text."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    message = " ".join(lines[: next((i for i, x in enumerate(lines) if x.startswith("──")), None)])
+    sentence = message.rstrip(".")
+    if "Perhaps you meant:" in lines:
+        sentence += f" (perhaps you meant {lines[lines.index('Perhaps you meant:') + 1]})"
+    return f"{sentence}; see vae-hyperband {command} --help."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

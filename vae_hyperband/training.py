@@ -1,0 +1,458 @@
+"""The one training loop. The command line, the search, the notebook and the tests all call it.
+
+Every random number is a function of (seed, purpose, position), so a run is a pure function of its
+configuration and its data; a checkpoint stores where it is, and going on from there gives the same
+bytes as never having stopped.
+
+Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, Z latents.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vae_hyperband.checkpoint import (
+    BEST,
+    LATEST,
+    copy_ckpt,
+    load_ckpt,
+    model_from_ckpt,
+    save_ckpt,
+)
+from vae_hyperband.config import RESUME_MAY_CHANGE, RunOptions, TrainConfig, differences
+from vae_hyperband.data import EpochOrder, Split, SplitBatches, get_dataloader, load_split
+from vae_hyperband.errors import DivergedError, ResumeError
+from vae_hyperband.model import VAE, initialized_vae
+from vae_hyperband.objective import Nats, beta_at, nats_per_image
+from vae_hyperband.process import cpu_threads, environment, only_writer, pick_device
+from vae_hyperband.randomness import generator
+from vae_hyperband.tracking import Progress, Tracker
+
+EVAL_BATCH_SIZE = 500
+NUM_PICTURES = 32  # held-out images whose reconstructions TensorBoard shows
+WARMUP_SHARE = 0.15  # of a one-cycle schedule
+ADAM_BETAS = (0.9, 0.99)  # 0.99, not 0.999: under 4,000 steps a longer memory lags the schedule
+
+Losses = dict[str, float]  # recon_loss, KL_divergence, total_loss, bound: nats per image
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str) -> float:
+    """One-cycle: cosine from peak/25 up over the first 15% of steps, then cosine down to
+    peak/250,000 (Smith & Topin 2018). "constant" is the peak throughout."""
+    if schedule == "constant":
+        return peak
+    warmup = max(1.0, WARMUP_SHARE * num_steps - 1)
+    if step <= warmup:
+        low, high, share = peak / 25, peak, step / warmup
+    else:
+        low, high = peak / 25e4, peak
+        share = 1 - (step - warmup) / max(1.0, num_steps - 1 - warmup)
+    return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
+
+
+@dataclass
+class TrainState:
+    """All that changes while a run goes on, and all that a checkpoint has to hold of it."""
+
+    config: TrainConfig
+    model: VAE
+    optimizer: torch.optim.Optimizer
+    steps_per_epoch: int
+    step: int = 0
+    #: Running sums of (reconstruction, KL, total, images): row 0 since the epoch began, row 1 since
+    #: the last row of the log. float64, on the model's device.
+    sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
+    best: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"bound": math.inf, "step": 0, "epoch": 0}
+    )
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the last validation
+    resumed_from: str | None = None  # digest of the checkpoint given by --resume_ckpt
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed; the epoch under way has this number, counted from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+
+def new_state(
+    config: TrainConfig,
+    image_shape: tuple[int, int, int],
+    num_images: int,
+    device: torch.device | str = "cpu",
+) -> TrainState:
+    """The state before the first step: weights drawn from the seed, AdamW without memory."""
+    channels, image_size, _ = image_shape
+    model = initialized_vae(config.latent_dim, image_size, channels, config.seed).to(device)
+    return _state_of(config, model, math.ceil(num_images / config.batch_size))
+
+
+def _state_of(config: TrainConfig, model: VAE, steps_per_epoch: int) -> TrainState:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, fused=True
+    )
+    state = TrainState(config, model, optimizer, steps_per_epoch)
+    state.sums = state.sums.to(next(model.parameters()).device)
+    return state
+
+
+def train_epoch(
+    state: TrainState,
+    loader: DataLoader,
+    on_step: Callable[[TrainState], bool] = lambda state: False,
+) -> Losses | None:
+    """Train to the end of the epoch that ``state`` is in, wherever in it that is.
+
+    Returns the epoch's training losses, averaged per image, in nats. ``on_step`` is called after
+    every step; if it returns True within the epoch, training stops there and None is returned.
+    Raises :class:`DivergedError`, with the state as it was before the step that is not finite.
+    """
+    config, model, optimizer = state.config, state.model, state.optimizer
+    model.train()
+    order = cast(EpochOrder, loader.sampler)
+    order.start_at(state.epoch, batch=state.step % state.steps_per_epoch)
+    warmup_steps = config.kl_warmup_epochs * state.steps_per_epoch
+    if state.step % state.steps_per_epoch == 0:
+        state.sums[0] = 0
+
+    for x_BCHW, _ in loader:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                state.step, state.num_steps, config.learning_rate, config.schedule
+            )
+        noise_BZ = _noise(config.seed, "noise", state.step, len(x_BCHW), model, x_BCHW.device)
+        nats = nats_per_image(model, x_BCHW, noise_BZ)
+        beta = beta_at(state.step, config.beta, warmup_steps)
+        total = (nats.recon_B + beta * nats.kl_B).mean()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        _refuse_non_finite(state, total, nats, order)
+        optimizer.step()
+
+        state.step += 1
+        recon, kl = (part.detach().sum(dtype=torch.float64) for part in nats)
+        count = torch.full_like(recon, len(x_BCHW))
+        state.sums += torch.stack((recon, kl, recon + beta * kl, count))
+        stop = on_step(state)
+        if state.step % state.steps_per_epoch == 0:
+            break
+        if stop:
+            return None
+    return _averages(state.sums[0])
+
+
+def _noise(
+    seed: int, purpose: str, position: int, num: int, model: VAE, device: torch.device
+) -> Tensor:
+    stream = generator(seed, purpose, position, device.type)
+    return torch.randn(num, model.latent_dim, generator=stream, device=device)
+
+
+def _averages(sums: Tensor) -> Losses:
+    recon, kl, total, count = sums.tolist()
+    return {
+        "recon_loss": recon / count,
+        "KL_divergence": kl / count,
+        "total_loss": total / count,
+        "bound": (recon + kl) / count,
+    }
+
+
+def _refuse_non_finite(state: TrainState, total: Tensor, nats: Nats, order: EpochOrder) -> None:
+    """Raise :class:`DivergedError` instead of letting a NaN or infinity into the weights."""
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if torch.isfinite(norm + total.detach()):
+        return
+    start = state.step % state.steps_per_epoch * order.batch_size
+    ids_B = order.order(state.epoch)[start : start + order.batch_size]
+    bad = ids_B[~torch.isfinite(nats.recon_B + nats.kl_B).cpu()].tolist()
+    where = f"images {bad[:10]}" if bad else "the gradient"
+    raise DivergedError(
+        f"Training diverged at step {state.step}: {where} gave a value that is not finite "
+        f"(reconstruction {nats.recon_B.mean():.4g}, KL {nats.kl_B.mean():.4g} nats/image); the "
+        "step was not applied. Use a lower --learning-rate."
+    )
+
+
+@torch.no_grad()
+def split_nats(model: VAE, loader: DataLoader, seed: int) -> Nats:
+    """The bound's parts for every image of a split, float64 on the CPU, shape (N,) each.
+
+    One posterior sample per image, its noise a function of the seed and the image's number alone:
+    the same for every batch size, every epoch, and every model of the same latent size.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    noise_NZ = _noise(seed, "evaluation", 0, len(loader.dataset), model, device)  # type: ignore[arg-type]
+    parts, start = [], 0
+    for x_BCHW, _ in loader:
+        parts.append(nats_per_image(model, x_BCHW, noise_NZ[start : start + len(x_BCHW)]))
+        start += len(x_BCHW)
+    model.train(training)
+    return Nats(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
+
+
+def eval_dataloader(split: Split, device: torch.device | str = "cpu") -> DataLoader:
+    """Batches of a split in file order, for :func:`eval_epoch`."""
+    return get_dataloader(split, min(EVAL_BATCH_SIZE, len(split)), shuffle=False, device=device)
+
+
+def eval_epoch(model: VAE, loader: DataLoader, seed: int = 0, beta: float = 1.0) -> Losses:
+    """Average losses of a split in nats per image, exact per image whatever the batch size.
+
+    ``loader`` must be in file order. "bound" is reconstruction + KL, the number that models are
+    compared by; "total_loss" weighs the KL by ``beta``.
+    """
+    nats = split_nats(model, loader, seed)
+    recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
+    return {
+        "recon_loss": recon,
+        "KL_divergence": kl,
+        "total_loss": recon + beta * kl,
+        "bound": recon + kl,
+    }
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a call of :func:`fit` ended."""
+
+    finished: bool  # False: stopped on request; the same call goes on
+    state: TrainState
+    latest: Path
+    best: Path  # the checkpoint with the lowest validation bound
+    log_folder: Path
+
+
+def fit(
+    config: TrainConfig,
+    options: RunOptions | None = None,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_validation: Callable[[TrainState], None] = lambda state: None,
+    quiet: bool = False,
+) -> FitResult:
+    """Train a run to its end, from where its folder (or ``options.resume_ckpt``) says it is.
+
+    ``should_stop`` is asked after every step: if it says so, the state is saved and the call
+    returns. ``on_validation`` is called after each validation, when its checkpoint is on disk.
+    Raises the package's own errors for a user's mistakes, :class:`DivergedError` for a loss that is
+    not finite; the last checkpoint is good in each case.
+    """
+    options = options or RunOptions()
+    device = pick_device(options.device)
+    with cpu_threads(options.num_threads), only_writer(options.ckpt_folder):
+        train = load_split("train", options.data_dir, config.dataset)
+        held_out = load_split("validation", options.data_dir, config.dataset)
+        train_loader = get_dataloader(
+            train, config.batch_size, seed=config.seed, shuffle=True, device=device
+        )
+        validation_loader = eval_dataloader(held_out, device)
+        state = _first_state(config, options, train, device, quiet)
+        last_saved = time.monotonic()
+
+        def save() -> None:
+            nonlocal last_saved
+            tracker.flush()
+            save_ckpt(options.ckpt_folder / LATEST, _ckpt_content(state, train, device))
+            last_saved = time.monotonic()
+
+        def on_step(state: TrainState) -> bool:
+            progress.step()
+            end_of_epoch = state.step % state.steps_per_epoch == 0
+            if end_of_epoch or state.step % options.log_interval == 0:
+                _log_training(state, tracker, progress)
+            # at the end of an epoch the validation comes first
+            if not end_of_epoch and time.monotonic() - last_saved >= options.ckpt_seconds:
+                save()
+            return should_stop()
+
+        with (
+            Tracker(options.log_folder, state.step, options.tensorboard) as tracker,
+            Progress(state.step, state.num_steps, quiet) as progress,
+        ):
+            if state.step == 0:
+                tracker.pictures(0, input=held_out.pixels(slice(NUM_PICTURES)))
+            while state.step < state.num_steps:
+                losses = train_epoch(state, train_loader, on_step)
+                finished = state.step == state.num_steps
+                if losses and (state.epoch % config.val_interval == 0 or finished):
+                    improved = _validate(state, validation_loader, tracker)
+                    progress.validated(
+                        state.step, state.epoch, config.epochs, losses, state.metrics
+                    )
+                    if finished:
+                        _log_hyperparameters(state, tracker)
+                    save()
+                    if improved:
+                        copy_ckpt(options.ckpt_folder / LATEST, options.ckpt_folder / BEST)
+                    on_validation(state)
+                if should_stop() and not finished:
+                    save()
+                    break
+    return FitResult(
+        finished=state.step >= state.num_steps,
+        state=state,
+        latest=options.ckpt_folder / LATEST,
+        best=options.ckpt_folder / BEST,
+        log_folder=options.log_folder,
+    )
+
+
+def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
+    """Evaluate, log and remember; whether this is the best bound so far."""
+    config = state.config
+    losses = eval_epoch(state.model, loader, config.seed, config.beta)
+    if not math.isfinite(losses["bound"]):
+        raise DivergedError(
+            f"The validation bound after epoch {state.epoch} is {losses['bound']}: use a lower "
+            "--learning-rate."
+        )
+    state.metrics = {"step": state.step, "epoch": state.epoch, **losses}
+    improved = losses["bound"] < state.best["bound"]
+    if improved:
+        state.best = {"bound": losses["bound"], "step": state.step, "epoch": state.epoch}
+    tracker.scalars("validation", state.step, state.epoch, losses)
+    images_BCHW = cast(SplitBatches, loader.dataset).split.pixels(slice(NUM_PICTURES))
+    tracker.pictures(
+        state.step,
+        reconstruction=state.model.reconstruct(images_BCHW),
+        # the same noise each time, so that one sees the same garments become clearer
+        random_samples=state.model.sample(64, generator(config.seed, "pictures")),
+    )
+    return improved
+
+
+def _log_training(state: TrainState, tracker: Tracker, progress: Progress) -> None:
+    """A row of training losses, averaged over the steps since the last such row."""
+    losses = _averages(state.sums[1])
+    num_images = int(state.sums[1, 3])
+    state.sums[1] = 0
+    last_step = state.step - 1
+    rate = learning_rate_at(
+        last_step, state.num_steps, state.config.learning_rate, state.config.schedule
+    )
+    epoch = math.ceil(state.step / state.steps_per_epoch)
+    tracker.scalars("train", state.step, epoch, losses | {"learning_rate": rate})
+    tracker.speed(state.step, progress.logged(num_images, losses["bound"]))
+
+
+def _log_hyperparameters(state: TrainState, tracker: Tracker) -> None:
+    tracker.hyperparameters(
+        state.config.to_dict(),
+        {"best_bound": state.best["bound"], "final_bound": state.metrics["bound"]},
+        state.step,
+    )
+
+
+def _ckpt_content(state: TrainState, train: Split, device: torch.device) -> dict[str, Any]:
+    config = state.config
+    return {
+        "config": config.to_dict(),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": {"name": config.schedule, "num_steps": state.num_steps},
+        "epoch": state.epoch,
+        "step": state.step,
+        "sums": state.sums,
+        "best": state.best,
+        "metrics": state.metrics,
+        "data": _data_facts(train),
+        "environment": environment(device),
+        "resumed_from": state.resumed_from,
+    }
+
+
+def _data_facts(train: Split) -> dict[str, Any]:
+    return {
+        "digest": train.digest,
+        "num_images": len(train),
+        "image_shape": list(train.image_shape),  # channels, height, width
+    }
+
+
+def _first_state(
+    config: TrainConfig, options: RunOptions, train: Split, device: torch.device, quiet: bool
+) -> TrainState:
+    """A new state, or the one in the checkpoint that this run has to go on from."""
+    path, given = _ckpt_to_resume(options)
+    if path is None:
+        return new_state(config, train.image_shape, len(train), device)
+    content = load_ckpt(path)
+    _check_same_run(config, content, train, path)
+    state = _state_of(
+        config, model_from_ckpt(content, path).to(device), -(-len(train) // config.batch_size)
+    )
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.step, state.sums = content["step"], content["sums"].to(device)
+    state.best, state.metrics = content["best"], content["metrics"]
+    state.resumed_from = content["digest"] if given else content["resumed_from"]
+    if given:
+        _bring_best_along(state, path, options.ckpt_folder)
+    if not quiet:
+        print(
+            f"resuming {options.run} at step {state.step} of {state.num_steps} "
+            f"(epoch {state.step / state.steps_per_epoch:.2f}) from {path}",
+            flush=True,
+        )
+        changed = differences(content["environment"], environment(device))
+        if changed:
+            print(
+                "note: not the machine class it was started on, so the result is the same only "
+                f"statistically, not bit for bit ({'; '.join(changed)})",
+                file=sys.stderr,
+            )
+    return state
+
+
+def _ckpt_to_resume(options: RunOptions) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, and whether it is the one given by --resume_ckpt."""
+    latest, given = options.ckpt_folder / LATEST, options.resume_ckpt
+    if given is None:
+        return (latest if latest.exists() else None), False
+    digest = load_ckpt(given)["digest"]
+    if latest.exists():
+        if load_ckpt(latest)["resumed_from"] == digest:
+            return latest, False  # the same command a second time: go on, do not start over
+        if latest.parent.resolve() != given.parent.resolve():
+            raise ResumeError(
+                f"{latest} does not come from {given}: choose another --run to keep both, or leave "
+                "out --resume_ckpt to go on with the former."
+            )
+    return given, True
+
+
+def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, path: Path) -> None:
+    old = {**content["config"], "data": content["data"]}
+    new = {**config.to_dict(), "data": _data_facts(train)}
+    for name in RESUME_MAY_CHANGE:
+        old.pop(name), new.pop(name)
+    if changed := differences(old, new):
+        raise ResumeError(
+            f"{path} was trained with other settings ({'; '.join(changed)}): give the same ones to "
+            "go on, or choose another --run to start anew."
+        )
+
+
+def _bring_best_along(state: TrainState, given: Path, folder: Path) -> None:
+    """A run continued in a new folder keeps its best checkpoint so far, if that can be found."""
+    if given.parent.resolve() == folder.resolve():
+        return
+    for candidate in (given, given.parent / BEST):
+        if candidate.exists() and load_ckpt(candidate)["step"] == state.best["step"]:
+            return copy_ckpt(candidate, folder / BEST)
+    state.best = {"bound": math.inf, "step": 0, "epoch": 0}
