@@ -1,0 +1,111 @@
+"""Small data that the tests make themselves, real Fashion-MNIST where one test needs it."""
+
+import gzip
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vae_hyperband.config import RunOptions, TrainConfig
+from vae_hyperband.data import load_split
+from vae_hyperband.errors import DataError
+
+NAMES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """The array as an IDX file of unsigned bytes."""
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def write_idx_folder(
+    folder: Path, num_train: int = 360, num_test: int = 60, size: int = 8, zipped: bool = False
+) -> Path:
+    """Four IDX files of bright rectangles, whose width and height depend on the label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(7)
+    for part, num in (("train", num_train), ("t10k", num_test)):
+        labels = random.integers(0, 10, num)
+        images = random.integers(0, 20, (num, size, size))
+        for image, label in zip(images, labels, strict=True):
+            image[: 2 + label % 3 * 2, : 2 + label // 3] += 200
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            content = idx_bytes(array)
+            path = folder / f"{part}-{kind}-ubyte"
+            if zipped:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+            else:
+                path.write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small data set: 300 training, 60 validation, 60 test images of 8x8."""
+    return write_idx_folder(tmp_path_factory.mktemp("small-data"))
+
+
+@pytest.fixture
+def small_config() -> TrainConfig:
+    return TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=3, seed=3)
+
+
+@pytest.fixture
+def options(tmp_path: Path, small_data: Path) -> Callable[..., RunOptions]:
+    """``options(run="a")`` for runs under this test's own folder."""
+
+    def make(**changes: object) -> RunOptions:
+        given = {
+            "run": "a",
+            "device": "cpu",
+            "num_threads": 1,
+            "data_dir": small_data,
+            "checkpoints_dir": tmp_path / "checkpoints",
+            "logs_dir": tmp_path / "logs",
+            "log_interval": 4,
+        }
+        return RunOptions(**(given | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> None:
+    """Real Fashion-MNIST, wherever load_split finds it. In CI it has to be there."""
+    try:
+        load_split("test")
+    except DataError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"needs the real data: {error}")
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Run the command line as a user would, in this test's own folder."""
+
+    def run(*argv: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command_line(*argv), cwd=tmp_path, capture_output=True, text=True, timeout=timeout
+        )
+
+    return run
+
+
+def command_line(*argv: object) -> list[str]:
+    # the process under test treats warnings as pytest does, imports of others' packages aside
+    return [sys.executable, "-m", "vae_hyperband.train_vae", *map(str, argv)]

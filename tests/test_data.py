@@ -1,0 +1,265 @@
+import gzip
+import hashlib
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import NAMES, idx_bytes, write_idx_folder
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from vae_hyperband import data, download
+from vae_hyperband.data import get_dataloader, load_split, read_idx
+from vae_hyperband.errors import ConfigError, DataError
+
+
+def custom(folder, split="train"):
+    return load_split(split, folder, "custom")
+
+
+def test_plain_and_gzipped_files_give_the_same_arrays(tmp_path, small_data):
+    zipped = write_idx_folder(tmp_path / "zipped", zipped=True)
+    for split in ("train", "validation", "test"):
+        a, b = custom(small_data, split), custom(zipped, split)
+        assert torch.equal(a.images_NCHW, b.images_NCHW)
+        assert torch.equal(a.labels_N, b.labels_N)
+        assert a.digest == b.digest
+
+
+def test_validation_is_the_last_sixth_of_the_training_file(small_data):
+    whole, _ = read_idx(small_data / NAMES[0], 3)
+    train, validation = custom(small_data), custom(small_data, "validation")
+    assert (len(train), len(validation)) == (300, 60)
+    assert torch.equal(torch.cat((train.images_NCHW, validation.images_NCHW))[:, 0], whole)
+
+
+def test_train_and_validation_never_open_the_test_file(tmp_path, small_data):
+    folder = write_idx_folder(tmp_path / "d")
+    for name in NAMES[2:]:
+        (folder / name).unlink()
+    assert len(custom(folder)) == 300
+    assert len(custom(folder, "validation")) == 60
+    with pytest.raises(DataError, match="No file t10k-images"):
+        custom(folder, "test")
+
+
+def test_a_pixel_is_its_byte_over_255_and_the_last_batch_is_smaller(small_data):
+    split = custom(small_data)
+    loader = get_dataloader(split, batch_size=64, shuffle=False)
+    assert isinstance(loader, DataLoader)
+    batches = list(loader)
+    assert [len(x) for x, _ in batches] == [64, 64, 64, 64, 44]
+    images = torch.cat([x for x, _ in batches])
+    assert torch.equal(images, split.images_NCHW.float() / 255)
+    assert torch.equal(torch.cat([y for _, y in batches]), split.labels_N)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(small_data):
+    split = custom(small_data)
+
+    def labels(seed, epoch):
+        loader = get_dataloader(split, 300, seed=seed, shuffle=True)
+        loader.sampler.start_at(epoch)
+        [(_, labels_B)] = loader
+        return labels_B.tolist()
+
+    assert labels(0, 3) == labels(0, 3)
+    assert labels(0, 3) != labels(0, 4) != labels(1, 3)
+    assert sorted(labels(0, 3)) == sorted(split.labels_N.tolist())
+
+
+def test_an_epoch_can_be_entered_in_its_middle(small_data):
+    loader = get_dataloader(custom(small_data), 32, seed=1, shuffle=True)
+    loader.sampler.start_at(2)
+    whole = [y.tolist() for _, y in loader]
+    loader.sampler.start_at(2, batch=4)
+    assert [y.tolist() for _, y in loader] == whole[4:]
+    assert len(loader) == len(whole) - 4
+
+
+def test_the_loader_leaves_the_global_generator_alone(small_data):
+    before = torch.random.get_rng_state()
+    list(get_dataloader(custom(small_data), 32, shuffle=True))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("batch_size", [0, 301])
+def test_impossible_batch_sizes_are_refused(small_data, batch_size):
+    with pytest.raises(ConfigError, match="between 1 and the 300 images"):
+        get_dataloader(custom(small_data), batch_size)
+
+
+def test_other_data_under_fashion_mnist_s_names_is_refused_by_digest(small_data):
+    found = hashlib.sha256((small_data / NAMES[0]).read_bytes()).hexdigest()
+    with pytest.raises(DataError) as error:
+        load_split("train", small_data)
+    assert found in str(error.value)
+    assert data.FASHION_MNIST_SHA256[NAMES[0]] in str(error.value)
+
+
+def damaged(tmp_path, change):
+    folder = write_idx_folder(tmp_path / "d")
+    path = folder / NAMES[0]
+    path.write_bytes(change(path.read_bytes()))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b[:-1], "holds only"),
+        (lambda b: b + b"\0", "holds more"),
+        (lambda b: b"", "is not an IDX file"),
+        (lambda b: b"<html>" + b, "is not an IDX file"),
+        (lambda b: gzip.compress(b)[:-9], "cannot be read"),
+        (lambda b: b"\x1f\x8b" + b, "cannot be read"),
+        (lambda b: b[:4] + b"\xff" * 8 + b[12:], "which no data set here has"),
+        (lambda b: idx_bytes(np.zeros((360, 8, 12))), "square"),
+        (lambda b: idx_bytes(np.zeros((360, 6, 6))), "multiple of 4"),
+        (lambda b: idx_bytes(np.zeros((12, 8, 8))), "not of one data set"),
+        (lambda b: idx_bytes(np.zeros(360)), "is not an IDX file of 3-dimensional"),
+    ],
+)
+def test_damaged_files_raise_one_sentence_that_names_the_file(tmp_path, change, message):
+    with pytest.raises(DataError, match=message) as error:
+        custom(damaged(tmp_path, change))
+    assert NAMES[0] in str(error.value)
+
+
+@given(st.binary(max_size=64) | st.binary(max_size=32).map(lambda tail: bytes([0, 0, 8, 1]) + tail))
+def test_any_bytes_decode_exactly_or_raise_the_one_error(content):
+    from pathlib import Path
+
+    try:
+        array, digest = data._decode_idx(io.BytesIO(content), Path("x"), 1)
+    except DataError:
+        return
+    assert idx_bytes(array.numpy()) == content
+    assert digest == hashlib.sha256(content).hexdigest()
+
+
+def test_a_gzip_bomb_is_read_no_further_than_its_header_promises(tmp_path):
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(idx_bytes(np.zeros(100)) + bytes(200_000_000)))
+    read = []
+
+    class Counting(gzip.GzipFile):
+        def read(self, size=-1):
+            content = super().read(size)
+            read.append(len(content))
+            return content
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gzip, "GzipFile", Counting)
+        with pytest.raises(DataError, match="holds more"):
+            read_idx(path, 1)
+    assert sum(read) < 1000
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    folder = write_idx_folder(tmp_path / "d")
+    before = custom(folder).digest
+    path = folder / NAMES[0]
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    assert custom(folder).digest != before
+
+
+def test_the_cache_comes_before_the_system_and_a_wrong_file_there_is_passed_over(
+    tmp_path, monkeypatch, small_data
+):
+    cache, system = tmp_path / "cache", write_idx_folder(tmp_path / "system", zipped=True)
+    monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(cache))
+    monkeypatch.setattr(data, "SYSTEM_FOLDER", system)
+    digests = {name: hashlib.sha256((small_data / name).read_bytes()).hexdigest() for name in NAMES}
+    monkeypatch.setattr(data, "FASHION_MNIST_SHA256", digests)
+    assert load_split("train").digest == digests[NAMES[0]]
+    cache.mkdir()
+    (cache / NAMES[0]).write_bytes(b"not it")
+    assert load_split("train").digest == digests[NAMES[0]]
+    for file in system.iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match="is not an IDX file"):
+        load_split("train")
+
+
+def test_real_fashion_mnist_has_its_known_shape_and_entropy(fashion_mnist):
+    from vae_hyperband.objective import entropy_floor
+
+    floors = {"train": 188.13, "validation": 189.05, "test": 189.86}  # measured, nats/image
+    for (split, floor), num in zip(floors.items(), (50_000, 10_000, 10_000), strict=True):
+        loaded = load_split(split)
+        assert loaded.images_NCHW.shape == (num, 1, 28, 28)
+        assert sorted(loaded.labels_N.unique().tolist()) == list(range(10))
+        assert entropy_floor(loaded.pixels(slice(None))) == pytest.approx(floor, abs=0.01)
+
+
+class TestDownload:
+    """Against a real HTTP server on loopback."""
+
+    @pytest.fixture
+    def server(self):
+        import http.server
+        import threading
+
+        answers = {}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, body = answers.get(self.path, (404, b""))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+            thread = threading.Thread(target=httpd.serve_forever)
+            thread.start()
+            yield f"http://127.0.0.1:{httpd.server_address[1]}/", answers
+            httpd.shutdown()
+            thread.join()
+
+    @pytest.fixture
+    def files(self, tmp_path, monkeypatch, small_data):
+        monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(data, "SYSTEM_FOLDER", tmp_path / "nothing")
+        content = {name: (small_data / name).read_bytes() for name in NAMES}
+        digests = {name: hashlib.sha256(body).hexdigest() for name, body in content.items()}
+        for module in (data, download):
+            monkeypatch.setattr(module, "FASHION_MNIST_SHA256", digests)
+        return content
+
+    def test_the_second_mirror_serves_when_the_first_fails_or_lies(self, server, files, tmp_path):
+        url, answers = server
+        for name, body in files.items():
+            answers[f"/good/{name}.gz"] = (200, gzip.compress(body))
+        answers[f"/bad/{NAMES[0]}.gz"] = (403, b"no")
+        answers[f"/bad/{NAMES[1]}.gz"] = (200, b"<html>captive portal</html>")
+        answers[f"/bad/{NAMES[2]}.gz"] = (200, gzip.compress(files[NAMES[0]]))
+        download.ensure_data(mirrors=(url + "bad/", url + "good/"))
+        assert len(load_split("train")) == 300
+        assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(
+            name + ".gz" for name in NAMES
+        )
+
+    def test_no_mirror_is_one_sentence_and_leaves_nothing(self, server, files, tmp_path):
+        url, _ = server
+        with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
+            download.ensure_data(mirrors=(url + "bad/",))
+        assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_data_that_is_there_needs_no_network(self, server, files, tmp_path, monkeypatch):
+        cache = tmp_path / "cache"
+        cache.mkdir()
+        for name, body in files.items():
+            (cache / name).write_bytes(body)
+        monkeypatch.setattr(download, "_download", None)  # would raise TypeError if called
+        download.ensure_data(mirrors=())

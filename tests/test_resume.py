@@ -1,0 +1,252 @@
+"""A run that is stopped, killed or continued ends in the same bytes as one that was not."""
+
+import dataclasses
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command_line
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vae_hyperband.checkpoint import load_ckpt, save_ckpt, tree_digest
+from vae_hyperband.config import TrainConfig
+from vae_hyperband.errors import ResumeError, RunFolderError
+from vae_hyperband.process import EXIT_STOPPED, only_writer
+from vae_hyperband.tracking import read_rows
+from vae_hyperband.training import fit
+
+
+def outcome(result) -> dict[str, str]:
+    """Everything that has to be equal, by digest."""
+    latest, best = load_ckpt(result.latest), load_ckpt(result.best)
+    metrics = (result.log_folder / "metrics.jsonl").read_bytes()
+    return {
+        **{name: tree_digest(latest[name]) for name in ("model", "optimizer", "sums", "best")},
+        "best.pt": tree_digest(best["model"]),
+        "step": str(latest["step"]),
+        "metrics": metrics.decode(),
+    }
+
+
+def stop_after(num_steps):
+    asked = 0
+
+    def should_stop():
+        nonlocal asked
+        asked += 1
+        return asked >= num_steps
+
+    return should_stop
+
+
+@pytest.fixture
+def uninterrupted(options, small_config):
+    return outcome(fit(small_config, options(run="whole"), quiet=True))
+
+
+# 10 steps an epoch: the first step, mid-epoch, one before its end, its end, the next one's first
+@pytest.mark.parametrize("stops", [[1], [5], [9], [10], [11], [29], [1, 1, 1], [3, 8, 2, 9]])
+def test_resume_from_any_step_gives_the_same_bytes(options, small_config, uninterrupted, stops):
+    for num_steps in stops:
+        result = fit(
+            small_config, options(run="cut"), should_stop=stop_after(num_steps), quiet=True
+        )
+        assert not result.finished
+    result = fit(small_config, options(run="cut"), quiet=True)
+    assert result.finished
+    assert outcome(result) == uninterrupted
+
+
+def test_a_finished_run_is_left_as_it_is(options, small_config):
+    first = fit(small_config, options(), quiet=True)
+    before = first.latest.read_bytes(), outcome(first)
+    again = fit(small_config, options(), quiet=True)
+    assert (again.latest.read_bytes(), outcome(again)) == before
+
+
+@pytest.mark.parametrize("part", ["optimizer", "sums", "step"])
+def test_the_comparison_can_fail(options, small_config, uninterrupted, part):
+    result = fit(small_config, options(run="cut"), should_stop=stop_after(15), quiet=True)
+    content = load_ckpt(result.latest)
+    content.pop("digest")
+    if part == "optimizer":
+        content["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1e-3
+    elif part == "sums":
+        content["sums"][1, 0] += 1e-3
+    else:
+        content["step"] -= 1
+    save_ckpt(result.latest, content)
+    assert outcome(fit(small_config, options(run="cut"), quiet=True)) != uninterrupted
+
+
+def train_command(tmp_path: Path, small_data: Path, run: str, **extra: object) -> list[str]:
+    # enough steps that a kill lands between start and end; saves at almost every step
+    arguments: list[object] = ["train", "--run", run, "--dataset", "custom", "--seed", 3]
+    arguments += ["--data-dir", small_data, "--latent-dim", 4, "--batch-size", 8, "--epochs", 12]
+    arguments += ["--num-threads", 1, "--ckpt-seconds", 0.02, "--log-interval", 10]
+    arguments += ["--device", "cpu"]
+    for name, value in extra.items():
+        arguments += [f"--{name}", value]
+    return command_line(*arguments)
+
+
+def digests(tmp_path: Path, run: str) -> dict[str, str]:
+    """Everything two runs of :func:`train_command` have to agree on."""
+    latest = load_ckpt(tmp_path / "checkpoints" / run / "latest.pt")
+    best = load_ckpt(tmp_path / "checkpoints" / run / "best.pt")
+    metrics = (tmp_path / "logs" / run / "metrics.jsonl").read_text()
+    return {
+        "latest": latest["digest"],
+        "best": best["digest"],
+        "metrics": metrics,
+    }
+
+
+def test_resume_after_sigkill_gives_the_same_bytes(tmp_path, small_data):
+    """Real processes, killed at random moments until one is let through."""
+    subprocess.run(train_command(tmp_path, small_data, "whole"), cwd=tmp_path, check=True)
+    rng, kills, mid_run = random.Random(2), 0, 0
+    latest = tmp_path / "checkpoints" / "cut" / "latest.pt"
+    for _ in range(6):
+        process = subprocess.Popen(train_command(tmp_path, small_data, "cut"), cwd=tmp_path)
+        # moments that matter lie after the first save; before it nothing is there to be lost
+        before = latest.stat().st_mtime_ns if latest.exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if latest.exists() and latest.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.4)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        mid_run += 0 < load_ckpt(latest)["step"] < 12 * 38
+    assert kills >= 3
+    assert mid_run >= 3
+    subprocess.run(train_command(tmp_path, small_data, "cut"), cwd=tmp_path, check=True)
+    assert digests(tmp_path, "cut") == digests(tmp_path, "whole")
+    assert scalars(tmp_path / "logs" / "cut") == scalars(tmp_path / "logs" / "whole")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: one value per step, increasing, speed aside."""
+    board = EventAccumulator(str(folder), purge_orphaned_data=True)
+    board.Reload()
+    shown = {
+        tag: [(event.step, event.value) for event in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+        if tag != "images_per_second"
+    }
+    for tag, values in shown.items():
+        steps = [step for step, _ in values]
+        assert steps == sorted(set(steps)), tag
+    return shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_says_so_and_the_same_command_goes_on(tmp_path, small_data, number):
+    process = subprocess.Popen(
+        train_command(tmp_path, small_data, "cut"), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    latest = tmp_path / "checkpoints" / "cut" / "latest.pt"
+    while not latest.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STOPPED
+    assert "go on with: vae-hyperband train --run cut" in said
+    stopped_at = load_ckpt(latest)["step"]
+    assert 0 < stopped_at < 12 * 38
+    done = subprocess.run(
+        train_command(tmp_path, small_data, "cut"), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert f"resuming cut at step {stopped_at}" in done.stdout
+
+
+def test_resume_ckpt_takes_its_configuration_along_and_goes_on_elsewhere(
+    tmp_path, small_data, options, small_config, command
+):
+    cut = fit(small_config, options(run="cut"), should_stop=stop_after(13), quiet=True)
+    whole = outcome(fit(small_config, options(run="whole"), quiet=True))
+    arguments = ["train", "--resume_ckpt", cut.latest, "--run", "other", "--data-dir", small_data]
+    arguments += ["--num-threads", 1, "--log-interval", 4, "--device", "cpu"]
+    for said in ("resuming other at step 13 of 30", "resuming other at step 30 of 30"):
+        done = command(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout  # the second time it does not start over
+    latest = load_ckpt(tmp_path / "checkpoints/other/latest.pt")
+    assert tree_digest(latest["model"]) == whole["model"]
+    assert tree_digest(latest["optimizer"]) == whole["optimizer"]
+    best = load_ckpt(tmp_path / "checkpoints/other/best.pt")
+    assert tree_digest(best["model"]) == whole["best.pt"]
+    # without --run it goes on in its own folder
+    done = command("train", "--resume-ckpt", "checkpoints/cut/latest.pt", *arguments[5:])
+    assert "resuming cut at step 13" in done.stdout
+    done = command("train", "--resume_ckpt", cut.latest, "--run", "whole", *arguments[5:])
+    assert done.returncode == 2
+    assert "does not come from" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 16}, {"learning_rate": 1e-4}, {"seed": 9}, {"latent_dim": 5}]
+)
+def test_other_settings_are_refused_with_old_and_new_value(options, small_config, change):
+    fit(small_config, options(), should_stop=stop_after(5), quiet=True)
+    before = (options().ckpt_folder / "latest.pt").read_bytes()
+    [(name, new)] = change.items()
+    old = getattr(small_config, name)
+    with pytest.raises(ResumeError, match=f"{name}: {old} -> {new}"):
+        fit(dataclasses.replace(small_config, **change), options(), quiet=True)
+    assert (options().ckpt_folder / "latest.pt").read_bytes() == before
+
+
+def test_other_data_is_refused(options, small_config, tmp_path):
+    from conftest import write_idx_folder
+
+    fit(small_config, options(), should_stop=stop_after(5), quiet=True)
+    other = write_idx_folder(tmp_path / "other", num_train=420)
+    with pytest.raises(ResumeError, match=r"data: .*'digest'"):
+        fit(small_config, options(data_dir=other), quiet=True)
+
+
+def test_more_epochs_are_allowed_and_other_logs_too(options, small_config, tmp_path):
+    fit(small_config, options(), quiet=True)
+    longer = dataclasses.replace(small_config, epochs=5, val_interval=2)
+    result = fit(longer, options(logs_dir=tmp_path / "elsewhere"), quiet=True)
+    assert result.state.step == 50
+    assert read_rows(result.log_folder / "metrics.jsonl")[0]["step"] > 30
+
+
+def test_another_machine_class_is_said_once_and_recorded(options, small_config, capsys):
+    fit(small_config, options(num_threads=1), should_stop=stop_after(5))
+    result = fit(small_config, options(num_threads=2))
+    assert "num_threads: 1 -> 2" in capsys.readouterr().err
+    assert load_ckpt(result.latest)["environment"]["num_threads"] == 2
+    assert torch.get_num_threads() != 0
+
+
+def test_two_runs_in_one_folder_the_second_is_told_who_the_first_is(options, small_config):
+    with (
+        only_writer(options().ckpt_folder),
+        pytest.raises(RunFolderError, match=r"in use by process \d+ on .+"),
+    ):
+        fit(small_config, options(), quiet=True)
+    assert fit(small_config, options(), quiet=True).finished  # the lock went with its holder
+
+
+def test_a_torn_last_line_of_the_metrics_is_repaired(options, small_config, uninterrupted):
+    result = fit(small_config, options(run="cut"), should_stop=stop_after(15), quiet=True)
+    with (result.log_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "epo')
+    assert outcome(fit(small_config, options(run="cut"), quiet=True)) == uninterrupted
+
+
+def test_every_setting_decides_the_result_or_may_change():
+    from vae_hyperband.config import RESUME_MAY_CHANGE
+
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names >= RESUME_MAY_CHANGE

@@ -1,0 +1,228 @@
+"""A real Ray, real trials on small data. Each search is a process, as a user would start it."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import command_line
+
+from vae_hyperband.checkpoint import load_ckpt, load_model
+from vae_hyperband.config import SearchConfig, TrainConfig
+from vae_hyperband.errors import ConfigError
+from vae_hyperband.process import EXIT_STOPPED
+from vae_hyperband.trials import read_result
+
+COMMON = ["--dataset", "custom", "--batch-sizes", 32, 64, "--latent-dims", 2, 4]
+
+
+def search_command(small_data: Path, run: str, *extra: object) -> list[str]:
+    return command_line(
+        "search", "--run", run, "--data-dir", small_data, "--device", "cpu", *COMMON, *extra
+    )
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory, small_data) -> tuple[Path, str]:
+    """One finished ASHA search, shared: its working folder and what it printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    command = search_command(
+        small_data, "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3
+    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder, done.stdout
+
+
+def test_asha_stops_trials_at_its_rungs_and_says_what_that_saved(searched):
+    folder, said = searched
+    result = read_result(folder / "checkpoints/s")
+    assert len(result.trials) == 9
+    epochs = [trial.num_epochs for trial in result.trials]
+    assert set(epochs) <= {1, 3, 9}  # rungs of grace period 1, reduction factor 3
+    assert 9 in epochs
+    assert result.num_stopped == sum(n < 9 for n in epochs) >= 3
+    assert result.epochs_saved == sum(9 - n for n in epochs)
+    assert f"{result.num_stopped} of 9 trials were stopped early, 0 failed" in said
+    assert f"{sum(epochs)} epochs were trained, {result.epochs_saved} saved" in said
+    for trial in result.trials:
+        assert trial.epochs == list(range(1, trial.num_epochs + 1))
+
+
+def test_the_winner_has_the_lowest_validation_bound_at_beta_1(searched):
+    folder, _ = searched
+    result = read_result(folder / "checkpoints/s")
+    assert result.winner.best_bound == min(b for t in result.trials for b in t.bounds)
+    best = json.loads((folder / "checkpoints/s/best_config.json").read_text())
+    assert best["metric"]["value"] == result.winner.best_bound
+    assert best["config"] == result.best_config.to_dict()
+    winner = load_ckpt(folder / "checkpoints/s/winner.pt")
+    assert winner["metrics"]["bound"] == result.winner.best_bound
+    assert load_model(folder / "checkpoints/s/winner.pt").latent_dim == best["config"]["latent_dim"]
+
+
+def test_training_best_config_json_alone_gives_the_reported_metric_bit_for_bit(
+    searched, small_data, command
+):
+    folder, _ = searched
+    best = json.loads((folder / "checkpoints/s/best_config.json").read_text())
+    done = command(
+        "train", "--config", folder / "checkpoints/s/best_config.json", "--run", "again",
+        "--data-dir", small_data, "--device", "cpu", "--checkpoints-dir", folder / "again",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone = load_ckpt(folder / "again/again/best.pt")
+    assert alone["metrics"]["bound"] == best["metric"]["value"]
+    assert alone["metrics"]["epoch"] == best["metric"]["epoch"]
+
+
+def test_every_trial_wrote_tensorboard_and_json_logs(searched):
+    folder, _ = searched
+    trials = sorted((folder / "logs/s").glob("trial_*"))
+    assert [t.name for t in trials] == [f"trial_{i:03d}" for i in range(9)]
+    for trial in trials:
+        assert (trial / "metrics.jsonl").stat().st_size > 0
+        assert list(trial.glob("events.out.tfevents.*"))
+    assert (folder / "logs/s/best_config.png").stat().st_size > 10_000
+
+
+def test_the_same_command_again_repeats_nothing_and_another_space_is_refused(searched, small_data):
+    folder, said = searched
+    arguments = ["--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3]
+    command = search_command(small_data, "s", *arguments)
+    before = (folder / "checkpoints/s/trials.json").stat().st_mtime_ns
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == said.splitlines()[-4:]
+    assert (folder / "checkpoints/s/trials.json").stat().st_mtime_ns == before
+    changed = [*command, "--seed", "1"]
+    done = subprocess.run(changed, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "other settings (seed: 0 -> 1)" in done.stderr
+
+
+def test_hyperband_runs_to_its_end(tmp_path, small_data):
+    command = search_command(
+        small_data, "h", "--scheduler", "hyperband", "--num-trials", 6, "--max-epochs", 4,
+        "--reduction-factor", 2,
+    )  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = read_result(tmp_path / "checkpoints/h")
+    assert len(result.trials) == 6
+    assert max(t.num_epochs for t in result.trials) == 4
+    for trial in result.trials:  # a paused trial went on from its checkpoint, not from epoch 0
+        assert trial.epochs == list(range(1, trial.num_epochs + 1))
+
+
+def test_a_trial_that_diverges_ranks_last_and_harms_no_other(tmp_path, small_data):
+    # KL weights of 1e30 overflow float32 in the gradient: those trials fail in their first steps
+    command = search_command(
+        small_data, "d", "--scheduler", "none", "--num-trials", 6, "--max-epochs", 2,
+        "--betas", 1, 1e38,
+    )  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = read_result(tmp_path / "checkpoints/d")
+    wild = [trial for trial in result.trials if trial.drawn["beta"] > 1]
+    assert 0 < len(wild) < 6
+    for trial in result.trials:
+        assert (trial.error is not None) == (trial in wild)
+        assert trial in wild or trial.num_epochs == 2
+    assert all("diverged" in trial.error for trial in wild)
+    assert result.winner.drawn["beta"] == 1
+    assert f"{len(wild)} failed" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, small_data, number):
+    command = search_command(
+        small_data, "c", "--scheduler", "asha", "--num-trials", 6, "--max-epochs", 60,
+        "--reduction-factor", 4,
+    )  # fmt: skip
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "epoch 3/60" in line:
+                break
+        process.send_signal(number)
+        said = process.stdout.read()
+    assert process.returncode == EXIT_STOPPED
+    assert "go on with: vae-hyperband search --run c" in said
+    assert not (tmp_path / "checkpoints/c/trials.json").exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "going on with the search" in done.stdout
+    result = read_result(tmp_path / "checkpoints/c")
+    assert len(result.trials) == 6
+    assert max(trial.num_epochs for trial in result.trials) == 60
+    for trial in result.trials:
+        assert trial.error is None
+        assert trial.epochs == list(range(1, trial.num_epochs + 1))
+
+
+def test_a_search_never_opens_the_test_file(tmp_path, small_data):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file in small_data.glob("train-*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    command = search_command(folder, "n", "--num-trials", 2, "--max-epochs", 2)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_drawn_configurations_are_a_function_of_the_seed():
+    from vae_hyperband.search import draw_trials
+
+    config = SearchConfig(num_trials=40)
+    drawn = draw_trials(config)
+    assert drawn == draw_trials(config)
+    assert drawn[1:] != draw_trials(dataclasses.replace(config, seed=1))[1:]
+    assert drawn[:10] == draw_trials(dataclasses.replace(config, num_trials=10))
+    assert {trial["latent_dim"] for trial in drawn} == {16, 32, 64}
+    assert {trial["batch_size"] for trial in drawn} == {64, 128, 256}
+    assert all(5e-4 <= trial["learning_rate"] <= 1e-2 for trial in drawn)
+    default = TrainConfig()
+    assert drawn[0] == {name: getattr(default, name) for name in drawn[0]}
+    for trial in drawn:
+        config.trial_config(trial)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_trials": 0}, "--num-trials is 0"),
+        ({"max_epochs": 1}, "nothing to stop"),
+        ({"reduction_factor": 1}, "--reduction-factor is 1"),
+        ({"latent_dims": (16, 0)}, "--latent-dim is 0"),
+        ({"batch_sizes": ()}, "no value to choose"),
+        ({"betas": (-1.0,)}, "--beta is -1"),
+        ({"learning_rates": (1e-2, 1e-3)}, "0 < lowest < highest"),
+        ({"scheduler": "bohb"}, "must be one of"),
+    ],
+)
+def test_impossible_searches_are_refused(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        SearchConfig(**wrong)
+
+
+def test_more_resources_than_there_are_is_one_sentence_not_a_wait(tmp_path, small_data):
+    started = time.monotonic()
+    for extra, kind in ((["--gpus-per-trial", 3], "3 GPU"), (["--device", "cuda"], "1 GPU")):
+        command = search_command(small_data, "r", *extra)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert kind in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert time.monotonic() - started < 120
+
+
+def test_an_address_without_a_ray_is_one_sentence(tmp_path, small_data):
+    command = search_command(small_data, "a", "--address", "127.0.0.1:1")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "No Ray cluster can be joined at 127.0.0.1:1" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

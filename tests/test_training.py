@@ -1,0 +1,226 @@
+import itertools
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from vae_hyperband.checkpoint import load_ckpt
+from vae_hyperband.config import TrainConfig
+from vae_hyperband.data import Split, get_dataloader, load_split
+from vae_hyperband.errors import DivergedError
+from vae_hyperband.process import environment
+from vae_hyperband.tracking import read_rows
+from vae_hyperband.training import (
+    eval_dataloader,
+    eval_epoch,
+    fit,
+    learning_rate_at,
+    new_state,
+    split_nats,
+    train_epoch,
+)
+
+
+@pytest.fixture
+def state(small_config):
+    return new_state(small_config, (1, 8, 8), 300)
+
+
+@pytest.fixture
+def loader(small_data, small_config):
+    return get_dataloader(
+        load_split("train", small_data, "custom"), 32, seed=small_config.seed, shuffle=True
+    )
+
+
+def test_one_cycle_warms_up_for_15_percent_then_anneals_to_nearly_nothing():
+    rates = [learning_rate_at(step, 1000, peak=1.0, schedule="one-cycle") for step in range(1000)]
+    assert rates[0] == 1 / 25
+    assert max(rates) == rates[149] == 1.0
+    assert rates[-1] == pytest.approx(1 / 25e4)
+    assert all(a < b for a, b in itertools.pairwise(rates[:150]))
+    assert all(a > b for a, b in itertools.pairwise(rates[149:]))
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0),
+        max_lr=1.0,
+        total_steps=1000,
+        pct_start=0.15,
+        cycle_momentum=False,
+    )
+    for step in range(0, 1000):
+        assert rates[step] == pytest.approx(reference.get_last_lr()[0], rel=1e-9)
+        reference.optimizer.step()
+        if step < 999:
+            reference.step()
+
+
+def test_the_schedule_is_defined_for_every_number_of_steps():
+    for num_steps in range(1, 30):
+        for step in range(num_steps):
+            assert 0 < learning_rate_at(step, num_steps, 1.0, "one-cycle") <= 1
+    assert learning_rate_at(3, 10, 0.5, "constant") == 0.5
+
+
+def test_training_losses_are_exact_means_over_the_epoch_s_images(state, loader):
+    """The same epoch computed apart: per-image values of every step, averaged in float64."""
+    from vae_hyperband.objective import nats_per_image
+    from vae_hyperband.randomness import generator
+
+    twin = new_state(state.config, (1, 8, 8), 300)
+    losses = train_epoch(state, loader)
+    recon, kl = [], []
+    for step, (x, _) in enumerate(loader):
+        if step == 0:
+            loader.sampler.start_at(0)
+        noise = torch.randn(len(x), 4, generator=generator(state.config.seed, "noise", step))
+        nats = nats_per_image(twin.model, x, noise)
+        recon.append(nats.recon_B.detach().double())
+        kl.append(nats.kl_B.detach().double())
+        for group in twin.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, 30, twin.config.learning_rate, "one-cycle")
+        twin.optimizer.zero_grad()
+        (nats.recon_B + nats.kl_B).mean().backward()
+        twin.optimizer.step()
+    assert losses["recon_loss"] == pytest.approx(torch.cat(recon).mean().item(), rel=1e-12)
+    assert losses["KL_divergence"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-12)
+    for a, b in zip(state.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_lowers_the_bound(options, small_config):
+    result = fit(dataclasses.replace(small_config, epochs=20), options(), quiet=True)
+    bounds = [
+        row["bound"]
+        for row in read_rows(result.log_folder / "metrics.jsonl")
+        if row["split"] == "validation"
+    ]
+    assert len(bounds) == 20
+    assert bounds[-1] < 0.9 * bounds[0]
+    assert result.state.best["bound"] == min(bounds)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60])
+def test_evaluation_does_not_depend_on_the_batch_size(state, small_data, batch_size):
+    split = load_split("validation", small_data, "custom")
+    whole = eval_epoch(state.model, eval_dataloader(split), seed=3)
+    parts = eval_epoch(state.model, get_dataloader(split, batch_size, shuffle=False), seed=3)
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-6)  # float32 rounding inside the network
+
+
+def test_evaluation_is_a_mean_over_images_not_over_batches(state, small_data):
+    split = load_split("validation", small_data, "custom")
+    nats = split_nats(state.model, eval_dataloader(split), seed=3)
+    assert nats.recon_B.shape == (60,)
+    assert nats.recon_B.dtype == torch.float64
+    losses = eval_epoch(state.model, eval_dataloader(split), seed=3, beta=4)
+    assert losses["bound"] == (nats.recon_B.mean() + nats.kl_B.mean()).item()
+    assert losses["total_loss"] == (nats.recon_B.mean() + 4 * nats.kl_B.mean()).item()
+
+
+def test_the_bound_samples_the_posterior_instead_of_decoding_its_mean(state, small_data):
+    split = load_split("validation", small_data, "custom")
+    loader = eval_dataloader(split)
+    assert eval_epoch(state.model, loader, seed=0) != eval_epoch(state.model, loader, seed=1)
+
+
+def final(result):
+    content = load_ckpt(result.latest)
+    content.pop("digest")
+    return content["model"], content["optimizer"]
+
+
+def same(a, b):
+    from vae_hyperband.checkpoint import tree_digest
+
+    return tree_digest(a) == tree_digest(b)
+
+
+def test_the_same_run_twice_gives_the_same_bytes(options, small_config):
+    first = fit(small_config, options(run="a"), quiet=True)
+    second = fit(small_config, options(run="b"), quiet=True)
+    assert same(final(first), final(second))
+    other_seed = dataclasses.replace(small_config, seed=4)
+    assert not same(final(first), final(fit(other_seed, options(run="c"), quiet=True)))
+
+
+def test_watching_does_not_change_the_weights(options, small_config):
+    plain = fit(small_config, options(run="a"), quiet=True)
+    watched = fit(
+        dataclasses.replace(small_config, val_interval=3),
+        options(run="b", log_interval=1, tensorboard=False, ckpt_seconds=0.0),
+        quiet=True,
+    )
+    assert same(final(plain), final(watched))
+
+
+def test_no_global_generator_is_drawn_from_or_set(options, small_config):
+    import random
+
+    import numpy as np
+
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    fit(small_config, options(), quiet=True)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.random.get_rng_state(), before[2])
+
+
+def test_beta_zero_switches_the_kl_off_and_warmup_starts_there(options, small_config):
+    free = fit(dataclasses.replace(small_config, beta=0), options(run="a"), quiet=True)
+    assert free.state.metrics["total_loss"] == free.state.metrics["recon_loss"]
+    plain = fit(small_config, options(run="b"), quiet=True)
+    warm = fit(dataclasses.replace(small_config, kl_warmup_epochs=2), options(run="c"), quiet=True)
+    assert warm.state.metrics["KL_divergence"] > plain.state.metrics["KL_divergence"]
+    assert free.state.metrics["KL_divergence"] > warm.state.metrics["KL_divergence"]
+
+
+def test_a_poisoned_image_is_named_and_its_step_is_not_applied(small_config, small_data):
+    split = load_split("train", small_data, "custom")
+    state = new_state(small_config, split.image_shape, len(split))
+
+    class Poisoned(Split):
+        def pixels(self, index):
+            pixels = super().pixels(index)
+            pixels[index == 123] = math.nan
+            return pixels
+
+    loader = get_dataloader(split, 32, seed=3, shuffle=True)
+    loader.dataset.split = Poisoned(split.images_NCHW, split.labels_N, "")
+    with pytest.raises(DivergedError, match=r"images \[123\].*not applied") as error:
+        train_epoch(state, loader)
+    assert error.value.exit_status == 3
+    order = loader.sampler.order(0).tolist()
+    assert state.step == order.index(123) // 32
+    for value in (*state.model.parameters(), *state.optimizer.state.values()):
+        tensors = value.values() if isinstance(value, dict) else [value]
+        assert all(torch.isfinite(t).all() for t in tensors)
+
+
+def test_divergence_leaves_the_last_checkpoint_finite(options, small_config):
+    wild = dataclasses.replace(small_config, learning_rate=1e6, schedule="constant", epochs=50)
+    with pytest.raises(DivergedError, match="lower --learning-rate"):
+        fit(wild, options(ckpt_seconds=0.0), quiet=True)
+    saved = options().ckpt_folder / "latest.pt"
+    if saved.exists():
+        assert all(torch.isfinite(t).all() for t in load_ckpt(saved)["model"].values())
+
+
+def test_the_environment_says_what_bits_depend_on():
+    facts = environment(torch.device("cpu"))
+    assert facts["torch"] == torch.__version__
+    assert facts["num_threads"] == torch.get_num_threads()
+
+
+def test_an_epoch_on_a_gpu_if_there_is_one(options, small_config):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU on this machine")
+    first = fit(small_config, options(run="a", device="cuda"), quiet=True)
+    second = fit(small_config, options(run="b", device="cuda"), quiet=True)
+    assert same(final(first), final(second))
+
+
+def test_defaults_are_the_mission_s_recipe():
+    config = TrainConfig()
+    assert (config.latent_dim, config.beta, config.epochs) == (32, 1.0, 10)
