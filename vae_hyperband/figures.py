@@ -9,7 +9,7 @@ import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from vae_hyperband.evaluation import kl_per_dimension
@@ -99,12 +99,10 @@ def _draw_curves(axes: Axes, result: SearchResult) -> None:
             markersize=4 if wins else 3,
             zorder=3 if wins else 2,
         )
+    num_complete = len(result.trials) - result.num_stopped - result.num_failed
     for label, color in (
         (f"winner, {result.winner.name.replace('_', ' ')}", ORANGE),
-        (
-            f"trained to the end ({len(result.trials) - result.num_stopped - result.num_failed})",
-            BLUE,
-        ),
+        (f"others trained to the end ({num_complete - 1})", BLUE),
         (f"stopped early ({result.num_stopped})", GREY),
     ):
         axes.plot([], [], color=color, marker="o", markersize=4, label=label)
@@ -131,7 +129,7 @@ def _write_winner(axes: Axes, result: SearchResult) -> None:
     )
     axes.text(
         0,
-        0.55,
+        0.65,
         f"latent_dim {drawn['latent_dim']}    learning_rate {drawn['learning_rate']:.3g}    "
         f"batch_size {drawn['batch_size']}    beta {drawn['beta']:g}    seed {config.seed}\n{spent}"
         + (f", {result.num_failed} trials failed" if result.num_failed else ""),
@@ -164,8 +162,10 @@ def _draw_relation(axes: Axes, result: SearchResult, name: str) -> None:
         axes.set_xlim(-0.5, len(values) - 0.5)
     else:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel=name, ylabel="best bound")
+    axes.set(xlabel=name, ylabel="best bound (nats)")
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -136,7 +137,7 @@ def search(config: SearchConfig, options: SearchOptions | None = None) -> Search
                 raise SearchError(f"--batch-sizes has more than the {num_images} training images.")
             with _ray(options):
                 grid = _tuner(config, options).fit()
-            if _unfinished(grid):
+            if _unfinished(folder / "trials", config):
                 return None
             _write_result(config, options, grid)
         return read_result(folder)
@@ -171,32 +172,39 @@ def _check_same_search(config: SearchConfig, folder: Path) -> None:
 def _ray(options: SearchOptions) -> Iterator[None]:
     """A connection to the cluster at --address, or a Ray of our own on loopback, then stopped."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Tune stops in order on SIGINT and SIGUSR1; schedulers of jobs send SIGTERM
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGTERM)
+    if options.address:
+        _join(options.address, quiet)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(len(os.sched_getaffinity(0)), options.cpus_per_trial),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    # Tune stops in order on SIGINT and SIGUSR1, but schedulers of jobs send SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
-        if options.address:
-            ray.init(address=options.address, **quiet)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(len(os.sched_getaffinity(0)), options.cpus_per_trial),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
         _check_resources(options)
         yield
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if ray.is_initialized():
-            raise
-        raise SearchError(
-            f"No Ray cluster can be joined at {options.address or 'this machine'} "
-            f"({str(error).strip().splitlines()[0]}): start one with ray start --head, or leave "
-            "out --address."
-        ) from error
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, before)
+
+
+def _join(address: str, quiet: dict[str, Any]) -> None:
+    """Join a running cluster; without this look at the port, Ray would knock for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, **quiet)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        raise SearchError(
+            f"No Ray cluster can be joined at {address} ({str(error).strip().splitlines()[0]}): "
+            "start one with ray start --head, or leave out --address."
+        ) from error
 
 
 def _gpus_per_trial(options: SearchOptions) -> float:
@@ -331,10 +339,16 @@ class ProgressLines(tune.Callback):
         print(f"[{time.monotonic() - self._started:4.0f} s] {line}", flush=True)
 
 
-def _unfinished(grid: tune.ResultGrid) -> bool:
-    # fit() returns normally after a signal, too
-    trials = grid._experiment_analysis.trials
-    return any(trial.status not in (Trial.TERMINATED, Trial.ERROR) for trial in trials)
+def _unfinished(ray_folder: Path, config: SearchConfig) -> bool:
+    """Whether Ray's own record has trials left to run.
+
+    Tuner.fit returns normally after a signal, too, and by then calls every trial terminated; the
+    record was written before that.
+    """
+    newest = max(ray_folder.glob("experiment_state-*.json"))  # the name ends in its start time
+    trials = [json.loads(state) for state, _ in read_json(newest)["trial_data"]]
+    ended = [trial["status"] in (Trial.TERMINATED, Trial.ERROR) for trial in trials]
+    return sum(ended) < config.num_trials
 
 
 def _write_result(config: SearchConfig, options: SearchOptions, grid: tune.ResultGrid) -> None:
