@@ -74,6 +74,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
         """The configuration in ``values``; :class:`ConfigError` names a missing or unknown key."""
+        _require(isinstance(values, dict), f"{source} is no set of settings.")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         _require(
@@ -258,6 +259,10 @@ def _check_types(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
+        if type(None) in typing.get_args(hint):  # X | None
+            if value is None:
+                continue
+            [hint] = (kind for kind in typing.get_args(hint) if kind is not type(None))
         if typing.get_origin(hint) is Literal:
             choices = typing.get_args(hint)
             flag = "--" + field.name.replace("_", "-")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from vae_hyperband.errors import RunFolderError
 from vae_hyperband.evaluation import kl_per_dimension
 from vae_hyperband.model import VAE
 from vae_hyperband.process import make_folder
@@ -49,7 +50,10 @@ def styled(draw: Callable[P, Path]) -> Callable[P, Path]:
 
 def _save(figure: Figure, path: Path) -> Path:
     make_folder(path.parent)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
     return path
 
 

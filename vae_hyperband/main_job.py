@@ -2,18 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vae_hyperband import figures
-from vae_hyperband.checkpoint import load_model, write_text
+from vae_hyperband.checkpoint import write_text
 from vae_hyperband.config import Places, RunOptions, SearchConfig, SearchOptions, TrainConfig
-from vae_hyperband.data import load_split
 from vae_hyperband.download import ensure_data
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.process import stop_flag
+from vae_hyperband.report import draw_run, summary_of, table_of, with_error
 from vae_hyperband.search import search
 from vae_hyperband.training import FitResult, fit
 from vae_hyperband.trials import SearchResult, describe
@@ -59,7 +58,7 @@ def run_main_job(job: MainJob) -> bool:
     found = search(config, SearchOptions(run=f"{job.run}-search", **places))
     if found is None:
         return False
-    picture = draw_search(found, job.logs_dir / f"{job.run}-search")
+    picture = figures.best_config(found, job.logs_dir / f"{job.run}-search" / "best_config.png")
     print(summary_of(found), flush=True)
 
     _heading(f"3/5  train the best configuration for {job.epochs} epochs")
@@ -97,58 +96,12 @@ def _print_summary(
     rows = {
         "best configuration": describe(best.to_dict()),
         "validation bound": f"{trained.state.best['bound']:.2f} nats/image, beta = 1",
-        "test bound": f"{_with_error(report['bound'])} nats/image, beta = 1",
+        "test bound": f"{with_error(report['bound'])} nats/image, beta = 1",
         "checkpoint": trained.best,
         "TensorBoard logs": trained.log_folder,
-        "search": picture,
-        "configuration file": found.folder.relative_to(Path.cwd())
-        if found.folder.is_relative_to(Path.cwd())
-        else found.folder,
+        "picture of the search": picture,
+        "configuration file": job.checkpoints_dir / f"{job.run}-search" / "best_config.json",
         "look at them": f"tensorboard --logdir {job.logs_dir} --host 127.0.0.1",
     }
     for name, value in rows.items():
-        print(f"{name:20} {value}", flush=True)
-
-
-def summary_of(found: SearchResult) -> str:
-    """The end of a search in three sentences."""
-    return (
-        f"{found.winner.name} won with {found.winner.best_bound:.2f} nats/image (validation, "
-        f"beta = 1): {describe(found.winner.drawn)}.\n"
-        f"{found.num_stopped} of {len(found.trials)} trials were stopped early, {found.num_failed} "
-        f"failed; {found.epochs_spent} epochs were trained, {found.epochs_saved} saved."
-    )
-
-
-def table_of(report: dict[str, Any]) -> str:
-    """An evaluation as lines of text."""
-    rows = {
-        "bound": _with_error(report["bound"]),
-        "  reconstruction": _with_error(report["recon_loss"]),
-        "  KL divergence": _with_error(report["KL_divergence"]),
-        "entropy floor": f"{report['entropy_floor']:.2f}",
-        "bound above floor": f"{report['nats_above_floor']:.2f}",
-    }
-    head = f"{report['split']} split, {report['num_images']:,} images, {report['unit']}"
-    return "\n".join([head, *(f"  {name:18} {value}" for name, value in rows.items())])
-
-
-def _with_error(value: dict[str, float]) -> str:
-    return f"{value['mean']:.2f} +- {value['standard_error']:.2f}"
-
-
-def draw_search(found: SearchResult, log_folder: Path) -> Path:
-    return figures.best_config(found, log_folder / "best_config.png")
-
-
-def draw_run(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> list[Path]:
-    """The pictures of a trained run, beside its logs; made from validation images."""
-    folder, model = trained.log_folder, load_model(trained.best)
-    images = load_split("validation", data_dir, config.dataset).pixels(slice(1000))
-    draw: dict[str, Callable[[Path], Path]] = {
-        "curves.png": lambda path: figures.curves(folder, path),
-        "reconstructions.png": lambda path: figures.reconstructions(model, images[:36], path),
-        "samples.png": lambda path: figures.samples(model, path),
-        "traversal.png": lambda path: figures.traversal(model, images, path),
-    }
-    return [function(folder / name) for name, function in draw.items()]
+        print(f"{name:22} {value}", flush=True)

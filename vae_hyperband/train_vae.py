@@ -6,17 +6,18 @@ request and saved: the same command goes on.
 
 import argparse
 import contextlib
-import io
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import tyro
 
+from vae_hyperband import figures
 from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt, write_text
 from vae_hyperband.config import (
     RunOptions,
@@ -30,12 +31,12 @@ from vae_hyperband.data import SplitName, get_dataloader, load_split
 from vae_hyperband.download import ensure_data
 from vae_hyperband.errors import ConfigError, RunFolderError, VAEHyperbandError
 from vae_hyperband.evaluation import evaluate
+from vae_hyperband.options import parse_options
 from vae_hyperband.process import EXIT_STOPPED, cpu_threads, pick_device, stop_flag
+from vae_hyperband.report import draw_run, summary_of, table_of
 from vae_hyperband.training import eval_epoch, fit, train_epoch
 
 __all__ = ["eval_epoch", "get_dataloader", "main", "save_ckpt", "train_epoch"]
-
-Args = TypeVar("Args")
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,11 @@ class DataArgs:
 
 
 def train(argv: list[str]) -> int:
-    args = _parse(TrainArgs, argv, "train", default=_train_default(argv))
+    args = parse_options(TrainArgs, argv, "vae-hyperband train", default=_train_default(argv))
     with stop_flag() as should_stop:
         trained = fit(args.recipe, args.where, should_stop=should_stop)
     if not trained.finished:
         return _stopped("train", argv)
-    from vae_hyperband.main_job import draw_run
-
     best = trained.state.best
     print(
         f"best validation bound {best['bound']:.2f} nats/image (beta = 1) after epoch "
@@ -143,25 +142,23 @@ def train(argv: list[str]) -> int:
 
 
 def search(argv: list[str]) -> int:
-    args = _parse(SearchArgs, argv, "search")
+    args = parse_options(SearchArgs, argv, "vae-hyperband search")
     # Ray takes seconds to import, and only this command and "run" need it
     from vae_hyperband import search as ray_search
-    from vae_hyperband.main_job import draw_search, summary_of
 
     found = ray_search.search(args.space, args.where)
     if found is None:
         return _stopped("search", argv)
     print(summary_of(found))
-    print(f"every trial's curve: {draw_search(found, args.where.log_folder)}")
+    picture = figures.best_config(found, args.where.log_folder / "best_config.png")
+    print(f"every trial's curve: {picture}")
     config = args.where.ckpt_folder / "best_config.json"
     print(f"train it again, in full: vae-hyperband train --run best --config {config} --epochs 10")
     return 0
 
 
 def evaluate_ckpt(argv: list[str]) -> int:
-    args = _parse(EvaluateArgs, argv, "evaluate")
-    from vae_hyperband.main_job import table_of
-
+    args = parse_options(EvaluateArgs, argv, "vae-hyperband evaluate")
     with cpu_threads(args.num_threads):
         report = evaluate(args.ckpt, args.split, args.data_dir, args.device)
     print(table_of(report))
@@ -174,20 +171,18 @@ def evaluate_ckpt(argv: list[str]) -> int:
 
 
 def sample(argv: list[str]) -> int:
-    args = _parse(SampleArgs, argv, "sample")
+    args = parse_options(SampleArgs, argv, "vae-hyperband sample")
     if args.num_samples < 1:
         raise ConfigError(f"--num-samples is {args.num_samples}, but must be at least 1.")
     if args.out.suffix != ".png":
         raise ConfigError(f"--out is {args.out}, but must end in .png.")
     model = load_model(args.ckpt, pick_device(args.device))
-    from vae_hyperband import figures
-
     print(figures.samples(model, args.out, args.num_samples, args.seed))
     return 0
 
 
 def data(argv: list[str]) -> int:
-    args = _parse(DataArgs, argv, "data")
+    args = parse_options(DataArgs, argv, "vae-hyperband data")
     if args.data_dir is None and args.dataset == "fashion-mnist":
         ensure_data(args.install)
     names: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -200,7 +195,8 @@ def data(argv: list[str]) -> int:
 def run(argv: list[str]) -> int:
     from vae_hyperband.main_job import MainJob, run_main_job
 
-    return 0 if run_main_job(_parse(MainJob, argv, "run")) else _stopped("run", argv)
+    finished = run_main_job(parse_options(MainJob, argv, "vae-hyperband run"))
+    return 0 if finished else _stopped("run", argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -239,6 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     except VAEHyperbandError as error:
         print(f"vae-hyperband: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:  # outside of training and search, which end in order
+        print("vae-hyperband: interrupted; the same command goes on.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _stopped(command: str, argv: list[str]) -> int:
@@ -269,29 +268,6 @@ def _train_default(argv: list[str]) -> TrainArgs:
             return TrainArgs(recipe, RunOptions(run=run_name))
         return TrainArgs(recipe, RunOptions())
     return TrainArgs(TrainConfig(), RunOptions())
-
-
-def _parse(args_type: type[Args], argv: list[str], command: str, default: Any = None) -> Args:
-    """Read a command's options. A wrong one is told in one sentence, exit status 2."""
-    said = io.StringIO()
-    optional = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(args_type, args=argv, prog=f"vae-hyperband {command}", **optional)
-    except SystemExit as stop:
-        if stop.code in (0, None):  # --help
-            raise
-        raise ConfigError(_one_sentence(said.getvalue(), command)) from None
-
-
-def _one_sentence(box: str, command: str) -> str:
-    """The message and the suggestion out of tyro's framed error text."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    message = " ".join(lines[: next((i for i, x in enumerate(lines) if x.startswith("──")), None)])
-    sentence = message.rstrip(".")
-    if "Perhaps you meant:" in lines:
-        sentence += f" (perhaps you meant {lines[lines.index('Perhaps you meant:') + 1]})"
-    return f"{sentence}; see vae-hyperband {command} --help."
 
 
 if __name__ == "__main__":

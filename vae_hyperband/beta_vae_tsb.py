@@ -1,0 +1,116 @@
+"""Train a few betas side by side and watch them in TensorBoard, in one command.
+
+    python -m vae_hyperband.beta_vae_tsb --betas 0.5 1 4 --epochs 3
+
+A higher beta buys a simpler code (lower KL) with blurrier images (higher reconstruction): the
+rate-distortion trade-off of the beta-VAE (Higgins et al. 2017; Alemi et al. 2018).
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from vae_hyperband.config import Places, RunOptions, TrainConfig
+from vae_hyperband.data import load_split
+from vae_hyperband.errors import VAEHyperbandError
+from vae_hyperband.options import parse_options
+from vae_hyperband.training import fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetaArgs(Places):
+    """Train a few betas side by side and open TensorBoard on loopback with them.
+
+    python -m vae_hyperband.beta_vae_tsb --betas 0.5 1 4 --epochs 3
+    """
+
+    run: str = "betas"
+    """Name of the comparison; the runs are <run>-beta-0.5 and so on."""
+    betas: tuple[float, ...] = (0.5, 1.0, 4.0)
+    """KL weights to compare; 1 is the VAE."""
+    epochs: int = 3
+    """Epochs of each."""
+    latent_dim: int = 32
+    """Number of latent dimensions of z."""
+    seed: int = 0
+    """The same for every beta: same initial weights, same order, same noise."""
+    dataset: str = "fashion-mnist"
+    """fashion-mnist, or custom with --data-dir."""
+    port: int = 6006
+    """Where TensorBoard listens, on 127.0.0.1 only."""
+    serve: bool = True
+    """Open TensorBoard and keep it open until Ctrl-C (--no-serve: only train)."""
+
+
+def train_beta(args: BetaArgs, beta: float) -> dict[str, float]:
+    """One run, in a process of its own with one thread; its last validation losses."""
+    config = TrainConfig(
+        beta=beta,
+        epochs=args.epochs,
+        latent_dim=args.latent_dim,
+        seed=args.seed,
+        dataset=args.dataset,  # type: ignore[arg-type]  # TrainConfig checks it
+    )
+    options = RunOptions(
+        run=f"{args.run}-beta-{beta:g}",
+        device=args.device,
+        num_threads=1,
+        data_dir=args.data_dir,
+        checkpoints_dir=args.checkpoints_dir,
+        logs_dir=args.logs_dir,
+    )
+    return fit(config, options, quiet=True).state.metrics
+
+
+def compare(args: BetaArgs) -> None:
+    """Train every beta, as many at once as there are cores, and print what each reached."""
+    load_split("train", args.data_dir, args.dataset)  # a mistake here is one sentence, not one each
+    num_workers = min(len(args.betas), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        runs = {beta: pool.submit(train_beta, args, beta) for beta in args.betas}
+        print("beta   reconstruction      KL   bound (validation, nats/image; bound at beta = 1)")
+        for beta, run in runs.items():
+            losses = run.result()
+            print(
+                f"{beta:<6g} {losses['recon_loss']:14.2f} {losses['KL_divergence']:7.2f} "
+                f"{losses['bound']:7.2f}",
+                flush=True,
+            )
+
+
+def serve(logs_dir: Path, port: int) -> subprocess.Popen[bytes]:
+    """TensorBoard over the logs, on loopback: nobody else on the network can see it."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs_dir)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--reload_interval", "5"]
+    print(f"TensorBoard: http://127.0.0.1:{port}/#timeseries", flush=True)
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    board = None
+    try:
+        args = parse_options(BetaArgs, argv, "python -m vae_hyperband.beta_vae_tsb")
+        if args.serve:
+            board = serve(args.logs_dir, args.port)
+        compare(args)
+        if board:
+            print("Ctrl-C ends TensorBoard.", flush=True)
+            return board.wait()
+        return 0
+    except VAEHyperbandError as error:
+        print(f"beta_vae_tsb: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        if board:
+            board.terminate()
+            board.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Reading command lines: dataclasses in, one sentence out where a user mistyped. Needs tyro."""
+
+import contextlib
+import io
+from typing import Any, TypeVar
+
+import tyro
+
+from vae_hyperband.errors import ConfigError
+
+Args = TypeVar("Args")
+
+
+def parse_options(
+    args_type: type[Args], argv: list[str] | None, prog: str, default: Args | None = None
+) -> Args:
+    """The options of a command, as the dataclass that declares them.
+
+    Raises :class:`ConfigError` with one sentence for a wrong one. ``--help`` prints and exits.
+    """
+    said = io.StringIO()
+    optional: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(args_type, args=argv, prog=prog, **optional)
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise ConfigError(_one_sentence(said.getvalue(), prog)) from None
+
+
+def _one_sentence(box: str, prog: str) -> str:
+    """The message and the suggestion out of tyro's framed error text."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    message = " ".join(lines[: next((i for i, x in enumerate(lines) if x.startswith("──")), None)])
+    sentence = message.rstrip(".")
+    if "Perhaps you meant:" in lines:
+        sentence += f" (perhaps you meant {lines[lines.index('Perhaps you meant:') + 1]})"
+    return f"{sentence}; see {prog} --help."
