@@ -9,14 +9,14 @@ from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, get_dataloader, load_split
 from vae_hyperband.errors import DivergedError
+from vae_hyperband.objective import learning_rate_at
 from vae_hyperband.process import environment
+from vae_hyperband.state import new_state
 from vae_hyperband.tracking import read_rows
 from vae_hyperband.training import (
     eval_dataloader,
     eval_epoch,
     fit,
-    learning_rate_at,
-    new_state,
     split_nats,
     train_epoch,
 )

@@ -105,19 +105,23 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file atomically and durably."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Replace a small text file atomically and durably, or raise :class:`RunFolderError`."""
+    _write_bytes(path, text.encode())
 
 
 def copy_ckpt(source: Path, target: Path) -> None:
     """Make ``target`` the same checkpoint as ``source``, atomically and durably."""
-    with replacing(target) as temporary, open(temporary, "wb") as file:
-        file.write(source.read_bytes())
-        file.flush()
-        os.fsync(file.fileno())
+    _write_bytes(target, source.read_bytes())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def load_ckpt(path: Path | str) -> dict[str, Any]:

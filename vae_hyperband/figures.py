@@ -204,9 +204,9 @@ def _show(axes: Axes, images_NCHW: Tensor, columns: int) -> None:
     grid_CHW = image_grid(images_NCHW, columns, background=0.0)
     # ink on paper: 0 is white
     if len(grid_CHW) == 1:
-        axes.imshow(grid_CHW[0], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(grid_CHW[0].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     else:
-        axes.imshow(grid_CHW.permute(1, 2, 0), interpolation="nearest")
+        axes.imshow(grid_CHW.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.axis("off")
 
 

@@ -12,7 +12,7 @@ from vae_hyperband.config import Places, RunOptions, SearchConfig, SearchOptions
 from vae_hyperband.download import ensure_data
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.process import stop_flag
-from vae_hyperband.report import draw_run, summary_of, table_of, with_error
+from vae_hyperband.report import draw_run, look_at, summary_of, table_of, with_error
 from vae_hyperband.search import search
 from vae_hyperband.training import FitResult, fit
 from vae_hyperband.trials import SearchResult, describe
@@ -101,7 +101,7 @@ def _print_summary(
         "TensorBoard logs": trained.log_folder,
         "picture of the search": picture,
         "configuration file": job.checkpoints_dir / f"{job.run}-search" / "best_config.json",
-        "look at them": f"tensorboard --logdir {job.logs_dir} --host 127.0.0.1",
+        "look at them": look_at(job.logs_dir),
     }
     for name, value in rows.items():
         print(f"{name:22} {value}", flush=True)

@@ -1,4 +1,4 @@
-"""The loss, in nats per image: sums over pixels and latent dimensions, one value per image.
+"""The loss and its schedules. Nats per image: sums over pixels and latent dimensions.
 
     bound = reconstruction + KL          what models are compared by (the negative ELBO, beta = 1)
     total = reconstruction + beta * KL   what is minimised (Higgins et al. 2017, equation 4)
@@ -7,6 +7,7 @@ A mean over pixels instead of the sum would silently divide the reconstruction b
 multiply beta by 784; that is the most common bug of VAE code, and the reason for this file.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vae_hyperband.model import VAE
+
+WARMUP_SHARE = 0.15  # of a one-cycle schedule
 
 
 class Nats(NamedTuple):
@@ -61,3 +64,17 @@ def entropy_floor(x_NCHW: Tensor) -> float:
     """
     p = x_NCHW.double()
     return float(-(torch.special.xlogy(p, p) + torch.special.xlog1py(1 - p, -p)).sum() / len(p))
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str) -> float:
+    """One-cycle: cosine from peak/25 up over the first 15% of steps, then cosine down to
+    peak/250,000 (Smith & Topin 2018). "constant" is the peak throughout."""
+    if schedule == "constant":
+        return peak
+    warmup = max(1.0, WARMUP_SHARE * num_steps - 1)
+    if step <= warmup:
+        low, high, share = peak / 25, peak, step / warmup
+    else:
+        low, high = peak / 25e4, peak
+        share = 1 - (step - warmup) / max(1.0, num_steps - 1 - warmup)
+    return low + (high - low) * (1 - math.cos(math.pi * share)) / 2

@@ -1,5 +1,7 @@
 """What a command says at its end: short tables, and the pictures of a run."""
 
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,19 @@ from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import load_split
 from vae_hyperband.training import FitResult
 from vae_hyperband.trials import SearchResult, describe
+
+
+def program(name: str) -> str:
+    """How to call a program of this environment: by its name, or by its path if it is not found."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def look_at(logs_dir: Path) -> str:
+    """The command that opens TensorBoard over the logs, on loopback."""
+    return f"{program('tensorboard')} --logdir {logs_dir} --host 127.0.0.1"
 
 
 def summary_of(found: SearchResult) -> str:

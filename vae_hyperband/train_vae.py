@@ -29,11 +29,11 @@ from vae_hyperband.config import (
 )
 from vae_hyperband.data import SplitName, get_dataloader, load_split
 from vae_hyperband.download import ensure_data
-from vae_hyperband.errors import ConfigError, RunFolderError, VAEHyperbandError
+from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import EXIT_STOPPED, cpu_threads, pick_device, stop_flag
-from vae_hyperband.report import draw_run, summary_of, table_of
+from vae_hyperband.report import draw_run, look_at, program, summary_of, table_of
 from vae_hyperband.training import eval_epoch, fit, train_epoch
 
 __all__ = ["eval_epoch", "get_dataloader", "main", "save_ckpt", "train_epoch"]
@@ -137,7 +137,7 @@ def train(argv: list[str]) -> int:
     )
     for path in draw_run(trained, args.recipe, args.where.data_dir):
         print(f"picture: {path}")
-    print(f"look at the run: tensorboard --logdir {args.where.logs_dir} --host 127.0.0.1")
+    print(f"look at the run: {look_at(args.where.logs_dir)}")
     return 0
 
 
@@ -153,7 +153,9 @@ def search(argv: list[str]) -> int:
     picture = figures.best_config(found, args.where.log_folder / "best_config.png")
     print(f"every trial's curve: {picture}")
     config = args.where.ckpt_folder / "best_config.json"
-    print(f"train it again, in full: vae-hyperband train --run best --config {config} --epochs 10")
+    print(
+        f"train it again, in full: {program('vae-hyperband')} train --run best --config {config} --epochs 10"
+    )
     return 0
 
 
@@ -161,12 +163,9 @@ def evaluate_ckpt(argv: list[str]) -> int:
     args = parse_options(EvaluateArgs, argv, "vae-hyperband evaluate")
     with cpu_threads(args.num_threads):
         report = evaluate(args.ckpt, args.split, args.data_dir, args.device)
-    print(table_of(report))
     if args.json:
-        try:
-            write_text(args.json, json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise RunFolderError(f"{args.json} cannot be written: {error.strerror}.") from error
+        write_text(args.json, json.dumps(report, indent=2) + "\n")
+    print(table_of(report))
     return 0
 
 
@@ -241,7 +240,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stopped(command: str, argv: list[str]) -> int:
-    print(f"stopped and saved; go on with: vae-hyperband {shlex.join([command, *argv])}")
+    print(
+        f"stopped and saved; go on with: {program('vae-hyperband')} {shlex.join([command, *argv])}"
+    )
     return EXIT_STOPPED
 
 

@@ -7,105 +7,32 @@ bytes as never having stopped.
 Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, Z latents.
 """
 
-import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vae_hyperband.checkpoint import (
-    BEST,
-    LATEST,
-    copy_ckpt,
-    load_ckpt,
-    model_from_ckpt,
-    save_ckpt,
-)
-from vae_hyperband.config import RESUME_MAY_CHANGE, RunOptions, TrainConfig, differences
+from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, save_ckpt
+from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import EpochOrder, Split, SplitBatches, get_dataloader, load_split
-from vae_hyperband.errors import DivergedError, ResumeError
-from vae_hyperband.model import VAE, initialized_vae
-from vae_hyperband.objective import Nats, beta_at, nats_per_image
-from vae_hyperband.process import cpu_threads, environment, only_writer, pick_device
+from vae_hyperband.errors import DivergedError
+from vae_hyperband.model import VAE
+from vae_hyperband.objective import Nats, beta_at, learning_rate_at, nats_per_image
+from vae_hyperband.process import cpu_threads, only_writer, pick_device
 from vae_hyperband.randomness import generator
+from vae_hyperband.state import TrainState, ckpt_content, first_state
 from vae_hyperband.tracking import Progress, Tracker
 
 EVAL_BATCH_SIZE = 500
 NUM_PICTURES = 32  # held-out images whose reconstructions TensorBoard shows
-WARMUP_SHARE = 0.15  # of a one-cycle schedule
-ADAM_BETAS = (0.9, 0.99)  # 0.99, not 0.999: under 4,000 steps a longer memory lags the schedule
 
 Losses = dict[str, float]  # recon_loss, KL_divergence, total_loss, bound: nats per image
-
-
-def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str) -> float:
-    """One-cycle: cosine from peak/25 up over the first 15% of steps, then cosine down to
-    peak/250,000 (Smith & Topin 2018). "constant" is the peak throughout."""
-    if schedule == "constant":
-        return peak
-    warmup = max(1.0, WARMUP_SHARE * num_steps - 1)
-    if step <= warmup:
-        low, high, share = peak / 25, peak, step / warmup
-    else:
-        low, high = peak / 25e4, peak
-        share = 1 - (step - warmup) / max(1.0, num_steps - 1 - warmup)
-    return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
-
-
-@dataclass
-class TrainState:
-    """All that changes while a run goes on, and all that a checkpoint has to hold of it."""
-
-    config: TrainConfig
-    model: VAE
-    optimizer: torch.optim.Optimizer
-    steps_per_epoch: int
-    step: int = 0
-    #: Running sums of (reconstruction, KL, total, images): row 0 since the epoch began, row 1 since
-    #: the last row of the log. float64, on the model's device.
-    sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
-    best: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"bound": math.inf, "step": 0, "epoch": 0}
-    )
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the last validation
-    resumed_from: str | None = None  # digest of the checkpoint given by --resume_ckpt
-
-    @property
-    def epoch(self) -> int:
-        """Epochs completed; the epoch under way has this number, counted from 0."""
-        return self.step // self.steps_per_epoch
-
-    @property
-    def num_steps(self) -> int:
-        return self.config.epochs * self.steps_per_epoch
-
-
-def new_state(
-    config: TrainConfig,
-    image_shape: tuple[int, int, int],
-    num_images: int,
-    device: torch.device | str = "cpu",
-) -> TrainState:
-    """The state before the first step: weights drawn from the seed, AdamW without memory."""
-    channels, image_size, _ = image_shape
-    model = initialized_vae(config.latent_dim, image_size, channels, config.seed).to(device)
-    return _state_of(config, model, math.ceil(num_images / config.batch_size))
-
-
-def _state_of(config: TrainConfig, model: VAE, steps_per_epoch: int) -> TrainState:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, fused=True
-    )
-    state = TrainState(config, model, optimizer, steps_per_epoch)
-    state.sums = state.sums.to(next(model.parameters()).device)
-    return state
 
 
 def train_epoch(
@@ -262,13 +189,13 @@ def fit(
             train, config.batch_size, seed=config.seed, shuffle=True, device=device
         )
         validation_loader = eval_dataloader(held_out, device)
-        state = _first_state(config, options, train, device, quiet)
+        state = first_state(config, options, train, device, quiet)
         last_saved = time.monotonic()
 
         def save() -> None:
             nonlocal last_saved
             tracker.flush()
-            save_ckpt(options.ckpt_folder / LATEST, _ckpt_content(state, train, device))
+            save_ckpt(options.ckpt_folder / LATEST, ckpt_content(state, train, device))
             last_saved = time.monotonic()
 
         def on_step(state: TrainState) -> bool:
@@ -357,102 +284,3 @@ def _log_hyperparameters(state: TrainState, tracker: Tracker) -> None:
         {"best_bound": state.best["bound"], "final_bound": state.metrics["bound"]},
         state.step,
     )
-
-
-def _ckpt_content(state: TrainState, train: Split, device: torch.device) -> dict[str, Any]:
-    config = state.config
-    return {
-        "config": config.to_dict(),
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "schedule": {"name": config.schedule, "num_steps": state.num_steps},
-        "epoch": state.epoch,
-        "step": state.step,
-        "sums": state.sums,
-        "best": state.best,
-        "metrics": state.metrics,
-        "data": _data_facts(train),
-        "environment": environment(device),
-        "resumed_from": state.resumed_from,
-    }
-
-
-def _data_facts(train: Split) -> dict[str, Any]:
-    return {
-        "digest": train.digest,
-        "num_images": len(train),
-        "image_shape": list(train.image_shape),  # channels, height, width
-    }
-
-
-def _first_state(
-    config: TrainConfig, options: RunOptions, train: Split, device: torch.device, quiet: bool
-) -> TrainState:
-    """A new state, or the one in the checkpoint that this run has to go on from."""
-    path, given = _ckpt_to_resume(options)
-    if path is None:
-        return new_state(config, train.image_shape, len(train), device)
-    content = load_ckpt(path)
-    _check_same_run(config, content, train, path)
-    state = _state_of(
-        config, model_from_ckpt(content, path).to(device), -(-len(train) // config.batch_size)
-    )
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.step, state.sums = content["step"], content["sums"].to(device)
-    state.best, state.metrics = content["best"], content["metrics"]
-    state.resumed_from = content["digest"] if given else content["resumed_from"]
-    if given:
-        _bring_best_along(state, path, options.ckpt_folder)
-    if not quiet:
-        print(
-            f"resuming {options.run} at step {state.step} of {state.num_steps} "
-            f"(epoch {state.step / state.steps_per_epoch:.2f}) from {path}",
-            flush=True,
-        )
-        changed = differences(content["environment"], environment(device))
-        if changed:
-            print(
-                "note: not the machine class it was started on, so the result is the same only "
-                f"statistically, not bit for bit ({'; '.join(changed)})",
-                file=sys.stderr,
-            )
-    return state
-
-
-def _ckpt_to_resume(options: RunOptions) -> tuple[Path | None, bool]:
-    """The checkpoint to go on from, and whether it is the one given by --resume_ckpt."""
-    latest, given = options.ckpt_folder / LATEST, options.resume_ckpt
-    if given is None:
-        return (latest if latest.exists() else None), False
-    digest = load_ckpt(given)["digest"]
-    if latest.exists():
-        if load_ckpt(latest)["resumed_from"] == digest:
-            return latest, False  # the same command a second time: go on, do not start over
-        if latest.parent.resolve() != given.parent.resolve():
-            raise ResumeError(
-                f"{latest} does not come from {given}: choose another --run to keep both, or leave "
-                "out --resume_ckpt to go on with the former."
-            )
-    return given, True
-
-
-def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, path: Path) -> None:
-    old = {**content["config"], "data": content["data"]}
-    new = {**config.to_dict(), "data": _data_facts(train)}
-    for name in RESUME_MAY_CHANGE:
-        old.pop(name), new.pop(name)
-    if changed := differences(old, new):
-        raise ResumeError(
-            f"{path} was trained with other settings ({'; '.join(changed)}): give the same ones to "
-            "go on, or choose another --run to start anew."
-        )
-
-
-def _bring_best_along(state: TrainState, given: Path, folder: Path) -> None:
-    """A run continued in a new folder keeps its best checkpoint so far, if that can be found."""
-    if given.parent.resolve() == folder.resolve():
-        return
-    for candidate in (given, given.parent / BEST):
-        if candidate.exists() and load_ckpt(candidate)["step"] == state.best["step"]:
-            return copy_ckpt(candidate, folder / BEST)
-    state.best = {"bound": math.inf, "step": 0, "epoch": 0}

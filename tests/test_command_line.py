@@ -1,0 +1,243 @@
+"""The command line as its users meet it: what it can, and one sentence for each mistake."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import NAMES, write_idx_folder
+
+from vae_hyperband import train_vae
+from vae_hyperband.checkpoint import load_ckpt, save_ckpt
+from vae_hyperband.config import check_run_name
+from vae_hyperband.data import load_split
+from vae_hyperband.errors import ConfigError, DeviceError, VAEHyperbandError
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.process import pick_device
+from vae_hyperband.training import fit
+
+BASE = ["--dataset", "custom", "--device", "cpu", "--num-threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trained(options, small_config):
+    return fit(small_config, options(), quiet=True)
+
+
+def test_train_takes_hyphens_and_underscores_alike(small_data, capsys):
+    arguments = ["train", *BASE, "--data_dir", str(small_data), "--run", "x", "--epochs", "2"]
+    arguments += ["--latent_dim", "3", "--batch-size", "50", "--val_interval", "2", "--seed", "5"]
+    arguments += ["--learning-rate", "0.001", "--beta", "2"]
+    assert train_vae.main(arguments) == 0
+    config = load_ckpt("checkpoints/x/latest.pt")["config"]
+    assert (config["latent_dim"], config["batch_size"], config["beta"]) == (3, 50, 2)
+    assert (config["val_interval"], config["seed"], config["learning_rate"]) == (2, 5, 0.001)
+    said = capsys.readouterr().out
+    assert "epoch 2/2: bound" in said
+    assert "best validation bound" in said
+    for name in ("curves", "reconstructions", "samples", "traversal"):
+        assert (os.stat(f"logs/x/{name}.png")).st_size > 5000
+
+
+def test_evaluate_prints_and_writes_what_python_returns(trained, small_data, capsys, tmp_path):
+    arguments = ["evaluate", str(trained.best), "--split", "test", "--json", "e.json"]
+    assert train_vae.main([*arguments, "--data-dir", str(small_data), "--device", "cpu"]) == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["split"] == "test"
+    assert report["num_images"] == 60
+    assert f"{report['bound']['mean']:.2f} +- " in capsys.readouterr().out
+    again = evaluate(trained.best, "test", small_data, "cpu")
+    assert again["bound"] == report["bound"]
+    total = report["recon_loss"]["mean"] + report["KL_divergence"]["mean"]
+    assert report["bound"]["mean"] == pytest.approx(total, rel=1e-12)
+    above = report["bound"]["mean"] - report["entropy_floor"]
+    assert report["nats_above_floor"] == pytest.approx(above)
+
+
+def test_evaluating_on_validation_repeats_the_training_s_own_number(trained, small_data):
+    report = evaluate(trained.best, "validation", small_data, "cpu")
+    assert report["bound"]["mean"] == pytest.approx(trained.state.best["bound"], rel=1e-6)
+
+
+def test_the_standard_error_is_that_of_a_mean_over_images(trained, small_data):
+    from vae_hyperband.checkpoint import load_model
+    from vae_hyperband.training import eval_dataloader, split_nats
+
+    held_out = load_split("test", small_data, "custom")
+    nats = split_nats(load_model(trained.best), eval_dataloader(held_out), seed=3)
+    bound = nats.recon_B + nats.kl_B
+    report = evaluate(trained.best, "test", small_data, "cpu")
+    expected = (bound.var() / 60).sqrt().item()
+    assert report["bound"]["standard_error"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_sample_writes_the_same_picture_for_the_same_seed(trained, tmp_path):
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        arguments = ["sample", str(trained.best), "--num-samples", "9", "--seed", str(seed)]
+        assert train_vae.main([*arguments, "--out", name, "--device", "cpu"]) == 0
+    a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c
+
+
+def test_data_says_what_it_found(small_data, capsys):
+    assert train_vae.main(["data", "--dataset", "custom", "--data-dir", str(small_data)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in said] == [
+        ["train", "300"],
+        ["validation", "60"],
+        ["test", "60"],
+    ]
+
+
+@pytest.mark.parametrize("command", ["", *train_vae.COMMANDS])
+def test_help_teaches(command, capsys):
+    if command:
+        with pytest.raises(SystemExit, match="0"):
+            train_vae.main([command, "--help"])
+    else:
+        assert train_vae.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "usage: vae-hyperband" in said
+    for name in train_vae.COMMANDS:
+        assert name in said or command
+    if command == "train":
+        assert "vae-hyperband train --run mine" in said
+        assert "--resume-ckpt" in said
+
+
+def test_the_promised_names_are_re_exported():
+    for name in ("get_dataloader", "train_epoch", "eval_epoch", "save_ckpt"):
+        assert callable(getattr(train_vae, name))
+
+
+def foreign_ckpt(tmp_path):
+    torch.save({"a": 1}, tmp_path / "foreign.pt")
+    return tmp_path / "foreign.pt"
+
+
+MISTAKES = {
+    "no command": ("", "usage"),
+    "unknown command": ("trian", "is no command: use one of run, search, train"),
+    "unknown option": ("train --latent_dum 3", "perhaps you meant --latent-dim"),
+    "option without value": ("train --epochs", "--epochs"),
+    "not a number": ("train --epochs many", "many"),
+    "latent dim 0": ("train --latent-dim 0", "--latent-dim is 0"),
+    "negative learning rate": ("train --learning-rate -1", "--learning-rate is -1.0"),
+    "infinite learning rate": ("train --learning-rate inf", "--learning-rate is inf"),
+    "negative beta": ("train --beta -1", "--beta is -1.0"),
+    "beta nan": ("train --beta nan", "--beta is nan"),
+    "batch size 0": ("train --batch-size 0", "--batch-size is 0"),
+    "batch size above the split": (
+        "train {base} --data-dir {data} --batch-size 301",
+        "between 1 and the 300 images",
+    ),
+    "no epochs": ("train --epochs 0", "--epochs is 0"),
+    "val interval 0": ("train --val-interval 0", "--val-interval is 0"),
+    "negative seed": ("train --seed -1", "--seed is -1"),
+    "no threads": ("train --num-threads 0", "--num-threads is 0"),
+    "unknown schedule": ("train --schedule cosine", "cosine"),
+    "run outside its folder": ("train --run ../x", "must be a plain name"),
+    "absolute run": ("train --run /tmp/x", "must be a plain name"),
+    "empty data folder": ("train --data-dir {tmp}", "No file train-images-idx3-ubyte"),
+    "custom without folder": ("train --dataset custom", "needs --data-dir"),
+    "other data": ("train --data-dir {data}", "is not Fashion-MNIST's train-images"),
+    "not an IDX file": ("train {base} --data-dir {junk}", "is not an IDX file"),
+    "no GPU": ("train {base} --data-dir {data} --device cuda:7", "use --device cpu"),
+    "no such device": ("train {base} --data-dir {data} --device tpu9", "use --device cpu"),
+    "missing checkpoint": ("train --resume_ckpt missing.pt", "No checkpoint at missing.pt"),
+    "foreign checkpoint": ("train --resume_ckpt {foreign}", "not a checkpoint of this project"),
+    "truncated checkpoint": ("train --resume_ckpt {cut}", "is damaged"),
+    "checkpoint of other settings": (
+        "train --resume_ckpt {ckpt} --latent-dim 9 --data-dir {data}",
+        "latent_dim: 4 -> 9",
+    ),
+    "config and checkpoint": ("train --resume_ckpt {ckpt} --config x.json", "give one"),
+    "missing config": ("train --config missing.json", "cannot be read as JSON"),
+    "config with unknown setting": ("train --config {config}", "this version lacks: latent_dims"),
+    "unwritable output": (
+        "train {base} --data-dir {data} --checkpoints-dir /proc/nowhere",
+        "cannot be made",
+    ),
+    "file where a folder should be": (
+        "train {base} --data-dir {data} --logs-dir {foreign}",
+        "cannot be made",
+    ),
+    "evaluate nothing": ("evaluate missing.pt", "No checkpoint at missing.pt"),
+    "evaluate other images": ("evaluate {ckpt} --data-dir {large}", "was trained on images of"),
+    "unknown split": ("evaluate {ckpt} --split valid", "valid"),
+    "unwritable json": ("evaluate {ckpt} --data-dir {data} --json /proc/x.json", "/proc/x.json"),
+    "no samples": ("sample {ckpt} --num-samples 0", "--num-samples is 0"),
+    "sample to a text file": ("sample {ckpt} --out a.txt", "must end in .png"),
+    "sample to an unwritable place": ("sample {ckpt} --out /proc/a.png", "/proc"),
+    "search of nothing": ("search --num-trials 0", "--num-trials is 0"),
+    "search without room to stop": ("search --max-epochs 1", "nothing to stop"),
+    "search over a training run": (
+        "search --run a --dataset custom --data-dir {data} --batch-sizes 32",
+        "holds a training run",
+    ),
+    "search with too large batches": (
+        "search --run b --dataset custom --data-dir {data} --batch-sizes 64 301",
+        "--batch-sizes has more than the 300 training images",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_nothing_is_harmed(
+    name, tmp_path, small_data, trained, capfd
+):
+    argv, expected = MISTAKES[name]
+    junk = write_idx_folder(tmp_path / "junk")
+    (junk / NAMES[0]).write_bytes(b"<html>not found</html>")
+    (tmp_path / "cut.pt").write_bytes(trained.best.read_bytes()[:5000])
+    (tmp_path / "config.json").write_text('{"latent_dims": 3}')
+    places = {
+        "base": " ".join(BASE),
+        "tmp": tmp_path,
+        "data": small_data,
+        "junk": junk,
+        "ckpt": trained.latest,
+        "cut": tmp_path / "cut.pt",
+        "foreign": foreign_ckpt(tmp_path),
+        "config": tmp_path / "config.json",
+        "large": write_idx_folder(tmp_path / "large", size=12),
+    }
+    before = trained.latest.read_bytes()
+    capfd.readouterr()
+    assert train_vae.main(argv.format(**places).split()) == 2
+    out, err = capfd.readouterr()
+    assert any(part in out + err for part in expected.split("|")), out + err
+    if argv:
+        assert out == ""
+        assert err.startswith("vae-hyperband: ")
+        assert len(err.strip().splitlines()) == 1
+        assert err.rstrip().endswith((".", "help.")) or "another model" in err
+    assert trained.latest.read_bytes() == before
+
+
+def test_from_python_the_same_mistakes_raise_our_own_types():
+    with pytest.raises(DeviceError, match="use --device cpu"):
+        pick_device("cuda:7")
+    with pytest.raises(ConfigError, match="plain name"):
+        check_run_name("a\0b")
+    assert issubclass(ConfigError, VAEHyperbandError)
+
+
+def test_divergence_has_its_own_exit_status(small_data, capsys):
+    arguments = ["train", *BASE, "--data-dir", str(small_data), "--learning-rate", "1e6"]
+    assert train_vae.main([*arguments, "--schedule", "constant", "--epochs", "60"]) == 3
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_a_config_of_another_model_in_a_checkpoint_is_refused(trained, tmp_path, capsys):
+    content = load_ckpt(trained.latest)
+    content.pop("digest")
+    content["config"]["latent_dim"] = 5
+    save_ckpt(tmp_path / "odd.pt", content)
+    assert train_vae.main(["sample", str(tmp_path / "odd.pt")]) == 2
+    assert "is of another model" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vae_hyperband.tracking import image_grid, read_rows
+from vae_hyperband.training import fit
+
+
+@pytest.fixture
+def board(options, small_config):
+    result = fit(small_config, options(), quiet=True)
+    board = EventAccumulator(str(result.log_folder), size_guidance={"images": 0, "scalars": 0})
+    board.Reload()
+    return board, result
+
+
+def test_tensorboard_shows_the_promised_scalars(board):
+    events, _ = board
+    tags = events.Tags()["scalars"]
+    for name in ("recon_loss", "KL_divergence", "total_loss", "bound"):
+        assert {f"{name}/train", f"{name}/validation"} <= set(tags)
+    assert {"learning_rate", "images_per_second"} <= set(tags)
+    steps = [event.step for event in events.Scalars("recon_loss/validation")]
+    assert steps == [10, 20, 30]
+
+
+def test_tensorboard_and_metrics_jsonl_say_the_same(board):
+    events, result = board
+    rows = read_rows(result.log_folder / "metrics.jsonl")
+    for split in ("train", "validation"):
+        for name in ("recon_loss", "KL_divergence", "total_loss"):
+            shown = {e.step: e.value for e in events.Scalars(f"{name}/{split}")}
+            written = {row["step"]: row[name] for row in rows if row["split"] == split}
+            assert shown.keys() == written.keys()
+            for step, value in written.items():
+                assert shown[step] == pytest.approx(value, rel=1e-6)
+                assert "images_per_second" not in rows[0]
+
+
+def test_tensorboard_shows_input_reconstruction_and_the_same_samples_improving(board):
+    events, _ = board
+    images = events.Tags()["images"]
+    assert {"images/input", "images/reconstruction", "images/random_samples"} == set(images)
+    assert [e.step for e in events.Images("images/input")] == [0]
+    samples = [e.encoded_image_string for e in events.Images("images/random_samples")]
+    assert len(set(samples)) == 3
+    assert samples[0].startswith(b"\x89PNG")
+
+
+def test_hyperparameters_stand_beside_the_final_metrics(board):
+    events, result = board
+    assert "_hparams_/session_start_info" in events.Tags()["tensors"] or any(
+        "hparams" in name for name in events.summary_metadata
+    )
+    [final] = events.Scalars("best_bound")
+    assert final.value == pytest.approx(result.state.best["bound"], rel=1e-6)
+
+
+def test_speed_is_written_apart_from_the_metrics(board):
+    _, result = board
+    rows = read_rows(result.log_folder / "timing.jsonl")
+    assert rows
+    assert all(row["images_per_second"] > 0 for row in rows)
+
+
+def test_a_grid_has_every_image_at_its_place():
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 2, 3) / 4
+    grid = image_grid(images, columns=3, margin=1, background=0.5)
+    assert grid.shape == (1, 1 + 2 * 3, 1 + 3 * 4)
+    assert grid[0, 1, 1::4].tolist() == [0, 0.25, 0.5]
+    assert grid[0, 4, 1::4].tolist() == [0.75, 1, 0.5]
+    assert (grid[0, 0] == 0.5).all()
+
+
+def test_rows_after_a_torn_line_are_not_believed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2\n' + json.dumps({"step": 3}))
+    assert read_rows(path) == [{"step": 1}]
+    assert read_rows(tmp_path / "missing.jsonl") == []

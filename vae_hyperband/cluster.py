@@ -1,0 +1,83 @@
+"""Ray itself: one of our own on loopback for the time of a search, or a cluster that is there."""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from vae_hyperband.config import SearchOptions
+from vae_hyperband.errors import SearchError
+
+#: No usage report, no second set of logs, no advice between our lines; the user's own values win.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def ray_for(options: SearchOptions) -> Iterator[None]:
+    """A connection to the cluster at --address, or a Ray of our own on loopback, then stopped."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    before = signal.getsignal(signal.SIGTERM)
+    if options.address:
+        _join(options.address, quiet)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(len(os.sched_getaffinity(0)), options.cpus_per_trial),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    # Tune stops in order on SIGINT and SIGUSR1, but schedulers of jobs send SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        _check_resources(options)
+        yield
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _join(address: str, quiet: dict[str, Any]) -> None:
+    """Join a running cluster; without this look at the port, Ray would knock for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, **quiet)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        raise SearchError(
+            f"No Ray cluster can be joined at {address} ({str(error).strip().splitlines()[0]}): "
+            "start one with ray start --head, or leave out --address."
+        ) from error
+
+
+def gpus_per_trial(options: SearchOptions) -> float:
+    if options.gpus_per_trial is not None:
+        return options.gpus_per_trial
+    return 1.0 if options.device.startswith("cuda") else 0.0
+
+
+def _check_resources(options: SearchOptions) -> None:
+    """Without this, Ray would wait for resources that never come."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = {"CPU": options.cpus_per_trial, "GPU": gpus_per_trial(options)}
+    for kind, amount in asked.items():
+        most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+        if amount > most:
+            raise SearchError(
+                f"A trial asks for {amount:g} {kind}, but no machine of the cluster has more than "
+                f"{most:g}: lower --{kind.lower()}s-per-trial."
+            )
