@@ -153,9 +153,8 @@ def search(argv: list[str]) -> int:
     picture = figures.best_config(found, args.where.log_folder / "best_config.png")
     print(f"every trial's curve: {picture}")
     config = args.where.ckpt_folder / "best_config.json"
-    print(
-        f"train it again, in full: {program('vae-hyperband')} train --run best --config {config} --epochs 10"
-    )
+    again = f"{program('vae-hyperband')} train --run best --config {config} --epochs 10"
+    print(f"train it in full: {again}")
     return 0
 
 
@@ -240,9 +239,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stopped(command: str, argv: list[str]) -> int:
-    print(
-        f"stopped and saved; go on with: {program('vae-hyperband')} {shlex.join([command, *argv])}"
-    )
+    again = f"{program('vae-hyperband')} {shlex.join([command, *argv])}"
+    print(f"stopped and saved; go on with: {again}")
     return EXIT_STOPPED
 
 
