@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run test lint notebook clean
+.PHONY: help setup data run test faults lint notebook clean
 
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
 	@echo "make test    set up, run the tests"
+	@echo "make faults  run the slow tests, which kill real processes"
 	@echo "make lint    check format, style and types"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
 	@echo "make notebook  execute model.ipynb and store its outputs"
@@ -25,8 +26,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
 	@test -x $(BIN)/python || { echo "making the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@$(BIN)/python -c 'import torch' 2>/dev/null && grep -v '^torch==' constraints.txt > $(READY).constraints \
-		|| cp constraints.txt $(READY).constraints
+	@if $(BIN)/python -c 'import sys, torch; v = torch.__version__.split("."); sys.exit((int(v[0]), int(v[1])) < (2, 10))' 2>/dev/null; \
+	then echo "keeping the PyTorch of this environment"; grep -v '^torch==' constraints.txt > $(READY).constraints; \
+	else cp constraints.txt $(READY).constraints; fi
 	@echo "installing the tested set of packages (about a minute and a half)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(READY).constraints -e '.[dev]'
 	@touch $@
@@ -40,6 +42,9 @@ run: $(READY)  ## The whole job
 test: $(READY)  ## The tests; Fashion-MNIST is fetched if it can be, one test uses it
 	@$(BIN)/vae-hyperband data --install || echo "going on without Fashion-MNIST"
 	$(BIN)/python -m pytest
+
+faults: $(READY)  ## The slow tests, which kill real processes
+	$(BIN)/python -m pytest -m faults
 
 lint: $(READY)  ## Format, style, types
 	$(BIN)/ruff format --check .

@@ -130,6 +130,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch):
     assert sorted(p.name for p in saved.parent.iterdir()) == ["best.pt", "latest.pt"]
 
 
+@pytest.mark.faults
 def test_a_process_ended_at_any_file_operation_leaves_the_old_or_the_new_state(saved, tmp_path):
     """The n-th open, fsync, replace ... of save_ckpt is the process's last, for every n."""
     script = textwrap.dedent("""

@@ -4,11 +4,10 @@ import dataclasses
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from conftest import command_line
+from conftest import NAMES, command_line
 
 from vae_hyperband.checkpoint import load_ckpt, load_model
 from vae_hyperband.config import SearchConfig, TrainConfig
@@ -29,13 +28,23 @@ def search_command(small_data: Path, run: str, *extra: object) -> list[str]:
 def searched(tmp_path_factory, small_data) -> tuple[Path, str]:
     """One finished ASHA search, shared: its working folder and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
+    train_only = folder / "data"  # a search that opened the test file would not find it
+    train_only.mkdir()
+    for file in small_data.glob("train-*"):
+        (train_only / file.name).write_bytes(file.read_bytes())
     command = search_command(
-        small_data, "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3
+        train_only, "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3
     )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return folder, done.stdout
+
+
+def test_a_search_never_opens_the_test_file(searched):
+    folder, _ = searched
+    assert sorted(p.name for p in (folder / "data").iterdir()) == [NAMES[0], NAMES[1]]
+    assert (folder / "checkpoints/s/best_config.json").exists()
 
 
 def test_asha_stops_trials_at_its_rungs_and_says_what_that_saved(searched):
@@ -93,7 +102,7 @@ def test_every_trial_wrote_tensorboard_and_json_logs(searched):
 def test_the_same_command_again_repeats_nothing_and_another_space_is_refused(searched, small_data):
     folder, said = searched
     arguments = ["--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3]
-    command = search_command(small_data, "s", *arguments)
+    command = search_command(folder / "data", "s", *arguments)
     before = (folder / "checkpoints/s/trials.json").stat().st_mtime_ns
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
@@ -138,7 +147,8 @@ def test_a_trial_that_diverges_ranks_last_and_harms_no_other(tmp_path, small_dat
     assert f"{len(wild)} failed" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, small_data, number):
     command = search_command(
         small_data, "c", "--scheduler", "asha", "--num-trials", 6, "--max-epochs", 60,
@@ -162,16 +172,6 @@ def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, s
     for trial in result.trials:
         assert trial.error is None
         assert trial.epochs == list(range(1, trial.num_epochs + 1))
-
-
-def test_a_search_never_opens_the_test_file(tmp_path, small_data):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for file in small_data.glob("train-*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    command = search_command(folder, "n", "--num-trials", 2, "--max-epochs", 2)
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_drawn_configurations_are_a_function_of_the_seed():
@@ -210,14 +210,11 @@ def test_impossible_searches_are_refused(wrong, message):
 
 
 def test_more_resources_than_there_are_is_one_sentence_not_a_wait(tmp_path, small_data):
-    started = time.monotonic()
-    for extra, kind in ((["--gpus-per-trial", 3], "3 GPU"), (["--device", "cuda"], "1 GPU")):
-        command = search_command(small_data, "r", *extra)
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2
-        assert kind in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-    assert time.monotonic() - started < 120
+    command = search_command(small_data, "r", "--gpus-per-trial", 3)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "3 GPU" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_an_address_without_a_ray_is_one_sentence(tmp_path, small_data):

@@ -29,7 +29,7 @@ from vae_hyperband.data import load_split
 from vae_hyperband.errors import SearchError
 from vae_hyperband.process import environment, only_writer, pick_device
 from vae_hyperband.trials import METRIC, SearchResult, TrialRecord, read_result
-from vae_hyperband.tuning import tuner_for
+from vae_hyperband.tuning import ENDED, ended_trials, trial_name, tuner_for
 
 
 def search(config: SearchConfig, options: SearchOptions | None = None) -> SearchResult | None:
@@ -48,7 +48,7 @@ def search(config: SearchConfig, options: SearchOptions | None = None) -> Search
                 raise SearchError(f"--batch-sizes has more than the {num_images} training images.")
             with ray_for(options):
                 grid = tuner_for(config, options).fit()
-            if _unfinished(folder / "trials", config):
+            if _unfinished(folder, config):
                 return None
             _write_result(config, options, grid)
         return read_result(folder)
@@ -79,16 +79,17 @@ def _check_same_search(config: SearchConfig, folder: Path) -> None:
         write_text(path, json.dumps(asked, indent=2) + "\n")
 
 
-def _unfinished(ray_folder: Path, config: SearchConfig) -> bool:
-    """Whether Ray's own record has trials left to run.
-
-    Tuner.fit returns normally after a signal, too, and by then calls every trial terminated; the
-    record was written before that.
-    """
-    newest = max(ray_folder.glob("experiment_state-*.json"))  # the name ends in its start time
+def _unfinished(folder: Path, config: SearchConfig) -> bool:
+    """Whether trials are left to run; Tuner.fit returns normally after a signal, too."""
+    # after fit() the trials in memory all say "terminated"; the record was written before that
+    newest = max((folder / "trials").glob("experiment_state-*.json"))  # named by its start time
     trials = [json.loads(state) for state, _ in read_json(newest)["trial_data"]]
-    ended = [trial["status"] in (Trial.TERMINATED, Trial.ERROR) for trial in trials]
-    return sum(ended) < config.num_trials
+    ended = {
+        trial_name(trial["trial_id"])
+        for trial in trials
+        if trial["status"] in (Trial.TERMINATED, Trial.ERROR)
+    }
+    return len(ended | ended_trials(folder / ENDED)) < config.num_trials
 
 
 def _write_result(config: SearchConfig, options: SearchOptions, grid: tune.ResultGrid) -> None:

@@ -32,6 +32,8 @@ from vae_hyperband.process import make_folder
 from vae_hyperband.training import TrainState, fit
 from vae_hyperband.trials import METRIC, describe
 
+ENDED = "ended.txt"  # in the search's folder: one trial's name a line
+
 
 def space(config: SearchConfig) -> dict[str, Any]:
     """The search space in Ray Tune's terms."""
@@ -130,7 +132,7 @@ def tuner_for(config: SearchConfig, options: SearchOptions) -> tune.Tuner:
             storage_path=str(ray_folder.parent),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             failure_config=tune.FailureConfig(max_failures=0),
-            callbacks=[JsonLoggerCallback(), ProgressLines(config)],
+            callbacks=[JsonLoggerCallback(), ProgressLines(config, options.ckpt_folder / ENDED)],
             verbose=0,
         ),
     )
@@ -153,8 +155,13 @@ def _refuse_foreign(ray_folder: Path) -> None:
         )
 
 
+def trial_name(trial_id: str) -> str:
+    """Ray counts trials in the end of their id; its own folder names would hold rounded floats."""
+    return f"trial_{int(trial_id.rsplit('_', 1)[1]):03d}"
+
+
 def _trial_name(trial: Trial) -> str:
-    return f"trial_{int(trial.trial_id.rsplit('_', 1)[1]):03d}"
+    return trial_name(trial.trial_id)
 
 
 def _scheduler(config: SearchConfig) -> TrialScheduler:
@@ -173,36 +180,47 @@ def _scheduler(config: SearchConfig) -> TrialScheduler:
 
 
 class ProgressLines(tune.Callback):
-    """One line per validation of a trial and per trial that ends."""
+    """One line per validation of a trial and per trial that ends.
 
-    def __init__(self, config: SearchConfig) -> None:
-        self._config = config
-        self._best, self._ended, self._started = float("inf"), 0, time.monotonic()
+    The names of the trials that ended also go to a file, since Ray's own record calls a trial that
+    HyperBand stopped while it was paused "PAUSED" for ever.
+    """
+
+    def __init__(self, config: SearchConfig, ended: Path) -> None:
+        self._config, self._ended = config, ended
+
+    def setup(self, *_: Any, **__: Any) -> None:  # when a search starts, and when it is restored
+        self._started = time.monotonic()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
-        self._best = min(self._best, result[METRIC])
+        seen = [t.metric_analysis[METRIC]["min"] for t in trials if METRIC in t.metric_analysis]
         self._say(
             f"{_trial_name(trial)} epoch {result['epoch']}/{self._config.max_epochs}: "
-            f"bound {result[METRIC]:.2f} (best so far {self._best:.2f}) "
+            f"bound {result[METRIC]:.2f} (best so far {min(seen):.2f}) "
             f"{describe(trial.config['drawn'])}"
         )
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
-        self._ended += 1
         epochs = trial.last_result.get("epoch", 0)
         early = " early" if epochs < self._config.max_epochs else ""
-        self._say(
-            f"{_trial_name(trial)} stopped{early} after epoch {epochs}; "
-            f"{self._ended} of {self._config.num_trials} trials done"
-        )
+        self._end(trial, f"stopped{early} after epoch {epochs}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        self._ended += 1
-        self._say(f"{_trial_name(trial)} failed; {self._ended} of {self._config.num_trials} done")
+        self._end(trial, "failed")
+
+    def _end(self, trial: Trial, how: str) -> None:
+        with self._ended.open("a", encoding="utf-8") as file:
+            file.write(_trial_name(trial) + "\n")
+        num_ended = len(ended_trials(self._ended))
+        self._say(f"{_trial_name(trial)} {how}; {num_ended} of {self._config.num_trials} done")
 
     def _say(self, line: str) -> None:
         print(f"[{time.monotonic() - self._started:4.0f} s] {line}", flush=True)
+
+
+def ended_trials(path: Path) -> set[str]:
+    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
