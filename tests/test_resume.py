@@ -108,13 +108,15 @@ def digests(tmp_path: Path, run: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.faults
-def test_resume_after_sigkill_gives_the_same_bytes(tmp_path, small_data):
+@pytest.mark.parametrize(
+    ("seed", "num_kills"), [(2, 3), pytest.param(5, 10, marks=pytest.mark.faults)]
+)
+def test_resume_after_sigkill_gives_the_same_bytes(tmp_path, small_data, seed, num_kills):
     """Real processes, killed at random moments until one is let through."""
     subprocess.run(train_command(tmp_path, small_data, "whole"), cwd=tmp_path, check=True)
-    rng, kills, mid_run = random.Random(2), 0, 0
+    rng, kills, mid_run = random.Random(seed), 0, 0
     latest = tmp_path / "checkpoints" / "cut" / "latest.pt"
-    for _ in range(6):
+    for _ in range(num_kills):
         process = subprocess.Popen(train_command(tmp_path, small_data, "cut"), cwd=tmp_path)
         # moments that matter lie after the first save; before it nothing is there to be lost
         before = latest.stat().st_mtime_ns if latest.exists() else 0
@@ -123,12 +125,12 @@ def test_resume_after_sigkill_gives_the_same_bytes(tmp_path, small_data):
             if latest.exists() and latest.stat().st_mtime_ns != before:
                 break
             time.sleep(0.005)
-        time.sleep(rng.random() * 0.4)
+        time.sleep(rng.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         mid_run += 0 < load_ckpt(latest)["step"] < 12 * 38
-    assert kills >= 3
-    assert mid_run >= 3
+    assert kills >= num_kills // 2  # a run may end before its kill
+    assert mid_run >= num_kills // 2
     subprocess.run(train_command(tmp_path, small_data, "cut"), cwd=tmp_path, check=True)
     assert digests(tmp_path, "cut") == digests(tmp_path, "whole")
     assert scalars(tmp_path / "logs" / "cut") == scalars(tmp_path / "logs" / "whole")

@@ -195,10 +195,13 @@ class ProgressLines(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
+        bound = result[METRIC]
+        # Ray takes this result into its statistics after this call
         seen = [t.metric_analysis[METRIC]["min"] for t in trials if METRIC in t.metric_analysis]
+        seen.append(bound)
         self._say(
             f"{_trial_name(trial)} epoch {result['epoch']}/{self._config.max_epochs}: "
-            f"bound {result[METRIC]:.2f} (best so far {min(seen):.2f}) "
+            f"bound {bound:.2f} (best so far {min(seen):.2f}) "
             f"{describe(trial.config['drawn'])}"
         )
 
