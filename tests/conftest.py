@@ -107,5 +107,4 @@ def command(tmp_path: Path) -> Command:
 
 
 def command_line(*argv: object) -> list[str]:
-    # the process under test treats warnings as pytest does, imports of others' packages aside
     return [sys.executable, "-m", "vae_hyperband.train_vae", *map(str, argv)]

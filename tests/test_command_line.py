@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import NAMES, write_idx_folder
 
 from vae_hyperband import train_vae
 from vae_hyperband.checkpoint import load_ckpt, save_ckpt
-from vae_hyperband.config import check_run_name
+from vae_hyperband.config import RunOptions, SearchConfig, TrainConfig, check_run_name
 from vae_hyperband.data import load_split
 from vae_hyperband.errors import ConfigError, DeviceError, VAEHyperbandError
 from vae_hyperband.evaluation import evaluate
@@ -169,12 +170,17 @@ MISTAKES = {
     ),
     "evaluate nothing": ("evaluate missing.pt", "No checkpoint at missing.pt"),
     "evaluate other images": ("evaluate {ckpt} --data-dir {large}", "was trained on images of"),
+    "evaluate with no threads": ("evaluate {ckpt} --num-threads 0", "--num-threads is 0"),
     "unknown split": ("evaluate {ckpt} --split valid", "valid"),
     "unwritable json": ("evaluate {ckpt} --data-dir {data} --json /proc/x.json", "/proc/x.json"),
     "no samples": ("sample {ckpt} --num-samples 0", "--num-samples is 0"),
     "sample to a text file": ("sample {ckpt} --out a.txt", "must end in .png"),
     "sample to an unwritable place": ("sample {ckpt} --out /proc/a.png", "/proc"),
     "search of nothing": ("search --num-trials 0", "--num-trials is 0"),
+    "search on an unknown device": ("search --device tpu9", "must be auto, cpu or cuda"),
+    "search on a CPU with GPUs": ("search --device cpu --gpus-per-trial 1", "contradict"),
+    "main job of no epochs": ("run --epochs 0", "--epochs is 0"),
+    "main job on no device": ("run --device tpu9", "use --device cpu"),
     "search without room to stop": ("search --max-epochs 1", "nothing to stop"),
     "search over a training run": (
         "search --run a --dataset custom --data-dir {data} --batch-sizes 32",
@@ -226,6 +232,34 @@ def test_from_python_the_same_mistakes_raise_our_own_types():
     with pytest.raises(ConfigError, match="plain name"):
         check_run_name("a\0b")
     assert issubclass(ConfigError, VAEHyperbandError)
+
+
+def test_from_python_strings_are_paths_and_wrong_types_are_refused(small_data):
+    assert RunOptions(data_dir="x").data_dir == Path("x")
+    assert len(load_split("test", str(small_data), "custom")) == 60
+    for make in (
+        lambda: SearchConfig(latent_dims=16),
+        lambda: SearchConfig(learning_rates=(1e-3,)),
+        lambda: TrainConfig(learning_rate=10**400),
+        lambda: TrainConfig(latent_dim="many"),
+        lambda: TrainConfig(latent_dim=True),
+    ):
+        with pytest.raises(ConfigError):
+            make()
+
+
+def test_writing_to_a_device_or_link_does_not_replace_it(trained, small_data, tmp_path, capfd):
+    (tmp_path / "real.json").write_text("")
+    (tmp_path / "link.json").symlink_to("real.json")
+    arguments = ["evaluate", str(trained.best), "--data-dir", str(small_data), "--device", "cpu"]
+    assert train_vae.main([*arguments, "--json", "link.json"]) == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["num_images"] == 60
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert train_vae.main([*arguments, "--json", "pipe"]) == 0
+    assert json.loads(os.read(reader, 100_000))["num_images"] == 60
+    os.close(reader)
 
 
 def test_divergence_has_its_own_exit_status(small_data, capsys):

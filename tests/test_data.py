@@ -71,13 +71,27 @@ def test_the_order_is_a_function_of_seed_and_epoch(small_data):
     assert sorted(labels(0, 3)) == sorted(split.labels_N.tolist())
 
 
+def test_each_pass_has_an_order_of_its_own(small_data):
+    loader = get_dataloader(custom(small_data), 300, seed=1, shuffle=True)
+    passes = [next(iter([y.tolist() for _, y in loader])) for _ in range(3)]
+    assert passes[0] != passes[1] != passes[2]
+    loader.sampler.start_at(1)
+    assert [y.tolist() for _, y in loader] == [passes[1]]
+
+
+def test_unknown_names_are_refused(small_data):
+    for split, dataset in (("Train", "custom"), ("tset", "custom"), ("train", "fashion_mnist")):
+        with pytest.raises(ConfigError, match="is none of"):
+            load_split(split, small_data, dataset)
+
+
 def test_an_epoch_can_be_entered_in_its_middle(small_data):
     loader = get_dataloader(custom(small_data), 32, seed=1, shuffle=True)
     loader.sampler.start_at(2)
     whole = [y.tolist() for _, y in loader]
     loader.sampler.start_at(2, batch=4)
-    assert [y.tolist() for _, y in loader] == whole[4:]
     assert len(loader) == len(whole) - 4
+    assert [y.tolist() for _, y in loader] == whole[4:]
 
 
 def test_the_loader_leaves_the_global_generator_alone(small_data):
@@ -255,6 +269,11 @@ class TestDownload:
         with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
             download.ensure_data(mirrors=(url + "bad/",))
         assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_a_cache_that_cannot_be_written_is_one_sentence(self, files, monkeypatch):
+        monkeypatch.setenv("VAE_HYPERBAND_CACHE", "/proc/self")
+        with pytest.raises(DataError, match="could not be downloaded"):
+            download.ensure_data(mirrors=("http://127.0.0.1:1/",))
 
     def test_data_that_is_there_needs_no_network(self, server, files, tmp_path, monkeypatch):
         cache = tmp_path / "cache"

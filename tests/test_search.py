@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -143,6 +144,7 @@ def test_a_trial_that_diverges_ranks_last_and_harms_no_other(tmp_path, small_dat
         assert (trial.error is not None) == (trial in wild)
         assert trial in wild or trial.num_epochs == 2
     assert all("diverged" in trial.error for trial in wild)
+    assert (result.num_stopped, result.epochs_saved) == (0, 0)  # failing is not stopping early
     assert result.winner.drawn["beta"] == 1
     assert f"{len(wild)} failed" in done.stdout
 
@@ -218,8 +220,12 @@ def test_more_resources_than_there_are_is_one_sentence_not_a_wait(tmp_path, smal
 
 
 def test_an_address_without_a_ray_is_one_sentence(tmp_path, small_data):
-    command = search_command(small_data, "a", "--address", "127.0.0.1:1")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "No Ray cluster can be joined at 127.0.0.1:1" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # listens, but is no Ray
+        for port in (1, silent.getsockname()[1]):
+            command = search_command(small_data, "a", "--address", f"127.0.0.1:{port}")
+            done = subprocess.run(
+                command, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            )
+            assert done.returncode == 2
+            assert f"No Ray cluster answers at 127.0.0.1:{port}" in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1

@@ -7,18 +7,21 @@ rate-distortion trade-off of the beta-VAE (Higgins et al. 2017; Alemi et al. 201
 """
 
 import os
+import socket
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 from vae_hyperband.config import Places, RunOptions, TrainConfig
 from vae_hyperband.data import load_split
-from vae_hyperband.errors import VAEHyperbandError
+from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.options import parse_options
-from vae_hyperband.training import fit
+from vae_hyperband.process import EXIT_STOPPED, pick_device, stop_flag
+from vae_hyperband.training import FitResult, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class BetaArgs(Places):
     """Number of latent dimensions of z."""
     seed: int = 0
     """The same for every beta: same initial weights, same order, same noise."""
-    dataset: str = "fashion-mnist"
+    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
     """fashion-mnist, or custom with --data-dir."""
     port: int = 6006
     """Where TensorBoard listens, on 127.0.0.1 only."""
@@ -46,40 +49,75 @@ class BetaArgs(Places):
     """Open TensorBoard and keep it open until Ctrl-C (--no-serve: only train)."""
 
 
-def train_beta(args: BetaArgs, beta: float) -> dict[str, float]:
-    """One run, in a process of its own with one thread; its last validation losses."""
+def run_name(args: BetaArgs, beta: float) -> str:
+    return f"{args.run}-beta-{beta:g}"
+
+
+def train_beta(args: BetaArgs, beta: float) -> FitResult:
+    """One run, in a process of its own with one thread."""
     config = TrainConfig(
         beta=beta,
         epochs=args.epochs,
         latent_dim=args.latent_dim,
         seed=args.seed,
-        dataset=args.dataset,  # type: ignore[arg-type]  # TrainConfig checks it
+        dataset=args.dataset,
     )
     options = RunOptions(
-        run=f"{args.run}-beta-{beta:g}",
+        run=run_name(args, beta),
         device=args.device,
         num_threads=1,
         data_dir=args.data_dir,
         checkpoints_dir=args.checkpoints_dir,
         logs_dir=args.logs_dir,
     )
-    return fit(config, options, quiet=True).state.metrics
+    # Ctrl-C reaches every process of the terminal: each saves its own run
+    with stop_flag() as should_stop:
+        return fit(config, options, should_stop=should_stop, quiet=True)
 
 
-def compare(args: BetaArgs) -> None:
-    """Train every beta, as many at once as there are cores, and print what each reached."""
-    load_split("train", args.data_dir, args.dataset)  # a mistake here is one sentence, not one each
+def compare(args: BetaArgs) -> bool:
+    """Train every beta, as many at once as there are cores, and print what each reached.
+
+    Whether all of them finished (False: stopped on request, the same command goes on).
+    """
     num_workers = min(len(args.betas), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+    with (
+        stop_flag() as should_stop,
+        ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool,
+    ):
         runs = {beta: pool.submit(train_beta, args, beta) for beta in args.betas}
         print("beta   reconstruction      KL   bound (validation, nats/image; bound at beta = 1)")
         for beta, run in runs.items():
-            losses = run.result()
+            while not run.done() and not should_stop():
+                wait([run], timeout=0.2)
+            if should_stop():
+                pool.shutdown(cancel_futures=True)  # waits for those under way, which are saving
+                return False
+            losses = run.result().state.metrics
             print(
                 f"{beta:<6g} {losses['recon_loss']:14.2f} {losses['KL_divergence']:7.2f} "
                 f"{losses['bound']:7.2f}",
                 flush=True,
             )
+    return True
+
+
+def check(args: BetaArgs) -> None:
+    """A mistake is one sentence here, not one from each process."""
+    for beta in args.betas:
+        TrainConfig(beta=beta, epochs=args.epochs, latent_dim=args.latent_dim, seed=args.seed)
+    if len({run_name(args, beta) for beta in args.betas}) < len(args.betas) or not args.betas:
+        raise ConfigError(f"--betas is {args.betas}, but must name different values.")
+    pick_device(args.device)
+    load_split("train", args.data_dir, args.dataset)
+    if args.serve:
+        try:
+            with socket.create_server(("127.0.0.1", args.port)):
+                pass
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"--port {args.port} cannot be used ({error}): choose another one."
+            ) from error
 
 
 def serve(logs_dir: Path, port: int) -> subprocess.Popen[bytes]:
@@ -94,9 +132,12 @@ def main(argv: list[str] | None = None) -> int:
     board = None
     try:
         args = parse_options(BetaArgs, argv, "python -m vae_hyperband.beta_vae_tsb")
+        check(args)
         if args.serve:
             board = serve(args.logs_dir, args.port)
-        compare(args)
+        if not compare(args):
+            print("stopped and saved; the same command goes on.", flush=True)
+            return EXIT_STOPPED
         if board:
             print("Ctrl-C ends TensorBoard.", flush=True)
             return board.wait()

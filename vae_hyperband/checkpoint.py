@@ -106,7 +106,11 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file atomically and durably, or raise :class:`RunFolderError`."""
-    _write_bytes(path, text.encode())
+    if path.exists() and not path.is_file():  # /dev/stdout and its like are not for replacing
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        _write_bytes(path.resolve(), text.encode())
 
 
 def copy_ckpt(source: Path, target: Path) -> None:
@@ -147,14 +151,17 @@ def load_ckpt(path: Path | str) -> dict[str, Any]:
             f"{path} has format version {content.get('version')}, but this program reads "
             f"version {VERSION}: use a newer vae-hyperband."
         )
-    digest = content.get("digest")
     payload = {name: content[name] for name in content if name in KEYS}
-    if set(payload) != KEYS or tree_digest(payload) != digest:
+    try:
+        intact = set(payload) == KEYS and tree_digest(payload) == content.get("digest")
+    except TypeError:  # a value of a type that no checkpoint has
+        intact = False
+    if not intact:
         raise CheckpointError(
             f"{path} is damaged: its content does not match its own digest; use another "
             "checkpoint, such as best.pt or latest.pt beside it."
         )
-    return {**payload, "digest": digest}
+    return {**payload, "digest": content["digest"]}
 
 
 def model_from_ckpt(content: dict[str, Any], source: Path | str = "the checkpoint") -> VAE:

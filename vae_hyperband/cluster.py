@@ -1,9 +1,11 @@
 """Ray itself: one of our own on loopback for the time of a search, or a cluster that is there."""
 
+import dataclasses
 import logging
 import os
 import signal
-import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +45,6 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
     # Tune stops in order on SIGINT and SIGUSR1, but schedulers of jobs send SIGTERM
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
-        _check_resources(options)
         yield
     finally:
         ray.shutdown()
@@ -51,29 +52,42 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:
-    """Join a running cluster; without this look at the port, Ray would knock for minutes."""
-    host, _, port = address.rpartition(":")
+    """Join a running cluster; asked first whether it is one, since Ray would knock for minutes."""
+    asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        if port.isdecimal():
-            socket.create_connection((host, int(port)), timeout=10).close()
+        if address != "auto":
+            subprocess.run(asked, check=True, capture_output=True, timeout=20)
         ray.init(address=address, **quiet)
-    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
         raise SearchError(
-            f"No Ray cluster can be joined at {address} ({str(error).strip().splitlines()[0]}): "
-            "start one with ray start --head, or leave out --address."
+            f"No Ray cluster answers at {address}: start one with ray start --head and give its "
+            "address (host:port), or leave out --address."
         ) from error
 
 
-def gpus_per_trial(options: SearchOptions) -> float:
+def with_gpus(options: SearchOptions) -> SearchOptions:
+    """The options with their GPUs per trial filled in; needs Ray to be there.
+
+    "auto" takes a whole GPU per trial if the cluster has one; several trials share one if
+    --gpus-per-trial says a fraction.
+    """
     if options.gpus_per_trial is not None:
-        return options.gpus_per_trial
-    return 1.0 if options.device.startswith("cuda") else 0.0
+        return options
+    wanted = options.device.startswith("cuda")
+    if options.device == "auto":
+        wanted = ray.cluster_resources().get("GPU", 0) > 0
+    return dataclasses.replace(options, gpus_per_trial=float(wanted))
 
 
-def _check_resources(options: SearchOptions) -> None:
+def trial_device(options: SearchOptions) -> str:
+    """What a trial computes on: the GPU that Ray shows it as its only one, or the CPU."""
+    return "cuda" if options.gpus_per_trial else "cpu"
+
+
+def check_resources(options: SearchOptions) -> None:
     """Without this, Ray would wait for resources that never come."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    asked = {"CPU": options.cpus_per_trial, "GPU": gpus_per_trial(options)}
+    asked = {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial or 0}
     for kind, amount in asked.items():
         most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
         if amount > most:

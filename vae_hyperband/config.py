@@ -73,7 +73,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
-        """The configuration in ``values``; :class:`ConfigError` names a missing or unknown key."""
+        """The configuration in ``values``, defaults for the rest; an unknown key is an error."""
         _require(isinstance(values, dict), f"{source} is no set of settings.")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
@@ -148,13 +148,22 @@ class SearchOptions(Places):
     cpus_per_trial: int = 1
     """CPU cores, and threads, of each trial; as many trials run side by side as there is room."""
     gpus_per_trial: float | None = None
-    """GPUs of each trial, fractions allowed (default: none, or what --device cuda needs)."""
+    """GPUs of each trial, fractions allowed (default: 1 if there is one and --device allows)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_number("cpus_per_trial", self.cpus_per_trial, 1)
         if self.gpus_per_trial is not None:
             _require_number("gpus_per_trial", self.gpus_per_trial, 0)
+        gpus = self.gpus_per_trial
+        _require(
+            self.device in ("auto", "cpu", "cuda"),
+            f"--device is {self.device!r}, but must be auto, cpu or cuda for a search.",
+        )
+        _require(
+            not (self.device == "cpu" and gpus) and not (self.device == "cuda" and gpus == 0),
+            f"--device {self.device} and --gpus-per-trial {gpus} contradict each other.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,16 +267,33 @@ def _check_types(config: Any) -> None:
     """Values of the declared types: JSON and Python callers are not checked by a parser."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        if type(None) in typing.get_args(hint):  # X | None
-            if value is None:
-                continue
-            [hint] = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
-            flag = "--" + field.name.replace("_", "-")
-            _require(value in choices, f"{flag} is {value!r}, but must be one of {choices}.")
-        elif hint in (int, float, str, bool):
-            wanted = (int, float) if hint is float else hint
-            ok = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
-            _require(ok, f"{field.name} is {value!r}, but must be of type {hint.__name__}.")
+        value = _of_type(field.name, getattr(config, field.name), hints[field.name])
+        object.__setattr__(config, field.name, value)
+
+
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type that a field declares: ints for floats, strings for paths are fine."""
+    if type(None) in typing.get_args(hint):  # X | None
+        if value is None:
+            return None
+        [hint] = (kind for kind in typing.get_args(hint) if kind is not type(None))
+    if typing.get_origin(hint) is Literal:
+        choices, flag = typing.get_args(hint), "--" + name.replace("_", "-")
+        _require(value in choices, f"{flag} is {value!r}, but must be one of {choices}.")
+        return value
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        _require(isinstance(value, tuple | list), f"{name} is {value!r}, but must be a list.")
+        if Ellipsis in kinds:
+            kinds = (kinds[0],) * len(value)
+        _require(
+            len(value) == len(kinds), f"{name} is {value!r}, but must have {len(kinds)} values."
+        )
+        return tuple(_of_type(name, v, kind) for v, kind in zip(value, kinds, strict=True))
+    wanted = {float: (int, float), Path: (str, Path)}.get(hint, hint)
+    ok = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
+    _require(ok, f"{name} is {value!r}, but must be of type {hint.__name__}.")
+    try:
+        return hint(value)
+    except OverflowError:
+        raise ConfigError(f"{name} is {value!r}, which is too large.") from None

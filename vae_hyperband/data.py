@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from vae_hyperband.errors import ConfigError, DataError
 from vae_hyperband.randomness import generator
 
 SplitName = Literal["train", "validation", "test"]
+SPLITS = get_args(SplitName)
+DATASETS = ("fashion-mnist", "custom")
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -87,6 +89,10 @@ def load_split(
     accepts other data in the same format; its validation split is the last sixth of the training
     file, as Fashion-MNIST's is. Raises :class:`DataError`.
     """
+    for name, value, known in (("split", split, SPLITS), ("dataset", dataset, DATASETS)):
+        if value not in known:
+            raise ConfigError(f"The {name} {value!r} is none of {', '.join(known)}.")
+    data_dir = None if data_dir is None else Path(data_dir)
     if dataset == "custom" and data_dir is None:
         raise ConfigError("--dataset custom needs --data-dir, the folder with its four IDX files.")
     part = "t10k" if split == "test" else "train"
@@ -199,7 +205,8 @@ class SplitBatches(Dataset[tuple[Tensor, Tensor]]):
 class EpochOrder(Sampler[Tensor]):
     """Yields the image numbers of each batch; the order is a pure function of (seed, epoch).
 
-    ``start_at(epoch, batch)`` says where the next pass begins, which is all that resuming needs.
+    Each complete pass leads to the next epoch's order. ``start_at(epoch, batch)`` says where the
+    next pass begins, which is all that resuming needs.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, shuffle: bool) -> None:
@@ -219,6 +226,7 @@ class EpochOrder(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.order(self.epoch).split(self.batch_size)[self.first_batch :]
+        self.start_at(self.epoch + 1)
 
     def __len__(self) -> int:
         return math.ceil(self.num_images / self.batch_size) - self.first_batch
@@ -240,9 +248,10 @@ def get_dataloader(
 ) -> DataLoader:
     """Batches ``(x_BCHW in [0, 1], labels_B)`` of a split, held in memory on ``device``.
 
-    Shuffled for "train" and in file order otherwise, unless ``shuffle`` says; the last batch may be
-    smaller. ``loader.sampler`` is the :class:`EpochOrder`. Raises :class:`DataError`, and
-    :class:`ConfigError` where a batch is larger than the split.
+    Shuffled anew in each epoch for the name "train", in file order otherwise (also for a
+    :class:`Split`), unless ``shuffle`` says; the last batch may be smaller. ``loader.sampler`` is
+    the :class:`EpochOrder`. Raises :class:`DataError`, and :class:`ConfigError` where a batch is
+    larger than the split.
     """
     if shuffle is None:
         shuffle = split == "train"

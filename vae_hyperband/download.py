@@ -45,7 +45,7 @@ def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> No
         print(error, flush=True)
         if not (install and _install_package()):
             raise DataError(
-                f"No mirror of Fashion-MNIST can be reached: on Debian or Ubuntu run "
+                f"Fashion-MNIST could not be downloaded: on Debian or Ubuntu run "
                 f'"sudo apt-get install {PACKAGE}", elsewhere put its four files into '
                 f"{cache_folder()} or any folder given by --data-dir."
             ) from error
@@ -59,38 +59,40 @@ def check_data() -> None:
 
 def _download(name: str, sha256: str, mirrors: tuple[str, ...]) -> None:
     """One file from the first mirror that has the right one; :class:`DataError` if none does."""
+    failures = []
+    for mirror in mirrors:
+        try:
+            _fetch(mirror + name + ".gz", name, sha256)
+        # pooch passes on whatever its HTTP library raises (OSError), and ValueError
+        except (OSError, ValueError, VAEHyperbandError) as error:
+            failures.append(f"{mirror}: {_first_line(error)}")
+        else:
+            print(f"downloaded {name}.gz from {mirror}", flush=True)
+            return
+    raise DataError(f"Could not download {name}.gz ({'; '.join(failures)}).")
+
+
+def _fetch(url: str, name: str, sha256: str) -> None:
+    """Download one file into the cache, where it appears only if its content is the right one."""
     import pooch  # here, not above: who has the data needs neither pooch nor a network
 
     pooch.get_logger().setLevel(logging.WARNING)
     cache = cache_folder()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"The cache folder {cache} cannot be made: {error}.") from error
-    failures = []
-    for mirror in mirrors:
-        with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
-            try:
-                path = pooch.retrieve(
-                    mirror + name + ".gz",
-                    known_hash=None,  # the content's own digest is checked below
-                    path=folder,
-                    fname=name + ".gz",
-                    downloader=pooch.HTTPDownloader(
-                        progressbar=sys.stderr.isatty(), timeout=TIMEOUT_SECONDS
-                    ),
-                )
-                _, found = read_idx(Path(path), num_dims=3 if "idx3" in name else 1)
-                if found != sha256:
-                    raise DataError(f"its content has SHA-256 {found}, expected {sha256}")
-            # pooch passes on whatever its HTTP library raises (OSError), and ValueError
-            except (OSError, ValueError, VAEHyperbandError) as error:
-                failures.append(f"{mirror}: {_first_line(error)}")
-            else:
-                os.replace(path, cache / (name + ".gz"))
-                print(f"downloaded {name}.gz from {mirror}", flush=True)
-                return
-    raise DataError(f"Could not download {name}.gz ({'; '.join(failures)}).")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
+        path = pooch.retrieve(
+            url,
+            known_hash=None,  # the content's own digest is checked below
+            path=folder,
+            fname=name + ".gz",
+            downloader=pooch.HTTPDownloader(
+                progressbar=sys.stderr.isatty(), timeout=TIMEOUT_SECONDS
+            ),
+        )
+        _, found = read_idx(Path(path), num_dims=3 if "idx3" in name else 1)
+        if found != sha256:
+            raise DataError(f"its content has SHA-256 {found}, expected {sha256}")
+        os.replace(path, cache / (name + ".gz"))
 
 
 def _first_line(error: Exception) -> str:

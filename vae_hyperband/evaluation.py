@@ -4,14 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, SplitName, load_split
 from vae_hyperband.errors import CheckpointError
-from vae_hyperband.model import VAE
 from vae_hyperband.objective import entropy_floor
 from vae_hyperband.process import environment, pick_device
 from vae_hyperband.training import eval_dataloader, split_nats
@@ -74,10 +72,3 @@ def _mean_and_error(values_N: Tensor) -> dict[str, float]:
     """Mean over images and the standard error of that mean (images as independent draws)."""
     spread = values_N.std().item() if len(values_N) > 1 else math.nan
     return {"mean": values_N.mean().item(), "standard_error": spread / math.sqrt(len(values_N))}
-
-
-@torch.no_grad()
-def kl_per_dimension(model: VAE, images_NCHW: Tensor) -> Tensor:
-    """Mean KL of each latent dimension in nats, shape (Z,): how much each one is used."""
-    mu_NZ, logvar_NZ = model.encode(images_NCHW)
-    return 0.5 * (mu_NZ.square() + logvar_NZ.exp() - 1 - logvar_NZ).mean(dim=0)

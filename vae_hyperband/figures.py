@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from vae_hyperband.errors import RunFolderError
-from vae_hyperband.evaluation import kl_per_dimension
 from vae_hyperband.model import VAE
+from vae_hyperband.objective import kl_per_dimension
 from vae_hyperband.process import make_folder
 from vae_hyperband.randomness import generator
 from vae_hyperband.tracking import image_grid, read_rows
@@ -103,10 +103,11 @@ def _draw_curves(axes: Axes, result: SearchResult) -> None:
             markersize=4 if wins else 3,
             zorder=3 if wins else 2,
         )
-    num_complete = len(result.trials) - result.num_stopped - result.num_failed
+    complete = [t for t in usable if t.num_epochs == result.config.max_epochs]
+    num_others = sum(trial is not result.winner for trial in complete)
     for label, color in (
         (f"winner, {result.winner.name.replace('_', ' ')}", ORANGE),
-        (f"others trained to the end ({num_complete - 1})", BLUE),
+        (f"others trained to the end ({num_others})", BLUE),
         (f"stopped early ({result.num_stopped})", GREY),
     ):
         axes.plot([], [], color=color, marker="o", markersize=4, label=label)
@@ -245,7 +246,7 @@ def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Pat
 def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) -> Path:
     """One image's latent, one dimension at a time from -3 to 3; the most used dimensions first."""
     device = next(model.parameters()).device
-    kl_Z = kl_per_dimension(model, images_NCHW.to(device)).cpu()
+    kl_Z = kl_per_dimension(*model.encode(images_NCHW.to(device))).mean(dim=0).cpu()
     dims = kl_Z.argsort(descending=True)[:num_dims].tolist()
     steps = torch.linspace(-3, 3, 11)
     mu_1Z, _ = model.encode(images_NCHW[:1].to(device))

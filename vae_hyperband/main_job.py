@@ -4,14 +4,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vae_hyperband import figures
 from vae_hyperband.checkpoint import write_text
 from vae_hyperband.config import Places, RunOptions, SearchConfig, SearchOptions, TrainConfig
 from vae_hyperband.download import ensure_data
 from vae_hyperband.evaluation import evaluate
-from vae_hyperband.process import stop_flag
+from vae_hyperband.process import pick_device, stop_flag
 from vae_hyperband.report import draw_run, look_at, summary_of, table_of, with_error
 from vae_hyperband.search import search
 from vae_hyperband.training import FitResult, fit
@@ -20,7 +20,12 @@ from vae_hyperband.trials import SearchResult, describe
 
 @dataclass(frozen=True, kw_only=True)
 class MainJob(Places):
-    """The whole job; the same command goes on after a stop and repeats nothing."""
+    """The whole job: data, search, train the best configuration, evaluate it, figures.
+
+    vae-hyperband run
+
+    The same command goes on after a stop; what is trained is not trained again.
+    """
 
     run: str = "fashion"
     """Name of the job: <run>-search and <run>-best are its folders."""
@@ -30,8 +35,8 @@ class MainJob(Places):
     """Epochs of a trial that is never stopped."""
     epochs: int = 10
     """Epochs of the best configuration's full training."""
-    scheduler: str = "asha"
-    """asha, hyperband or none."""
+    scheduler: Literal["asha", "hyperband", "none"] = "asha"
+    """asha stops the worse trials early; hyperband pauses them."""
     seed: int = 0
     """Decides the configurations drawn, and every run's weights, order and noise."""
 
@@ -44,6 +49,8 @@ def run_main_job(job: MainJob) -> bool:
         "logs_dir": job.logs_dir,
         "data_dir": job.data_dir,
     }
+    pick_device(job.device)  # mistakes before the work, not after the search
+    full = TrainConfig(epochs=job.epochs, seed=job.seed)
     _heading("1/5  data: Fashion-MNIST, checked by its digests")
     if job.data_dir is None:
         ensure_data(install=True)
@@ -52,7 +59,7 @@ def run_main_job(job: MainJob) -> bool:
     config = SearchConfig(
         num_trials=job.num_trials,
         max_epochs=job.max_epochs,
-        scheduler=job.scheduler,  # type: ignore[arg-type]  # SearchConfig checks it
+        scheduler=job.scheduler,
         seed=job.seed,
     )
     found = search(config, SearchOptions(run=f"{job.run}-search", **places))
@@ -62,7 +69,7 @@ def run_main_job(job: MainJob) -> bool:
     print(summary_of(found), flush=True)
 
     _heading(f"3/5  train the best configuration for {job.epochs} epochs")
-    best = dataclasses.replace(found.best_config, epochs=job.epochs)
+    best = dataclasses.replace(found.best_config, epochs=full.epochs)
     with stop_flag() as should_stop:
         trained = fit(best, RunOptions(run=f"{job.run}-best", **places), should_stop=should_stop)
     if not trained.finished:

@@ -37,12 +37,17 @@ def reconstruction_nats(logits_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
     return nats_BCHW.flatten(start_dim=1).sum(dim=1)
 
 
-def kl_to_standard_normal(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, one value per image, shape (B,).
+def kl_per_dimension(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of each latent dimension in nats, shape (B, Z).
 
     Kingma & Welling 2014, appendix B.
     """
-    return 0.5 * (mu_BZ.square() + logvar_BZ.exp() - 1 - logvar_BZ).sum(dim=1)
+    return 0.5 * (mu_BZ.square() + logvar_BZ.exp() - 1 - logvar_BZ)
+
+
+def kl_to_standard_normal(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, one value per image, shape (B,)."""
+    return kl_per_dimension(mu_BZ, logvar_BZ).sum(dim=1)
 
 
 def nats_per_image(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Nats:

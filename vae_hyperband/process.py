@@ -98,7 +98,7 @@ def pick_device(name: str) -> torch.device:
 def cpu_threads(num_threads: int | None) -> Iterator[None]:
     """Compute with that many CPU threads, then go back to what was set before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
+    torch.set_num_threads(before if num_threads is None else num_threads)
     try:
         yield
     finally:

@@ -17,8 +17,8 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, write_text
-from vae_hyperband.cluster import gpus_per_trial, ray_for
+from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt, write_text
+from vae_hyperband.cluster import check_resources, ray_for, trial_device, with_gpus
 from vae_hyperband.config import (
     SearchConfig,
     SearchOptions,
@@ -27,7 +27,7 @@ from vae_hyperband.config import (
 )
 from vae_hyperband.data import load_split
 from vae_hyperband.errors import SearchError
-from vae_hyperband.process import environment, only_writer, pick_device
+from vae_hyperband.process import only_writer
 from vae_hyperband.trials import METRIC, SearchResult, TrialRecord, read_result
 from vae_hyperband.tuning import ENDED, ended_trials, trial_name, tuner_for
 
@@ -47,6 +47,8 @@ def search(config: SearchConfig, options: SearchOptions | None = None) -> Search
             if max(config.batch_sizes) > num_images:
                 raise SearchError(f"--batch-sizes has more than the {num_images} training images.")
             with ray_for(options):
+                options = with_gpus(options)
+                check_resources(options)
                 grid = tuner_for(config, options).fit()
             if _unfinished(folder, config):
                 return None
@@ -99,13 +101,19 @@ def _write_result(config: SearchConfig, options: SearchOptions, grid: tune.Resul
     records = [_record(name, by_name[name]) for name in sorted(by_name)]
     winner = min(records, key=lambda trial: trial.best_bound)
     if winner.best_bound == float("inf"):
-        raise SearchError(f"Every trial failed; the first one says: {winner.error}")
+        raise SearchError(
+            f"Every trial failed ({winner.error}): change the space and start again with another "
+            "--run."
+        )
     folder, checkpoint = options.ckpt_folder, by_name[winner.name].checkpoint
     assert checkpoint is not None  # every report carries one
     with checkpoint.as_directory() as trial_folder:
         copy_ckpt(Path(trial_folder) / BEST, folder / "winner.pt")
+    # of the machine that trained it, which need not be this one
+    where = load_ckpt(folder / "winner.pt")["environment"]
     best = {
         "config": config.trial_config(winner.drawn).to_dict(),
+        "device": trial_device(options),
         "num_threads": options.cpus_per_trial,
         "metric": {
             "name": "validation bound at beta = 1, nats/image, lower is better",
@@ -114,8 +122,7 @@ def _write_result(config: SearchConfig, options: SearchOptions, grid: tune.Resul
         },
         "seed": config.seed,
         "trial": winner.name,
-        "environment": environment(pick_device("cuda" if gpus_per_trial(options) else "cpu"))
-        | {"num_threads": options.cpus_per_trial, "ray": ray.__version__},
+        "environment": where | {"ray": ray.__version__},
     }
     write_text(folder / "best_config.json", json.dumps(best, indent=2) + "\n")
     everything = {

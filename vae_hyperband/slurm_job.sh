@@ -37,9 +37,13 @@ for module in ${MODULES:-}; do
     module load "$module"
 done
 if [[ -n ${CONDA_ENV:-} ]]; then
+    set +u # conda's own scripts read variables that are not set
     # shellcheck disable=SC1091  # where conda lies is known on the cluster only
     source "$(conda info --base)/etc/profile.d/conda.sh"
+    conda env list | grep -q "^$CONDA_ENV " || conda create -y -n "$CONDA_ENV" python=3.11
     conda activate "$CONDA_ENV"
+    set -u
+    command -v vae-hyperband >/dev/null || make setup VENV="$CONDA_PREFIX"
 else
     VENV=${VENV:-.venv}
     make setup VENV="$VENV"

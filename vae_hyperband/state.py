@@ -109,7 +109,7 @@ def first_state(
     content = load_ckpt(path)
     _check_same_run(config, content, train, path)
     state = _state_of(
-        config, model_from_ckpt(content, path).to(device), -(-len(train) // config.batch_size)
+        config, model_from_ckpt(content, path).to(device), math.ceil(len(train) / config.batch_size)
     )
     state.optimizer.load_state_dict(content["optimizer"])
     state.step, state.sums = content["step"], content["sums"].to(device)
@@ -138,14 +138,16 @@ def _ckpt_to_resume(options: RunOptions) -> tuple[Path | None, bool]:
     latest, given = options.ckpt_folder / LATEST, options.resume_ckpt
     if given is None:
         return (latest if latest.exists() else None), False
-    digest = load_ckpt(given)["digest"]
+    asked = load_ckpt(given)
     if latest.exists():
-        if load_ckpt(latest)["resumed_from"] == digest:
+        there = load_ckpt(latest)
+        if there["resumed_from"] == asked["digest"]:
             return latest, False  # the same command a second time: go on, do not start over
-        if latest.parent.resolve() != given.parent.resolve():
+        if there["digest"] != asked["digest"]:
             raise ResumeError(
-                f"{latest} does not come from {given}: choose another --run to keep both, or leave "
-                "out --resume_ckpt to go on with the former."
+                f"{latest} (step {there['step']}) would be lost by going on from {given} (step "
+                f"{asked['step']}): choose another --run to keep both, or leave out --resume_ckpt "
+                "to go on with the former."
             )
     return given, True
 

@@ -4,10 +4,12 @@
 killed and resumed leaves the same bytes as one that was not. Speed goes to ``timing.jsonl``.
 """
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -121,7 +123,7 @@ class Progress:
     def __init__(self, first_step: int, num_steps: int, quiet: bool = False) -> None:
         self._quiet = quiet
         self._first, self._num, self._started = first_step, num_steps, time.monotonic()
-        self._last_log, self._images_per_second = self._started, 0.0
+        self._last_log, self._images, self._images_per_second = self._started, 0, 0.0
         self._bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -136,14 +138,22 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def step(self) -> None:
+    def step(self, num_images: int) -> None:
+        self._images += num_images
         self._bar.update()
 
-    def logged(self, num_images: int, bound: float) -> float:
-        """Images per second since the last call; validation and saving are not counted."""
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what happens inside, such as validating and saving, out of the training speed."""
+        started = time.monotonic()
+        yield
+        self._last_log += time.monotonic() - started
+
+    def logged(self, bound: float) -> float:
+        """Show a training bound; images per second of training since the last call."""
         now = time.monotonic()
-        self._images_per_second = num_images / max(now - self._last_log, 1e-9)
-        self._last_log = now
+        self._images_per_second = self._images / max(now - self._last_log, 1e-9)
+        self._last_log, self._images = now, 0
         speed = f"{self._images_per_second:,.0f} images/s"
         self._bar.set_postfix_str(f"bound {bound:.1f} nats, {speed}", refresh=False)
         return self._images_per_second
@@ -151,11 +161,10 @@ class Progress:
     def validated(
         self, step: int, epoch: int, epochs: int, train: dict[str, float], held_out: dict[str, Any]
     ) -> None:
-        self._last_log = time.monotonic()
         if self._quiet:
             return
         done = max(step - self._first, 1)
-        left = (self._last_log - self._started) / done * (self._num - step)
+        left = (time.monotonic() - self._started) / done * (self._num - step)
         line = (
             f"epoch {epoch}/{epochs}: bound {train['bound']:.2f} train, {held_out['bound']:.2f} "
             f"validation (nats/image), {self._images_per_second:,.0f} images/s"

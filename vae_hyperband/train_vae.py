@@ -153,13 +153,21 @@ def search(argv: list[str]) -> int:
     picture = figures.best_config(found, args.where.log_folder / "best_config.png")
     print(f"every trial's curve: {picture}")
     config = args.where.ckpt_folder / "best_config.json"
-    again = f"{program('vae-hyperband')} train --run best --config {config} --epochs 10"
-    print(f"train it in full: {again}")
+    again = ["train", "--run", f"{args.where.run}-best", "--config", str(config), "--epochs", "10"]
+    for flag, folder in (
+        ("--data-dir", args.where.data_dir),
+        ("--checkpoints-dir", args.where.checkpoints_dir),
+        ("--logs-dir", args.where.logs_dir),
+    ):
+        if folder not in (None, Path("checkpoints"), Path("logs")):
+            again += [flag, str(folder)]
+    print(f"train it in full: {program('vae-hyperband')} {shlex.join(again)}")
     return 0
 
 
 def evaluate_ckpt(argv: list[str]) -> int:
     args = parse_options(EvaluateArgs, argv, "vae-hyperband evaluate")
+    RunOptions(num_threads=args.num_threads)  # checks it
     with cpu_threads(args.num_threads):
         report = evaluate(args.ckpt, args.split, args.data_dir, args.device)
     if args.json:
@@ -258,7 +266,8 @@ def _train_default(argv: list[str]) -> TrainArgs:
     if given.config:
         content = read_json(given.config)
         recipe = TrainConfig.from_dict(content.get("config", content), str(given.config))
-        return TrainArgs(recipe, RunOptions(num_threads=content.get("num_threads")))
+        where = {name: content[name] for name in ("device", "num_threads") if name in content}
+        return TrainArgs(recipe, RunOptions(**where))
     if given.resume_ckpt:
         recipe = TrainConfig.from_dict(load_ckpt(given.resume_ckpt)["config"], "the checkpoint")
         with contextlib.suppress(ConfigError):  # a folder whose name cannot name a run

@@ -83,7 +83,7 @@ def train_epoch(
 def _noise(
     seed: int, purpose: str, position: int, num: int, model: VAE, device: torch.device
 ) -> Tensor:
-    stream = generator(seed, purpose, position, device.type)
+    stream = generator(seed, purpose, position, device)
     return torch.randn(num, model.latent_dim, generator=stream, device=device)
 
 
@@ -192,20 +192,26 @@ def fit(
         state = first_state(config, options, train, device, quiet)
         last_saved = time.monotonic()
 
-        def save() -> None:
+        def save(improved: bool = False) -> None:
             nonlocal last_saved
             tracker.flush()
-            save_ckpt(options.ckpt_folder / LATEST, ckpt_content(state, train, device))
+            latest, best = options.ckpt_folder / LATEST, options.ckpt_folder / BEST
+            save_ckpt(best if improved else latest, ckpt_content(state, train, device))
+            if improved:
+                # best.pt first: a kill between the two costs work, but latest.pt never names a
+                # best checkpoint that is not there
+                copy_ckpt(best, latest)
             last_saved = time.monotonic()
 
         def on_step(state: TrainState) -> bool:
-            progress.step()
+            progress.step(config.batch_size)
             end_of_epoch = state.step % state.steps_per_epoch == 0
             if end_of_epoch or state.step % options.log_interval == 0:
                 _log_training(state, tracker, progress)
             # at the end of an epoch the validation comes first
             if not end_of_epoch and time.monotonic() - last_saved >= options.ckpt_seconds:
-                save()
+                with progress.pause():
+                    save()
             return should_stop()
 
         with (
@@ -218,16 +224,15 @@ def fit(
                 losses = train_epoch(state, train_loader, on_step)
                 finished = state.step == state.num_steps
                 if losses and (state.epoch % config.val_interval == 0 or finished):
-                    improved = _validate(state, validation_loader, tracker)
+                    with progress.pause():
+                        improved = _validate(state, validation_loader, tracker)
+                        if finished:
+                            _log_hyperparameters(state, tracker)
+                        save(improved)
+                        on_validation(state)
                     progress.validated(
                         state.step, state.epoch, config.epochs, losses, state.metrics
                     )
-                    if finished:
-                        _log_hyperparameters(state, tracker)
-                    save()
-                    if improved:
-                        copy_ckpt(options.ckpt_folder / LATEST, options.ckpt_folder / BEST)
-                    on_validation(state)
                 if should_stop() and not finished:
                     save()
                     break
@@ -267,7 +272,6 @@ def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
 def _log_training(state: TrainState, tracker: Tracker, progress: Progress) -> None:
     """A row of training losses, averaged over the steps since the last such row."""
     losses = _averages(state.sums[1])
-    num_images = int(state.sums[1, 3])
     state.sums[1] = 0
     last_step = state.step - 1
     rate = learning_rate_at(
@@ -275,7 +279,7 @@ def _log_training(state: TrainState, tracker: Tracker, progress: Progress) -> No
     )
     epoch = math.ceil(state.step / state.steps_per_epoch)
     tracker.scalars("train", state.step, epoch, losses | {"learning_rate": rate})
-    tracker.speed(state.step, progress.logged(num_images, losses["bound"]))
+    tracker.speed(state.step, progress.logged(losses["bound"]))
 
 
 def _log_hyperparameters(state: TrainState, tracker: Tracker) -> None:

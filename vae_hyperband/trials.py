@@ -57,21 +57,18 @@ class SearchResult:
 
     @property
     def epochs_saved(self) -> int:
-        """Epochs that running every trial to its end would have cost on top."""
-        return len(self.trials) * self.config.max_epochs - self.epochs_spent
+        """Epochs that running the stopped trials to their end would have cost on top."""
+        max_epochs = self.config.max_epochs
+        return sum(max_epochs - t.num_epochs for t in self.trials if t.error is None)
 
 
 def read_result(folder: Path) -> SearchResult:
     """The result of a finished search, from its ``trials.json``."""
     content = read_json(folder / "trials.json")
-    config = SearchConfig(**_tuples(content["search"]))
+    config = SearchConfig(**content["search"])
     trials = [TrialRecord(**record) for record in content["trials"]]
     winner = min(trials, key=lambda trial: trial.best_bound)  # the first one where two are equal
     return SearchResult(config, trials, winner, folder)
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
 def describe(drawn: dict[str, Any]) -> str:

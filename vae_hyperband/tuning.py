@@ -20,7 +20,7 @@ from ray.tune.schedulers import (
 )
 
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt
-from vae_hyperband.cluster import gpus_per_trial
+from vae_hyperband.cluster import trial_device
 from vae_hyperband.config import (
     RunOptions,
     SearchConfig,
@@ -99,11 +99,10 @@ def train_trial(
 
 def tuner_for(config: SearchConfig, options: SearchOptions) -> tune.Tuner:
     """A new Tuner, or the one that was stopped."""
-    gpus = gpus_per_trial(options)
-    device = "cuda" if gpus else "cpu"
+    device = trial_device(options)
     trainable = tune.with_resources(
         functools.partial(train_trial, config=config, options=options, device=device),
-        {"cpu": options.cpus_per_trial, "gpu": gpus},
+        {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0},
     )
     ray_folder = options.ckpt_folder / "trials"
     if _has_state(ray_folder):

@@ -1,0 +1,90 @@
+"""The README says what was measured, and names only what exists."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vae_hyperband import train_vae
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def quoted(name: str) -> str:
+    """The number between <!--name--> and <!--/--> in the README."""
+    [value] = re.findall(rf"<!--{name}-->(.*?)<!--/-->", README)
+    return value
+
+
+def test_results_in_the_readme_are_those_of_the_raw_files():
+    recipe = json.loads((ROOT / "benchmarks/default_recipe.json").read_text())
+    main_job = json.loads((ROOT / "benchmarks/main_job_evaluation.json").read_text())
+    assert quoted("mean") == f"{recipe['test_bound_mean']:.2f}"
+    assert quoted("sd") == f"{recipe['test_bound_sd_over_seeds']:.2f}"
+    assert quoted("recon") == f"{recipe['test_recon_loss_mean']:.2f}"
+    assert quoted("kl") == f"{recipe['test_KL_divergence_mean']:.2f}"
+    assert quoted("run") == f"{main_job['bound']['mean']:.2f}"
+    assert quoted("run_se") == f"{main_job['bound']['standard_error']:.2f}"
+    assert quoted("run_recon") == f"{main_job['recon_loss']['mean']:.2f}"
+    assert quoted("run_kl") == f"{main_job['KL_divergence']['mean']:.2f}"
+    assert main_job["split"] == "test"
+
+
+def test_the_default_recipe_keeps_its_promise():
+    recipe = json.loads((ROOT / "benchmarks/default_recipe.json").read_text())
+    assert recipe["n"] == len(recipe["runs"]) == 3
+    assert max(run["test_bound"] for run in recipe["runs"]) <= 245
+    assert recipe["config"] == train_vae.TrainConfig().to_dict()
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_of_the_readme_exists(line, monkeypatch):
+    """The options are read by the real parser; what they start is tested elsewhere."""
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif words[0] == "vae-hyperband":
+        parsed = []
+
+        def stop_after_parsing(args_type, argv, prog, default=None):
+            parsed.append(real(args_type, argv, prog, default))
+            raise KeyboardInterrupt
+
+        real = train_vae.parse_options
+        monkeypatch.setattr(train_vae, "parse_options", stop_after_parsing)
+        # what these commands name is made by the commands before them
+        content = {"config": train_vae.TrainConfig().to_dict()}
+        monkeypatch.setattr(train_vae, "load_ckpt", lambda path: content)
+        monkeypatch.setattr(train_vae, "read_json", lambda path: content)
+        train_vae.main(words[1:])
+        assert len(parsed) == 1
+    elif words[0] == "sbatch":
+        assert (ROOT / words[3]).is_file()
+    else:
+        assert words[0] == "python"
+        name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
+        assert (ROOT / name).is_file()
+
+
+def test_every_file_and_picture_that_the_readme_links_exists():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_map_of_the_readme_has_every_room():
+    for path in (ROOT / "vae_hyperband").iterdir():
+        if path.suffix in (".py", ".sh", ".ipynb") and path.stem != "__init__":
+            assert f"`{path.name}`" in README
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"\b[A-Z_]{4,}\b(?=[ <|])", re.sub(r"<!--.*?-->", "", README))
