@@ -71,6 +71,7 @@ def best_config(result: SearchResult, path: Path) -> Path:
             right.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True
         ):
             _draw_relation(axes, result, name)
+        right.axes[0].set_title("open: stopped early", fontsize=8, color="#606060")
     return _save(figure, path)
 
 
