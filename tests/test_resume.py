@@ -262,6 +262,17 @@ def test_two_runs_in_one_folder_the_second_is_told_who_the_first_is(options, sma
     assert fit(small_config, options(), quiet=True).finished  # the lock went with its holder
 
 
+def test_logs_beyond_the_last_checkpoint_are_taken_back(options, small_config, uninterrupted):
+    """As after a power cut: steps that were logged, but not saved, are computed again."""
+    result = fit(small_config, options(run="cut"), should_stop=stop_after(8), quiet=True)
+    early = result.latest.read_bytes()
+    fit(small_config, options(run="cut"), should_stop=stop_after(10), quiet=True)
+    result.latest.write_bytes(early)
+    again = fit(small_config, options(run="cut"), quiet=True)
+    assert outcome(again) == uninterrupted
+    assert scalars(again.log_folder) == scalars(options(run="whole").log_folder)
+
+
 def test_a_torn_last_line_of_the_metrics_is_repaired(options, small_config, uninterrupted):
     result = fit(small_config, options(run="cut"), should_stop=stop_after(15), quiet=True)
     with (result.log_folder / "metrics.jsonl").open("a") as file:

@@ -212,7 +212,7 @@ def test_impossible_searches_are_refused(wrong, message):
 
 
 def test_more_resources_than_there_are_is_one_sentence_not_a_wait(tmp_path, small_data):
-    command = search_command(small_data, "r", "--gpus-per-trial", 3)
+    command = search_command(small_data, "r", "--device", "cuda", "--gpus-per-trial", 3)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "3 GPU" in done.stderr
