@@ -11,7 +11,7 @@ READY := $(VENV)/.vae-hyperband-ready
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
 	@echo "make test    set up, run the tests"
-	@echo "make faults  run the slow tests, which kill real processes"
+	@echo "make faults  run the slow tests, most of which kill real processes"
 	@echo "make lint    check format, style and types"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
 	@echo "make notebook  execute model.ipynb and store its outputs"
@@ -44,7 +44,7 @@ test: $(READY)  ## The tests; Fashion-MNIST is fetched if it can be, one test us
 	@$(BIN)/vae-hyperband data --install || echo "going on without Fashion-MNIST"
 	$(BIN)/python -m pytest
 
-faults: $(READY)  ## The slow tests, which kill real processes
+faults: $(READY)  ## The slow tests, most of which kill real processes
 	$(BIN)/python -m pytest -m faults
 
 lint: $(READY)  ## Format, style, types

@@ -6,6 +6,7 @@
 Writes benchmarks/default_recipe.json, which README.md quotes; tests/test_docs.py compares the two.
 """
 
+import argparse
 import dataclasses
 import json
 import platform
@@ -38,6 +39,9 @@ def one_seed(seed: int) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     runs = [one_seed(seed) for seed in SEEDS]
     bounds = [run["test_bound"] for run in runs]
     environment = evaluate(

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, write_idx_folder
+from conftest import NAMES, command_line, write_idx_folder
 
 from vae_hyperband import train_vae
 from vae_hyperband.checkpoint import load_ckpt, save_ckpt
@@ -145,7 +147,7 @@ MISTAKES = {
     "run outside its folder": ("train --run ../x", "must be a plain name"),
     "absolute run": ("train --run /tmp/x", "must be a plain name"),
     "empty data folder": ("train --data-dir {tmp}", "No file train-images-idx3-ubyte"),
-    "custom without folder": ("train --dataset custom", "needs --data-dir"),
+    "custom without folder": ("train --dataset custom", "needs --data-dir: the folder"),
     "other data": ("train --data-dir {data}", "is not Fashion-MNIST's train-images"),
     "not an IDX file": ("train {base} --data-dir {junk}", "is not an IDX file"),
     "no GPU": ("train {base} --data-dir {data} --device cuda:7", "use --device cpu"),
@@ -224,6 +226,13 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_harmed(
         assert len(err.strip().splitlines()) == 1
         assert err.rstrip().endswith((".", "help.")) or "another model" in err
     assert trained.latest.read_bytes() == before
+
+
+def test_help_into_a_closed_pipe_is_silent(tmp_path):
+    line = shlex.join(command_line("train", "--help")) + " | head -1"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: vae-hyperband train")
+    assert done.stderr == ""
 
 
 def test_from_python_the_same_mistakes_raise_our_own_types():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import vae_hyperband
 from vae_hyperband import train_vae
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,19 @@ def test_every_command_of_the_readme_exists(line, monkeypatch):
         assert words[0] == "python"
         name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
         assert (ROOT / name).is_file()
+
+
+@pytest.mark.faults
+def test_the_python_of_the_readme_runs(fashion_mnist, tmp_path, monkeypatch, options):
+    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    fashion = vae_hyperband.TrainConfig(epochs=1, batch_size=1000)
+    vae_hyperband.fit(fashion, vae_hyperband.RunOptions(run="fashion-best"), quiet=True)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["report"]["num_images"] == 10_000
+    # by hand and by fit: the same loop, the same noise, the same images
+    assert names["losses"]["bound"] == pytest.approx(names["report"]["bound"]["mean"], abs=1e-3)
 
 
 def test_every_file_and_picture_that_the_readme_links_exists():

@@ -71,10 +71,17 @@ def test_betas_are_trained_side_by_side_and_shown_on_loopback(tmp_path, small_da
             for run in tags.values():
                 assert {"recon_loss/validation", "KL_divergence/train"} <= set(run)
         finally:
-            process.send_signal(2)
+            process.terminate()
     rows = [line.split() for line in said.splitlines() if line[:1].isdigit()]
     assert [row[0] for row in rows] == ["0.5", "4"]
     assert process.returncode == 0
+    with socket.create_server(("127.0.0.1", port)):
+        pass  # TensorBoard went with its parent
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command[-1] = str(taken.getsockname()[1])
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot be used" in done.stderr
 
 
 def test_a_mistake_in_the_beta_comparison_is_one_sentence(tmp_path):

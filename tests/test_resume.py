@@ -246,6 +246,12 @@ def test_more_epochs_are_allowed_and_other_logs_too(options, small_config, tmp_p
     assert read_rows(result.log_folder / "metrics.jsonl")[0]["step"] > 30
 
 
+def test_fewer_epochs_than_are_trained_are_refused(options, small_config):
+    fit(small_config, options(), quiet=True)
+    with pytest.raises(ResumeError, match=r"trained for 3\.00 epochs already"):
+        fit(dataclasses.replace(small_config, epochs=2), options(), quiet=True)
+
+
 def test_another_machine_class_is_said_once_and_recorded(options, small_config, capsys):
     fit(small_config, options(num_threads=1), should_stop=stop_after(5))
     result = fit(small_config, options(num_threads=2))

@@ -7,6 +7,7 @@ from vae_hyperband.errors import VAEHyperbandError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import kl_to_standard_normal, nats_per_image, reconstruction_nats
+from vae_hyperband.state import new_state
 from vae_hyperband.training import eval_epoch, fit, train_epoch
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "load_model",
     "load_split",
     "nats_per_image",
+    "new_state",
     "reconstruction_nats",
     "save_ckpt",
     "train_epoch",

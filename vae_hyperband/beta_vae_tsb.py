@@ -6,10 +6,13 @@ A higher beta buys a simpler code (lower KL) with blurrier images (higher recons
 rate-distortion trade-off of the beta-VAE (Higgins et al. 2017; Alemi et al. 2018).
 """
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -75,16 +78,13 @@ def train_beta(args: BetaArgs, beta: float) -> FitResult:
         return fit(config, options, should_stop=should_stop, quiet=True)
 
 
-def compare(args: BetaArgs) -> bool:
+def compare(args: BetaArgs, should_stop: Callable[[], bool]) -> bool:
     """Train every beta, as many at once as there are cores, and print what each reached.
 
     Whether all of them finished (False: stopped on request, the same command goes on).
     """
     num_workers = min(len(args.betas), len(os.sched_getaffinity(0)))
-    with (
-        stop_flag() as should_stop,
-        ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool,
-    ):
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         runs = {beta: pool.submit(train_beta, args, beta) for beta in args.betas}
         print("beta   reconstruction      KL   bound (validation, nats/image; bound at beta = 1)")
         for beta, run in runs.items():
@@ -129,28 +129,25 @@ def serve(logs_dir: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    board = None
     try:
         args = parse_options(BetaArgs, argv, "python -m vae_hyperband.beta_vae_tsb")
         check(args)
-        if args.serve:
-            board = serve(args.logs_dir, args.port)
-        if not compare(args):
-            print("stopped and saved; the same command goes on.", flush=True)
-            return EXIT_STOPPED
-        if board:
-            print("Ctrl-C ends TensorBoard.", flush=True)
-            return board.wait()
+        with stop_flag("stopping") as should_stop, contextlib.ExitStack() as at_end:
+            if args.serve:
+                board = serve(args.logs_dir, args.port)
+                at_end.callback(board.wait)
+                at_end.callback(board.terminate)
+            if not compare(args, should_stop):
+                print("stopped and saved; the same command goes on.", flush=True)
+                return EXIT_STOPPED
+            if args.serve:
+                print("Ctrl-C ends TensorBoard.", flush=True)
+                while board.poll() is None and not should_stop():
+                    time.sleep(0.2)
         return 0
     except VAEHyperbandError as error:
         print(f"beta_vae_tsb: {error}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        if board:
-            board.terminate()
-            board.wait()
 
 
 if __name__ == "__main__":

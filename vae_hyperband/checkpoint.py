@@ -142,7 +142,7 @@ def load_ckpt(path: Path | str) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint of this project ({type(error).__name__}): "
-            "use another one, such as best.pt or latest.pt beside it."
+            "give the path of a best.pt or latest.pt."
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint of this project.")

@@ -94,7 +94,10 @@ def load_split(
             raise ConfigError(f"The {name} {value!r} is none of {', '.join(known)}.")
     data_dir = None if data_dir is None else Path(data_dir)
     if dataset == "custom" and data_dir is None:
-        raise ConfigError("--dataset custom needs --data-dir, the folder with its four IDX files.")
+        raise ConfigError(
+            "Custom data, also that of a run trained on it, needs --data-dir: the folder with its "
+            "four IDX files."
+        )
     part = "t10k" if split == "test" else "train"
     expected = FASHION_MNIST_SHA256 if dataset == "fashion-mnist" else {}
     images_name, labels_name = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"

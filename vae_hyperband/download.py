@@ -36,8 +36,8 @@ def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> No
     """
     try:
         return check_data()
-    except DataError as error:
-        print(f"Fashion-MNIST is not here yet ({error})", flush=True)
+    except DataError:
+        print("Fashion-MNIST is not on this machine yet; trying the mirrors", flush=True)
     try:
         for name, sha256 in FASHION_MNIST_SHA256.items():
             _download(name, sha256, mirrors)

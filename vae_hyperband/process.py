@@ -24,7 +24,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
-def stop_flag() -> Iterator[Callable[[], bool]]:
+def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], bool]]:
     """A function that says whether SIGINT, SIGTERM or SIGUSR1 came; a second one ends at once."""
     came: list[int] = []
 
@@ -33,7 +33,7 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
             os._exit(128 + number)
         came.append(number)
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving, then stopping (again: stop at once)\n".encode())
+        os.write(2, f"\n{name}: {doing} (again: stop at once)\n".encode())
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:

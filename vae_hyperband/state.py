@@ -115,6 +115,11 @@ def first_state(
     state.step, state.sums = content["step"], content["sums"].to(device)
     state.best, state.metrics = content["best"], content["metrics"]
     state.resumed_from = content["digest"] if given else content["resumed_from"]
+    if state.step > state.num_steps:
+        raise ResumeError(
+            f"{path} was trained for {state.step / state.steps_per_epoch:.2f} epochs already, more "
+            f"than --epochs {config.epochs}: give more epochs, or choose another --run."
+        )
     if given:
         _bring_best_along(state, path, options.ckpt_folder)
     if not quiet:

@@ -7,11 +7,13 @@ request and saved: the same command goes on.
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -234,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(metadata.version("vae-hyperband"))
+        return 0
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is no command: use one of {', '.join(COMMANDS)}.")
@@ -241,6 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     except VAEHyperbandError as error:
         print(f"vae-hyperband: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # as in "--help | head": who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:  # outside of training and search, which end in order
         print("vae-hyperband: interrupted; the same command goes on.", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -42,9 +42,11 @@ def train_epoch(
 ) -> Losses | None:
     """Train to the end of the epoch that ``state`` is in, wherever in it that is.
 
-    Returns the epoch's training losses, averaged per image, in nats. ``on_step`` is called after
-    every step; if it returns True within the epoch, training stops there and None is returned.
-    Raises :class:`DivergedError`, with the state as it was before the step that is not finite.
+    ``state`` comes from :func:`vae_hyperband.new_state`, ``loader`` from
+    :func:`vae_hyperband.get_dataloader`. Returns the epoch's training losses, averaged per image,
+    in nats. ``on_step`` is called after every step; if it returns True within the epoch, training
+    stops there and None is returned. Raises :class:`DivergedError`, with the state as it was before
+    the step that is not finite.
     """
     config, model, optimizer = state.config, state.model, state.optimizer
     model.train()
@@ -141,8 +143,9 @@ def eval_dataloader(split: Split, device: torch.device | str = "cpu") -> DataLoa
 def eval_epoch(model: VAE, loader: DataLoader, seed: int = 0, beta: float = 1.0) -> Losses:
     """Average losses of a split in nats per image, exact per image whatever the batch size.
 
-    ``loader`` must be in file order. "bound" is reconstruction + KL, the number that models are
-    compared by; "total_loss" weighs the KL by ``beta``.
+    ``loader`` gives the split in file order; in another order the images meet each other's noise,
+    which is another draw of the same estimate. "bound" is reconstruction + KL, the number that
+    models are compared by; "total_loss" weighs the KL by ``beta``.
     """
     nats = split_nats(model, loader, seed)
     recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
@@ -218,6 +221,12 @@ def fit(
             Tracker(options.log_folder, state.step, options.tensorboard) as tracker,
             Progress(state.step, state.num_steps, quiet) as progress,
         ):
+            if not quiet:
+                print(
+                    f"training {options.run} for {config.epochs} epochs on {len(train):,} images, "
+                    f"{torch.get_num_threads()} threads, {device}",
+                    flush=True,
+                )
             if state.step == 0:
                 tracker.pictures(0, input=held_out.pixels(slice(NUM_PICTURES)))
             while state.step < state.num_steps:

@@ -208,8 +208,8 @@ class ProgressLines(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
         epochs = trial.last_result.get("epoch", 0)
-        early = " early" if epochs < self._config.max_epochs else ""
-        self._end(trial, f"stopped{early} after epoch {epochs}")
+        how = "stopped early" if epochs < self._config.max_epochs else "finished"
+        self._end(trial, f"{how} after epoch {epochs}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         self._end(trial, "failed")
