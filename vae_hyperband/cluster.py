@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,10 +56,13 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
     """Join a running cluster; asked first whether it is one, since Ray would knock for minutes."""
     asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdecimal():  # a closed port says so at once, Ray's own check after its time-out
+            socket.create_connection((host, int(port)), timeout=10).close()
         if address != "auto":
             subprocess.run(asked, check=True, capture_output=True, timeout=20)
         ray.init(address=address, **quiet)
-    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
         raise SearchError(
             f"No Ray cluster answers at {address}: start one with ray start --head and give its "
             "address (host:port), or leave out --address."
