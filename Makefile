@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run test faults lint notebook clean
+.PHONY: help setup data run test faults slurm-test lint notebook clean
 
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
 	@echo "make test    set up, run the tests"
 	@echo "make faults  run the slow tests, most of which kill real processes"
+	@echo "make slurm-test  run slurm_job.sh on a real Slurm on this machine; root may install it"
 	@echo "make lint    check format, style and types"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
 	@echo "make notebook  execute model.ipynb and store its outputs"
@@ -46,6 +47,9 @@ test: $(READY)  ## The tests; Fashion-MNIST is fetched if it can be, one test us
 
 faults: $(READY)  ## The slow tests, most of which kill real processes
 	$(BIN)/python -m pytest -m faults
+
+slurm-test: $(READY)  ## slurm_job.sh on a real Slurm of two nodes on this machine
+	$(BIN)/python -m pytest -m slurm
 
 lint: $(READY)  ## Format, style, types
 	$(BIN)/ruff format --check .

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vae_hyperband
-from vae_hyperband import train_vae
+from vae_hyperband import search_command, train_vae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,7 +38,23 @@ def test_the_default_recipe_keeps_its_promise():
     recipe = json.loads((ROOT / "benchmarks/default_recipe.json").read_text())
     assert recipe["n"] == len(recipe["runs"]) == 3
     assert max(run["test_bound"] for run in recipe["runs"]) <= 245
-    assert recipe["config"] == train_vae.TrainConfig().to_dict()
+    assert train_vae.TrainConfig.from_dict(recipe["config"]) == train_vae.TrainConfig()
+
+
+def test_the_numbers_of_the_search_page_are_those_of_the_raw_files():
+    page = (ROOT / "docs/search.md").read_text()
+    worth = json.loads((ROOT / "benchmarks/scheduler_worth.json").read_text())
+    markers = re.findall(r"<!--([^/]+?) (\d+|median)-->(.*?)<!--/-->", page)
+    assert len(markers) == 6 * len(worth["methods"])
+    for method, budget, value in markers:
+        found = worth["methods"][method]
+        if budget == "median":
+            assert value == f"{found['median_epochs_to_within_0.5']:.0f}"
+        else:
+            assert value == f"{found['regret'][budget]['mean']:.2f}"
+    stock = json.loads((ROOT / "benchmarks/stock_ray_tune.json").read_text())
+    for run in stock["runs"]:
+        assert " ".join(map(str, run["last_epochs"])) in page
 
 
 def commands() -> list[str]:
@@ -61,7 +77,8 @@ def test_every_command_of_the_readme_exists(line, monkeypatch):
             raise KeyboardInterrupt
 
         real = train_vae.parse_options
-        monkeypatch.setattr(train_vae, "parse_options", stop_after_parsing)
+        for room in (train_vae, search_command):
+            monkeypatch.setattr(room, "parse_options", stop_after_parsing)
         # what these commands name is made by the commands before them
         content = {"config": train_vae.TrainConfig().to_dict()}
         monkeypatch.setattr(train_vae, "load_ckpt", lambda path: content)
@@ -69,7 +86,7 @@ def test_every_command_of_the_readme_exists(line, monkeypatch):
         train_vae.main(words[1:])
         assert len(parsed) == 1
     elif words[0] == "sbatch":
-        assert (ROOT / words[3]).is_file()
+        assert any((ROOT / word).is_file() for word in words)
     else:
         assert words[0] == "python"
         name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]

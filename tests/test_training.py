@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vae_hyperband.bounds import eval_dataloader, eval_epoch, split_nats
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, get_dataloader, load_split
@@ -13,13 +14,7 @@ from vae_hyperband.objective import learning_rate_at
 from vae_hyperband.process import environment
 from vae_hyperband.state import new_state
 from vae_hyperband.tracking import read_rows
-from vae_hyperband.training import (
-    eval_dataloader,
-    eval_epoch,
-    fit,
-    split_nats,
-    train_epoch,
-)
+from vae_hyperband.training import fit, train_epoch
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
 """A variational autoencoder for fashion images, and the repeatable experiment around it."""
 
+from vae_hyperband.bounds import eval_epoch
 from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
-from vae_hyperband.config import RunOptions, SearchConfig, SearchOptions, TrainConfig
+from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import get_dataloader, load_split
 from vae_hyperband.errors import VAEHyperbandError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import kl_to_standard_normal, nats_per_image, reconstruction_nats
+from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.state import new_state
-from vae_hyperband.training import eval_epoch, fit, train_epoch
+from vae_hyperband.training import fit, train_epoch
 
 __version__ = "0.1.0"
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import ray
 
-from vae_hyperband.config import SearchOptions
 from vae_hyperband.errors import SearchError
+from vae_hyperband.search_config import SearchOptions
 
 #: No usage report, no second set of logs, no advice between our lines; the user's own values win.
 QUIET = {
@@ -23,6 +23,9 @@ QUIET = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # that a process died is one line of ours
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours stops in order, too, and SIGTERM as well
+    "TUNE_MAX_PENDING_TRIALS_PG": "16",  # start the workers of a large machine side by side
 }
 
 
@@ -36,20 +39,20 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
     if options.address:
         _join(options.address, quiet)
     else:
+        # a Ray on the same machine that does not answer is dead; Ray would wait for a minute
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
         ray.init(
             address="local",
-            num_cpus=max(len(os.sched_getaffinity(0)), options.cpus_per_trial),
+            num_cpus=len(os.sched_getaffinity(0)),
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
             **quiet,
         )
-    # Tune stops in order on SIGINT and SIGUSR1, but schedulers of jobs send SIGTERM
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGTERM, before)  # ray.init sets one of its own, which exits at once
     try:
         yield
     finally:
         ray.shutdown()
-        signal.signal(signal.SIGTERM, before)
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:
@@ -86,6 +89,18 @@ def with_gpus(options: SearchOptions) -> SearchOptions:
 def trial_device(options: SearchOptions) -> str:
     """What a trial computes on: the GPU that Ray shows it as its only one, or the CPU."""
     return "cuda" if options.gpus_per_trial else "cpu"
+
+
+def num_places(options: SearchOptions) -> int:
+    """How many trials can run side by side now; nodes may come and go."""
+    places = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            free = node["Resources"].get("CPU", 0) // options.cpus_per_trial
+            if options.gpus_per_trial:
+                free = min(free, node["Resources"].get("GPU", 0) / options.gpus_per_trial)
+            places += int(free)
+    return max(1, min(places, options.max_concurrent or places))
 
 
 def check_resources(options: SearchOptions) -> None:

@@ -1,4 +1,4 @@
-"""Every knob, once. Command line, JSON files, checkpoints and the search space derive from here.
+"""Every knob of a run, once. Command line, JSON files, checkpoints and searches derive from here.
 
 ``TrainConfig`` decides what a run computes: two runs with equal ones end in equal weights (on one
 machine class). ``RunOptions`` says where and how it is computed, and never changes the result.
@@ -15,18 +15,18 @@ from typing import Any, Literal, Self
 from vae_hyperband.errors import ConfigError
 
 #: Settings that a resumed run may change; every other difference is refused.
-RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval"})
+RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples"})
 
 
-def _require(ok: bool, sentence: str) -> None:
+def require(ok: bool, sentence: str) -> None:
     if not ok:
         raise ConfigError(sentence)
 
 
-def _require_number(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
+def require_number(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
     flag = "--" + name.replace("_", "-")
     limit = f"at least {lowest:g}" if highest == math.inf else f"between {lowest:g} and {highest:g}"
-    _require(
+    require(
         math.isfinite(value) and lowest <= value <= highest,
         f"{flag} is {value!r}, but must be {limit}.",
     )
@@ -52,32 +52,35 @@ class TrainConfig:
     """Passes over the training split."""
     val_interval: int = 1
     """Validate and save every this many epochs, and after the last one."""
+    iwae_samples: int = 0
+    """At each validation estimate the IWAE bound, too, with this many samples; 0: do not."""
     seed: int = 0
     """Decides initialisation, order and noise."""
     dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
     """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_number("latent_dim", self.latent_dim, 1, 4096)
-        _require_number("beta", self.beta, 0)
-        _require_number("kl_warmup_epochs", self.kl_warmup_epochs, 0)
-        _require(
+        check_types(self)
+        require_number("latent_dim", self.latent_dim, 1, 4096)
+        require_number("beta", self.beta, 0)
+        require_number("kl_warmup_epochs", self.kl_warmup_epochs, 0)
+        require(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
             f"--learning-rate is {self.learning_rate!r}, but must be greater than 0.",
         )
-        _require_number("batch_size", self.batch_size, 1)
-        _require_number("epochs", self.epochs, 1)
-        _require_number("val_interval", self.val_interval, 1)
-        _require_number("seed", self.seed, 0, 2**63 - 1)
+        require_number("batch_size", self.batch_size, 1)
+        require_number("epochs", self.epochs, 1)
+        require_number("val_interval", self.val_interval, 1)
+        require_number("iwae_samples", self.iwae_samples, 0)
+        require_number("seed", self.seed, 0, 2**63 - 1)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
         """The configuration in ``values``, defaults for the rest; an unknown key is an error."""
-        _require(isinstance(values, dict), f"{source} is no set of settings.")
+        require(isinstance(values, dict), f"{source} is no set of settings.")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
-        _require(
+        require(
             not unknown, f"{source} has settings that this version lacks: {', '.join(unknown)}."
         )
         return cls(**values)
@@ -102,7 +105,7 @@ class Places:
     """Folder that holds one folder of TensorBoard logs and metrics.jsonl per run."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         check_run_name(self.run)
 
     @property
@@ -131,112 +134,16 @@ class RunOptions(Places):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_number("log_interval", self.log_interval, 1)
-        _require_number("ckpt_seconds", self.ckpt_seconds, 0)
+        require_number("log_interval", self.log_interval, 1)
+        require_number("ckpt_seconds", self.ckpt_seconds, 0)
         if self.num_threads is not None:
-            _require_number("num_threads", self.num_threads, 1, 1024)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions(Places):
-    """Where and on what a search runs. Nothing here changes which configurations are tried."""
-
-    run: str = "search"
-    """Name of the search: its folder under checkpoints/ and logs/."""
-    address: str | None = None
-    """Join the Ray cluster at this address (host:port); default: a local one, started for this."""
-    cpus_per_trial: int = 1
-    """CPU cores, and threads, of each trial; as many trials run side by side as there is room."""
-    gpus_per_trial: float | None = None
-    """GPUs of each trial, fractions allowed (default: 1 if there is one and --device allows)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_number("cpus_per_trial", self.cpus_per_trial, 1)
-        if self.gpus_per_trial is not None:
-            _require_number("gpus_per_trial", self.gpus_per_trial, 0)
-        gpus = self.gpus_per_trial
-        _require(
-            self.device in ("auto", "cpu", "cuda"),
-            f"--device is {self.device!r}, but must be auto, cpu or cuda for a search.",
-        )
-        _require(
-            not (self.device == "cpu" and gpus) and not (self.device == "cuda" and gpus == 0),
-            f"--device {self.device} and --gpus-per-trial {gpus} contradict each other.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """The space that is searched, and how. Trial 0 is always the default configuration."""
-
-    num_trials: int = 12
-    """Configurations to try."""
-    max_epochs: int = 9
-    """Epochs of a trial that is never stopped."""
-    scheduler: Literal["asha", "hyperband", "none"] = "asha"
-    """asha (Li et al. 2020) stops the worse trials early; hyperband (Li et al. 2018) pauses."""
-    grace_period: int = 1
-    """ASHA: epochs before a trial may be stopped."""
-    reduction_factor: int = 3
-    """ASHA, HyperBand: one in this many trials goes on at each rung."""
-    latent_dims: tuple[int, ...] = (16, 32, 64)
-    """Latent dimensions to choose from."""
-    learning_rates: tuple[float, float] = (5e-4, 1e-2)
-    """Lowest and highest peak learning rate; drawn log-uniformly."""
-    batch_sizes: tuple[int, ...] = (64, 128, 256)
-    """Batch sizes to choose from."""
-    betas: tuple[float, ...] = (1.0,)
-    """KL weights to choose from; trials are always compared at beta = 1."""
-    seed: int = 0
-    """Decides the configurations drawn, and the seed that every trial trains with."""
-    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
-    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir."""
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("num_trials", "max_epochs", "grace_period"):
-            _require_number(name, getattr(self, name), 1)
-        _require_number("reduction_factor", self.reduction_factor, 2)
-        _require_number("seed", self.seed, 0, 2**32 - 1)  # numpy's RandomState takes 32 bits
-        for name in ("latent_dims", "batch_sizes", "betas"):
-            flag = "--" + name.replace("_", "-")
-            _require(len(getattr(self, name)) > 0, f"{flag} names no value to choose from.")
-        low, high = self.learning_rates
-        _require(
-            0 < low < high < math.inf,
-            f"--learning-rates is {low!r} {high!r}, but must be two numbers, 0 < lowest < highest.",
-        )
-        _require(
-            self.scheduler != "asha" or self.grace_period < self.max_epochs,
-            f"--grace-period {self.grace_period} leaves ASHA nothing to stop: it must be below "
-            f"--max-epochs {self.max_epochs} (or use --scheduler none).",
-        )
-        for trial in self.corner_trials():  # every value must be one that a trial can train with
-            self.trial_config(trial)
-
-    def corner_trials(self) -> list[dict[str, Any]]:
-        """One trial per listed value, the others at their first: what validation has to see."""
-        first = {
-            "latent_dim": self.latent_dims[0],
-            "learning_rate": self.learning_rates[0],
-            "batch_size": self.batch_sizes[0],
-            "beta": self.betas[0],
-        }
-        lists = {"latent_dim": self.latent_dims, "batch_size": self.batch_sizes, "beta": self.betas}
-        return [first | {name: value} for name, values in lists.items() for value in values]
-
-    def trial_config(self, drawn: dict[str, Any]) -> TrainConfig:
-        """The full configuration of the trial whose hyperparameters were ``drawn``."""
-        return TrainConfig(
-            **drawn, epochs=self.max_epochs, seed=self.seed, dataset=self.dataset, val_interval=1
-        )
+            require_number("num_threads", self.num_threads, 1, 1024)
 
 
 def check_run_name(name: str) -> None:
     """Refuse names that would leave their folder: separators, "..", NUL, a leading dot or dash."""
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=")
-    _require(
+    require(
         0 < len(name) <= 100 and set(name) <= allowed and name[0] not in ".-",
         f"--run is {name!r}, but must be a plain name: letters, digits and . _ - + = only, not "
         "starting with a dot or a dash.",
@@ -259,11 +166,11 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
-    _require(isinstance(content, dict), f"{path} holds no JSON object.")
+    require(isinstance(content, dict), f"{path} holds no JSON object.")
     return content
 
 
-def _check_types(config: Any) -> None:
+def check_types(config: Any) -> None:
     """Values of the declared types: JSON and Python callers are not checked by a parser."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -279,20 +186,20 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
         [hint] = (kind for kind in typing.get_args(hint) if kind is not type(None))
     if typing.get_origin(hint) is Literal:
         choices, flag = typing.get_args(hint), "--" + name.replace("_", "-")
-        _require(value in choices, f"{flag} is {value!r}, but must be one of {choices}.")
+        require(value in choices, f"{flag} is {value!r}, but must be one of {choices}.")
         return value
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
-        _require(isinstance(value, tuple | list), f"{name} is {value!r}, but must be a list.")
+        require(isinstance(value, tuple | list), f"{name} is {value!r}, but must be a list.")
         if Ellipsis in kinds:
             kinds = (kinds[0],) * len(value)
-        _require(
+        require(
             len(value) == len(kinds), f"{name} is {value!r}, but must have {len(kinds)} values."
         )
         return tuple(_of_type(name, v, kind) for v, kind in zip(value, kinds, strict=True))
     wanted = {float: (int, float), Path: (str, Path)}.get(hint, hint)
     ok = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
-    _require(ok, f"{name} is {value!r}, but must be of type {hint.__name__}.")
+    require(ok, f"{name} is {value!r}, but must be of type {hint.__name__}.")
     try:
         return hint(value)
     except OverflowError:

@@ -28,7 +28,11 @@ class ResumeError(CheckpointError):
 
 
 class RunFolderError(VAEHyperbandError):
-    """A folder that cannot be written, or that another process is writing to."""
+    """A folder that cannot be made or written."""
+
+
+class FolderInUseError(RunFolderError):
+    """A folder that another process is writing to at this moment."""
 
 
 class DeviceError(VAEHyperbandError):
@@ -36,7 +40,19 @@ class DeviceError(VAEHyperbandError):
 
 
 class SearchError(VAEHyperbandError):
-    """A search that cannot start, cannot go on, or ended without any usable trial."""
+    """A search that cannot start, or cannot go on."""
+
+
+class SearchFailedError(VAEHyperbandError):
+    """A search that went to its end, but every trial of which failed."""
+
+    exit_status = 3
+
+
+class RayBrokeError(SearchError):
+    """Ray itself broke down under a search; what was done is kept."""
+
+    exit_status = 70  # EX_SOFTWARE; the same command goes on
 
 
 class DivergedError(VAEHyperbandError):

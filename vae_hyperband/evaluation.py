@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from vae_hyperband.bounds import eval_dataloader, split_nats
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, SplitName, load_split
 from vae_hyperband.errors import CheckpointError
 from vae_hyperband.objective import entropy_floor
 from vae_hyperband.process import environment, pick_device
-from vae_hyperband.training import eval_dataloader, split_nats
 
 
 def evaluate(

@@ -1,20 +1,21 @@
 """The whole job in one call: data -> search -> train the winner -> evaluate it once -> figures."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vae_hyperband import figures
+from vae_hyperband import search_figures
 from vae_hyperband.checkpoint import write_text
-from vae_hyperband.config import Places, RunOptions, SearchConfig, SearchOptions, TrainConfig
+from vae_hyperband.config import Places, RunOptions, TrainConfig
 from vae_hyperband.download import ensure_data
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.process import pick_device, stop_flag
 from vae_hyperband.report import draw_run, look_at, summary_of, table_of, with_error
-from vae_hyperband.search import search
-from vae_hyperband.training import FitResult, fit
+from vae_hyperband.search import STOPPING, search
+from vae_hyperband.search_command import train_winner
+from vae_hyperband.search_config import SearchConfig, SearchOptions
+from vae_hyperband.training import FitResult
 from vae_hyperband.trials import SearchResult, describe
 
 
@@ -50,7 +51,7 @@ def run_main_job(job: MainJob) -> bool:
         "data_dir": job.data_dir,
     }
     pick_device(job.device)  # mistakes before the work, not after the search
-    full = TrainConfig(epochs=job.epochs, seed=job.seed)
+    TrainConfig(epochs=job.epochs, seed=job.seed)
     _heading("1/5  data: Fashion-MNIST, checked by its digests")
     if job.data_dir is None:
         ensure_data(install=True)
@@ -62,16 +63,19 @@ def run_main_job(job: MainJob) -> bool:
         scheduler=job.scheduler,
         seed=job.seed,
     )
-    found = search(config, SearchOptions(run=f"{job.run}-search", **places))
-    if found is None:
-        return False
-    picture = figures.best_config(found, job.logs_dir / f"{job.run}-search" / "best_config.png")
-    print(summary_of(found), flush=True)
+    with stop_flag(STOPPING) as should_stop:
+        found = search(config, SearchOptions(run=f"{job.run}-search", **places), should_stop)
+        if found is None:
+            return False
+        picture = search_figures.best_config(
+            found, job.logs_dir / f"{job.run}-search" / "best_config.png"
+        )
+        print(summary_of(found), flush=True)
 
-    _heading(f"3/5  train the best configuration for {job.epochs} epochs")
-    best = dataclasses.replace(found.best_config, epochs=full.epochs)
-    with stop_flag() as should_stop:
-        trained = fit(best, RunOptions(run=f"{job.run}-best", **places), should_stop=should_stop)
+        _heading(f"3/5  train the best configuration for {job.epochs} epochs")
+        options = RunOptions(run=f"{job.run}-best", **places)
+        trained = train_winner(found, job.epochs, options, should_stop)
+    best = trained.state.config
     if not trained.finished:
         return False
 

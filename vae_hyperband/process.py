@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vae_hyperband.errors import DeviceError, RunFolderError
+from vae_hyperband.errors import DeviceError, FolderInUseError, RunFolderError
 
 #: Exit status of a run or search that was told to stop, saved, and goes on when started again
 #: (EX_TEMPFAIL of sysexits.h).
@@ -53,6 +53,16 @@ def make_folder(folder: Path) -> None:
         raise RunFolderError(f"The folder {folder} cannot be written to: choose another place.")
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder in which someone else may have written what this process would believe."""
+    facts = folder.stat()
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o002:
+        raise RunFolderError(
+            f"{folder} belongs to another user or can be written by everyone, so what it holds "
+            "cannot be trusted: choose another --run, or mend its owner and mode."
+        )
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the folder against a second process; the kernel lets go of it when this one dies."""
@@ -67,7 +77,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            raise RunFolderError(
+            raise FolderInUseError(
                 f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, "
                 "or choose another --run."
             ) from error

@@ -1,5 +1,6 @@
 """What a command says at its end: short tables, and the pictures of a run."""
 
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from typing import Any
 
 from vae_hyperband import figures
 from vae_hyperband.checkpoint import load_model
-from vae_hyperband.config import TrainConfig
+from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import load_split
+from vae_hyperband.process import EXIT_STOPPED
 from vae_hyperband.training import FitResult
 from vae_hyperband.trials import SearchResult, describe
 
@@ -22,19 +24,48 @@ def program(name: str) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def stopped(command: str, argv: list[str]) -> int:
+    """Say how to go on; the exit status of a command that was told to stop."""
+    again = [command, *(argument for argument in argv if argument != "--fresh")]
+    print(f"stopped and saved; go on with: {program('vae-hyperband')} {shlex.join(again)}")
+    return EXIT_STOPPED
+
+
+def say_trained(trained: FitResult, where: RunOptions) -> None:
+    """The end of a training: its best checkpoint and its pictures."""
+    best = trained.state.best
+    print(
+        f"best validation bound {best['bound']:.2f} nats/image (beta = 1) after epoch "
+        f"{best['epoch']}: {trained.best}"
+    )
+    for path in draw_run(trained, trained.state.config, where.data_dir):
+        print(f"picture: {path}")
+    print(f"look at the run: {look_at(where.logs_dir)}")
+
+
 def look_at(logs_dir: Path) -> str:
     """The command that opens TensorBoard over the logs, on loopback."""
     return f"{program('tensorboard')} --logdir {logs_dir} --host 127.0.0.1"
 
 
 def summary_of(found: SearchResult) -> str:
-    """The end of a search in three sentences."""
-    return (
-        f"{found.winner.name} won with {found.winner.best_bound:.2f} nats/image (validation, "
-        f"beta = 1): {describe(found.winner.drawn)}.\n"
-        f"{found.num_stopped} of {len(found.trials)} trials were stopped early, {found.num_failed} "
-        f"failed; {found.epochs_spent} epochs were trained, {found.epochs_saved} saved."
-    )
+    """The end of a search in a few sentences."""
+    config, failed = found.config, found.with_outcome("failed")
+    judged = {"bound": "validation bound, beta = 1", "iwae": "validation IWAE bound"}
+    full = config.total_trials * config.max_epochs
+    lines = [
+        f"{found.winner.name} won with {found.best_score:.2f} nats/image "
+        f"({judged[config.metric]}): {describe(found.winner.drawn)}.",
+        f"{len(found.with_outcome('stopped'))} of {len(found.trials)} trials were stopped early, "
+        f"{len(failed)} failed; {found.epochs_spent} epochs were trained, {found.epochs_saved} "
+        f"saved (all to the end: {full}).",
+    ]
+    lines += [f"{trial.name} failed: {trial.why} ({describe(trial.drawn)})" for trial in failed]
+    if found.importance:
+        shares = sorted(found.importance.items(), key=lambda item: -item[1])
+        words = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+        lines.append(f"What mattered (share of the variance): {words}.")
+    return "\n".join(lines)
 
 
 def table_of(report: dict[str, Any]) -> str:

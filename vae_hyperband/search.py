@@ -1,151 +1,231 @@
-"""Hyperparameter search: Ray Tune runs the trials, ASHA or HyperBand stops the worse ones early.
+"""Hyperparameter search: Ray Tune runs the trials, our rules stop the worse ones early.
 
 A trial is :func:`vae_hyperband.training.fit` with one CPU thread, nothing else; so what the search
-reports for a configuration is what training it alone gives. Trials are compared on the validation
-bound at beta = 1, never on the training loss, and the test split is never opened.
+reports for a configuration is what training it alone gives. Trials are compared on held-out bounds
+at beta = 1, never on the training loss, and the test split is never opened.
 
-A search is a folder, ``checkpoints/<run>/``: ``search.json`` (what was asked for), ``trials/``
-(Ray's own state), and at the end ``trials.json`` (every curve), ``best_config.json`` and
-``winner.pt``.
+A search is a folder, ``checkpoints/<run>/``: ``search.json`` (what was asked for),
+``decisions.jsonl`` (what happened: the one thing it goes on from), ``trials/`` (a run each), and at
+the end ``trials.json`` (every curve), ``best_config.json`` and ``winner.pt``.
 """
 
 import dataclasses
+import functools
 import json
+import os
+import platform
+import secrets
+import shutil
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray import tune
-from ray.tune.experiment import Trial
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from vae_hyperband.board import Board
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt, write_text
-from vae_hyperband.cluster import check_resources, ray_for, trial_device, with_gpus
-from vae_hyperband.config import (
-    SearchConfig,
-    SearchOptions,
-    differences,
-    read_json,
-)
-from vae_hyperband.data import load_split
-from vae_hyperband.errors import SearchError
-from vae_hyperband.process import only_writer
-from vae_hyperband.trials import METRIC, SearchResult, TrialRecord, read_result
-from vae_hyperband.tuning import ENDED, ended_trials, trial_name, tuner_for
+from vae_hyperband.cluster import check_resources, ray_for, with_gpus
+from vae_hyperband.config import differences, read_json
+from vae_hyperband.data import Split, load_split
+from vae_hyperband.draws import draw, importance
+from vae_hyperband.errors import SearchError, SearchFailedError
+from vae_hyperband.journal import Journal, read_events
+from vae_hyperband.process import make_folder, only_writer, refuse_foreign, stop_flag
+from vae_hyperband.search_config import SearchConfig, SearchOptions
+from vae_hyperband.storage import TrialStore, store_for
+from vae_hyperband.trials import RESULT, SearchResult, read_result, write_result
+from vae_hyperband.tuning import run_trials
+from vae_hyperband.watching import Watch
+
+ASKED, DECISIONS = "search.json", "decisions.jsonl"
+STOPPING = "stopping; what was done is kept"
 
 
-def search(config: SearchConfig, options: SearchOptions | None = None) -> SearchResult | None:
+def search(
+    config: SearchConfig,
+    options: SearchOptions | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> SearchResult | None:
     """Run a search to its end, from where its folder says it is; None if it was told to stop.
 
-    The same call goes on after a stop. Raises :class:`SearchError` and the data's errors.
+    By ``should_stop``, or without it by SIGINT, SIGTERM or SIGUSR1. The same call goes on after a
+    stop or a kill. Raises :class:`SearchError`, :class:`SearchFailedError` and the data's errors.
     """
-    options = _absolute(options or SearchOptions())
+    if should_stop is None:
+        with stop_flag(STOPPING) as should_stop:
+            return search(config, options, should_stop)
+    options = (options or SearchOptions()).absolute()
     folder = options.ckpt_folder
+    _make_private(folder)
+    refuse_foreign(folder)
     with only_writer(folder):
-        _check_same_search(config, folder)
-        if not (folder / "trials.json").exists():
-            # a user's mistake about the data must be one sentence here, not one per trial
-            num_images = len(load_split("train", options.data_dir, config.dataset))
-            if max(config.batch_sizes) > num_images:
-                raise SearchError(f"--batch-sizes has more than the {num_images} training images.")
-            with ray_for(options):
-                options = with_gpus(options)
-                check_resources(options)
-                grid = tuner_for(config, options).fit()
-            if _unfinished(folder, config):
-                return None
-            _write_result(config, options, grid)
+        if options.fresh:
+            _move_aside(options)
+        store = store_for(options, _check_same_search(config, options))
+        if not (folder / RESULT).exists():
+            store.check()
+            with Journal(folder / DECISIONS) as journal:
+                begun, watch = bool(journal.events), Watch()
+                board = Board(config, journal, functools.partial(draw, config), watch)
+                if begun:
+                    print(f"going on with the search in {folder}: {watch.sum(board)}", flush=True)
+                if not board.finished:
+                    _train(board, journal, options, store, should_stop)
+                if not board.finished:
+                    return None
+                _write_result(board, options, store)
         return read_result(folder)
 
 
-def _absolute(options: SearchOptions) -> SearchOptions:
-    """Trials run in other processes with other working folders."""
-    return dataclasses.replace(
-        options,
-        checkpoints_dir=options.checkpoints_dir.resolve(),
-        logs_dir=options.logs_dir.resolve(),
-        data_dir=options.data_dir.resolve() if options.data_dir else None,
-    )
+def _make_private(folder: Path) -> None:
+    """Make a folder, if it is not there, that others cannot write to, whatever the umask."""
+    if not folder.exists():
+        make_folder(folder)
+        folder.chmod(folder.stat().st_mode & ~0o002)
 
 
-def _check_same_search(config: SearchConfig, folder: Path) -> None:
-    """Note what is searched in an empty folder; refuse a folder of another search."""
-    path, asked = folder / "search.json", json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists():
-        if changed := differences(read_json(path), asked):
+def _move_aside(options: SearchOptions) -> None:
+    """Make room for a new search; the old one is kept, and its winner's training, too."""
+    best = dataclasses.replace(options, run=f"{options.run}-best")
+    with only_writer(best.ckpt_folder):
+        for where in (options, best):
+            for old in (where.ckpt_folder, where.log_folder):
+                if not old.exists() or not any(old.iterdir()):
+                    continue
+                number = 1
+                while (aside := old.with_name(f"{old.name}-before-{number}")).exists():
+                    number += 1
+                old.rename(aside)
+                print(f"moved {old} to {aside}", flush=True)
+    _make_private(options.ckpt_folder)
+    if best.ckpt_folder.exists():
+        best.ckpt_folder.rmdir()  # the lock made it
+
+
+def _check_same_search(config: SearchConfig, options: SearchOptions) -> str:
+    """Note what is searched in an empty folder, or refuse another search; the search's id."""
+    folder = options.ckpt_folder
+    path, asked = folder / ASKED, json.loads(json.dumps(config.to_dict()))
+    asked["storage"] = options.storage
+    if path.exists() and (read_events(folder / DECISIONS) or (folder / RESULT).exists()):
+        there = read_json(path)
+        search_id = there.pop("id", "")
+        if changed := differences(there, asked):
             raise SearchError(
                 f"{folder} holds a search with other settings ({'; '.join(changed)}): give the "
-                "same ones to go on, or choose another --run."
+                "same ones to go on, --fresh to start anew, or choose another --run."
             )
-    elif (folder / LATEST).exists():
+        return search_id
+    if (folder / LATEST).exists():
         raise SearchError(f"{folder} holds a training run: choose another --run for the search.")
-    else:
-        write_text(path, json.dumps(asked, indent=2) + "\n")
+    shutil.rmtree(folder / "trials", ignore_errors=True)  # of a search whose log is gone
+    search_id = secrets.token_hex(4)
+    store_for(options, search_id).check()  # a mistake about it must not be noted as what was asked
+    write_text(path, json.dumps({"id": search_id, **asked}, indent=2) + "\n")
+    return search_id
 
 
-def _unfinished(folder: Path, config: SearchConfig) -> bool:
-    """Whether trials are left to run; Tuner.fit returns normally after a signal, too."""
-    # after fit() the trials in memory all say "terminated"; the record was written before that
-    newest = max((folder / "trials").glob("experiment_state-*.json"))  # named by its start time
-    trials = [json.loads(state) for state, _ in read_json(newest)["trial_data"]]
-    ended = {
-        trial_name(trial["trial_id"])
-        for trial in trials
-        if trial["status"] in (Trial.TERMINATED, Trial.ERROR)
-    }
-    return len(ended | ended_trials(folder / ENDED)) < config.num_trials
+def _check_same_data(journal: Journal, train: Split, held_out: Split) -> None:
+    """Trials of two data sets would be compared with each other."""
+    digests = {"training": train.digest, "validation": held_out.digest}
+    for event in journal.events:
+        if event["event"] == "start" and event["data"] != digests:
+            raise SearchError(
+                f"{journal.path.parent} was begun with other data: give the same --data-dir to go "
+                "on, --fresh to start anew, or choose another --run."
+            )
 
 
-def _write_result(config: SearchConfig, options: SearchOptions, grid: tune.ResultGrid) -> None:
-    by_name = {
-        Path(result.path).name: result for result in map(grid.__getitem__, range(len(grid)))
-    }  # its order is not stable
-    records = [_record(name, by_name[name]) for name in sorted(by_name)]
-    winner = min(records, key=lambda trial: trial.best_bound)
-    if winner.best_bound == float("inf"):
-        raise SearchError(
-            f"Every trial failed ({winner.error}): change the space and start again with another "
-            "--run."
+def _train(
+    board: Board,
+    journal: Journal,
+    options: SearchOptions,
+    store: TrialStore,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Start or join Ray and train until the board is finished, or a signal comes."""
+    config = board.config
+    # a user's mistake about the data must be one sentence here, not one per trial
+    train = load_split("train", options.data_dir, config.dataset)
+    held_out = load_split("validation", options.data_dir, config.dataset)
+    if max(config.batch_sizes) > len(train):
+        raise SearchError(f"--batch-sizes has more than the {len(train)} training images.")
+    _check_same_data(journal, train, held_out)
+    print(
+        f"{config.total_trials} trials of up to {config.max_epochs} epochs on {len(train):,} "
+        f"images, drawn by {config.algorithm}, scheduler {config.scheduler}; starting Ray",
+        flush=True,
+    )
+    with ray_for(options):
+        options = with_gpus(options)
+        check_resources(options)
+        check_shared(options, store)
+        journal.append(
+            "start",
+            host=socket.gethostname(),
+            process=os.getpid(),
+            ray=ray.__version__,
+            python=platform.python_version(),
+            data={"training": train.digest, "validation": held_out.digest},
         )
-    folder, checkpoint = options.ckpt_folder, by_name[winner.name].checkpoint
-    assert checkpoint is not None  # every report carries one
-    with checkpoint.as_directory() as trial_folder:
-        copy_ckpt(Path(trial_folder) / BEST, folder / "winner.pt")
-    # of the machine that trained it, which need not be this one
-    where = load_ckpt(folder / "winner.pt")["environment"]
+        run_trials(board, options, store, (train, held_out), should_stop)
+
+
+def check_shared(options: SearchOptions, store: TrialStore) -> None:
+    """Refuse a cluster some node of which cannot see the trials' folder."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1 or store.is_url:
+        return
+    token = Path(store.root) / f".seen-{secrets.token_hex(4)}"  # another folder has no such file
+    make_folder(token.parent)
+    token.touch()
+    sees = ray.remote(num_cpus=0)(os.path.exists)
+    try:
+        for node in nodes:
+            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            if not ray.get(sees.options(scheduling_strategy=place).remote(str(token))):
+                raise SearchError(
+                    f"{node['NodeManagerHostname']} does not see {store.root}: start the search "
+                    "on storage that all nodes share, or give some with --storage."
+                )
+    finally:
+        token.unlink()
+
+
+def _write_result(board: Board, options: SearchOptions, store: TrialStore) -> None:
+    """best_config.json and winner.pt, then trials.json, which says that the search is over."""
+    config, folder = board.config, options.ckpt_folder
+    result = SearchResult(config, board.trials, folder, importance(config, board.trials))
+    winner = result.winner
+    if winner.best_row is None:
+        raise SearchFailedError(
+            f"Every trial failed ({winner.why}): change the space and start anew with --fresh, or "
+            "with another --run."
+        )
+    store.fetch(winner.name, BEST, folder / "winner.tmp")
+    copy_ckpt(folder / "winner.tmp", folder / "winner.pt")
+    (folder / "winner.tmp").unlink()
+    content = load_ckpt(folder / "winner.pt")
+    if content["metrics"] != winner.best_row:
+        raise SearchError(
+            f"{BEST} of {winner.name} is not the model that the decision log has (epoch "
+            f"{content['metrics'].get('epoch')}, not {winner.best_row['epoch']}): start anew with "
+            "--fresh."
+        )
+    where = content["environment"]  # of the machine that trained it, which need not be this one
     best = {
-        "config": config.trial_config(winner.drawn).to_dict(),
-        "device": trial_device(options),
-        "num_threads": options.cpus_per_trial,
+        "config": result.best_config.to_dict(),
+        "device": "cpu" if where["device"] == "cpu" else "cuda",
+        "num_threads": where["num_threads"],
         "metric": {
-            "name": "validation bound at beta = 1, nats/image, lower is better",
-            "value": winner.best_bound,
-            "epoch": winner.epochs[winner.bounds.index(winner.best_bound)],
+            "name": f"validation {config.metric}, nats/image, lower is better",
+            "value": result.best_score,
+            "epoch": winner.best_row["epoch"],
         },
         "seed": config.seed,
         "trial": winner.name,
         "environment": where | {"ray": ray.__version__},
     }
     write_text(folder / "best_config.json", json.dumps(best, indent=2) + "\n")
-    everything = {
-        "search": dataclasses.asdict(config),
-        "trials": [dataclasses.asdict(record) for record in records],
-    }
-    write_text(folder / "trials.json", json.dumps(everything, indent=2) + "\n")
-
-
-def _record(name: str, result: tune.Result) -> TrialRecord:
-    assert result.config is not None
-    frame, error = result.metrics_dataframe, None
-    if result.error is not None:
-        error = str(result.error).strip().splitlines()[-1]
-    if frame is None or METRIC not in frame:
-        return TrialRecord(name, result.config["drawn"], [], [], [], error or "no result")
-    # a trial killed between report and record reports that epoch again, with the same values
-    frame = frame.dropna(subset=[METRIC]).drop_duplicates("epoch", keep="last")
-    return TrialRecord(
-        name=name,
-        drawn=result.config["drawn"],
-        epochs=frame["epoch"].astype(int).tolist(),
-        bounds=frame[METRIC].astype(float).tolist(),
-        kls=frame["KL_divergence"].astype(float).tolist(),
-        error=error,
-    )
+    write_result(result)

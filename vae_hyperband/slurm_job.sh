@@ -4,13 +4,19 @@
 #   sbatch vae_hyperband/slurm_job.sh                                   # a first run, no edit needed
 #   sbatch --nodes=4 --cpus-per-task=16 vae_hyperband/slurm_job.sh --num-trials 64 --max-epochs 27
 #   sbatch --gres=gpu:2 vae_hyperband/slurm_job.sh --device cuda --gpus-per-trial 0.25
+#   sbatch --array=0-4 vae_hyperband/slurm_job.sh                       # five searches, seeds 0 to 4
 #
 # Options before the script are Slurm's, options after it are those of "vae-hyperband search".
 # Before the time limit the search is stopped in order, the job goes back to the queue, and the same
 # job goes on. The project's folder has to be on storage that all nodes share.
 #
-# Environment variables: RUN (name of the search), VENV (virtual environment, default .venv) or
-# CONDA_ENV (conda environment), MODULES (modules to load first, such as "python/3.11 cuda/12.4").
+# Environment variables, all optional (sbatch hands yours on):
+#   RUN         name of the search (default search-JOBID; in an array search-ARRAYID-seed-N)
+#   SEARCH      more options of "vae-hyperband search", in one string
+#   VENV        virtual environment, made if it is missing (default .venv), or instead
+#   CONDA_ENV   conda environment, made if it is missing
+#   MODULES     modules to load first, such as "python/3.11 cuda/12.4"
+#   RAY_PORT    port of this job's Ray (default: one that depends on the job's number)
 #
 #SBATCH --job-name=vae-hyperband
 #SBATCH --nodes=1
@@ -25,17 +31,53 @@ set -euo pipefail
 
 : "${SLURM_JOB_ID:?Start this with sbatch; without a cluster run: vae-hyperband search}"
 cd "${SLURM_SUBMIT_DIR:-.}"
+read -ra options <<<"${SEARCH:-}"
+options+=("$@")
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    RUN=${RUN:-search-$SLURM_ARRAY_JOB_ID}-seed-$SLURM_ARRAY_TASK_ID
+    options+=(--seed "$SLURM_ARRAY_TASK_ID")
+fi
 RUN=${RUN:-search-$SLURM_JOB_ID}
+restarts=${SLURM_RESTART_COUNT:-0}
 mkdir -p logs
+mark=logs/.slurm-$SLURM_JOB_ID
+if [[ -e $mark.begun ]]; then # what this job began is to be gone on with, not moved aside
+    kept=()
+    for option in ${options[@]+"${options[@]}"}; do
+        [[ $option == --fresh ]] || kept+=("$option")
+    done
+    options=(${kept[@]+"${kept[@]}"})
+fi
 log=logs/slurm-$SLURM_JOB_ID.log
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST writes to $PWD/$log"
 exec >>"$log" 2>&1
-echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
+say() { echo "$(date -Is) $*"; }
+say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restarts, search $RUN"
+
+driver=
+stop_asked=
+# shellcheck disable=SC2317  # the trap calls it
+on_usr1() { # Slurm may send it up to a minute early: in a short job even before the search began
+    say "time is nearly up: stopping in order"
+    stop_asked=1
+    [[ -z $driver ]] || kill -USR1 "$driver"
+}
+trap on_usr1 USR1
+back_to_the_queue() {
+    say "back to the queue: $1"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+broke_down() { # what was done is on disk, so it is worth another try, but not for ever
+    echo "$1" >>"$mark.broken"
+    (($(wc -l <"$mark.broken") > 5)) || back_to_the_queue "$1"
+}
 
 # --- the environment: modules, then conda or a virtual environment, made if it is missing ---------
 for module in ${MODULES:-}; do
     module load "$module"
 done
+exec 9>logs/.setup.lock # jobs of an array start together
+flock 9
 if [[ -n ${CONDA_ENV:-} ]]; then
     set +u # conda's own scripts read variables that are not set
     # shellcheck disable=SC1091  # where conda lies is known on the cluster only
@@ -50,14 +92,16 @@ else
     # shellcheck disable=SC1091
     source "$VENV/bin/activate"
 fi
+exec 9>&-
 
 # --- a Ray of this job alone: its own port, token and folder ----------------------------------------
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 address=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 head_ip=$(getent ahostsv4 "$address" | awk 'NR == 1 {print $1}')
-port=$((20000 + SLURM_JOB_ID % 20000))
-folder=/tmp/vae-ray-$SLURM_JOB_ID  # short: the paths of its sockets may have 107 bytes at most
+port=${RAY_PORT:-$((10000 + SLURM_JOB_ID % 10000))} # below those that a system hands out itself
+folder=/tmp/vae-ray-$SLURM_JOB_ID # short: the paths of its sockets may have 107 bytes at most
+rm -rf "$folder" "$folder.over" # of a start that was killed
 # Ray has no authentication unless told so; without it, everyone who reaches the port runs code here
 RAY_AUTH_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
@@ -65,12 +109,15 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
 background=()
 # shellcheck disable=SC2317  # the trap calls it
 end() {
+    local status=$?
+    [[ -n $driver || -n $stop_asked ]] || broke_down "Ray did not start (status $status)"
     # only what this job started: "ray stop" would end other jobs' Ray on the same node, too
-    for process in "${background[@]}"; do
+    touch "$folder.over"
+    for process in ${background[@]+"${background[@]}"}; do
         kill "$process" 2>/dev/null || true
     done
     wait
-    rm -rf "$folder"
+    rm -rf "$folder" "$folder.over"
 }
 trap end EXIT
 
@@ -79,18 +126,27 @@ on_node() { # on_node NODE RAY_START_OPTION ...: Ray on one node, in the backgro
     shift
     srun --overlap --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" -w "$node" \
         ray start --block --num-cpus="${SLURM_CPUS_PER_TASK:-1}" \
-        --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats "$@" >/dev/null &
-    background+=($!)
+        --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats \
+        --min-worker-port=0 --max-worker-port=0 "$@" >/dev/null &
 }
 
 on_node "$head" --head --node-ip-address="$head_ip" --port="$port" --temp-dir="$folder" \
-    --include-dashboard=false
+    --ray-client-server-port="$((port + 10001))" --include-dashboard=false
+background+=($!)
 for ((try = 0; try < 60; try++)); do
     ray health-check --address "$head_ip:$port" 2>/dev/null && break
     sleep 1
 done
 for node in "${nodes[@]:1}"; do
-    on_node "$node" --address="$head_ip:$port"
+    ( # a node whose Ray dies gets a new one
+        trap 'kill "$!" 2>/dev/null; exit' TERM
+        until [[ -e $folder.over ]]; do
+            on_node "$node" --address="$head_ip:$port"
+            wait "$!" || true
+            sleep 2
+        done
+    ) &
+    background+=($!)
 done
 python3 - "$head_ip:$port" "${#nodes[@]}" <<'PYTHON'
 import sys, time, ray
@@ -105,18 +161,29 @@ print(f"Ray runs on {sys.argv[2]} node(s): {ray.cluster_resources().get('CPU', 0
 PYTHON
 
 # --- the same search as everywhere ----------------------------------------------------------------
-vae-hyperband search --run "$RUN" --address "$head_ip:$port" "$@" &
-driver=$!
+if [[ -n $stop_asked ]]; then
+    back_to_the_queue "there was no time to begin"
+    exit 75
+fi
 # bash runs a trap only between commands, so the driver has to be in the background
-trap 'echo "$(date -Is) time is nearly up: stopping in order"; kill -USR1 "$driver"' USR1
+touch "$mark.begun"
+vae-hyperband search --run "$RUN" --address "$head_ip:$port" ${options[@]+"${options[@]}"} &
+driver=$!
+[[ -z $stop_asked ]] || kill -USR1 "$driver" # it came in this very moment
 status=0
 wait "$driver" || status=$?
 while kill -0 "$driver" 2>/dev/null; do # wait returned because of the signal, not of the end
     status=0
     wait "$driver" || status=$?
 done
-if ((status == 75)); then # stopped and saved: see vae-hyperband --help
-    echo "$(date -Is) back to the queue; the search goes on where it stopped"
-    scontrol requeue "$SLURM_JOB_ID"
+if ((status > 128)); then # the signal's number, perhaps, where the driver ended in that moment
+    again=0
+    wait "$driver" || again=$?
+    ((again == 127)) || status=$again
 fi
+case $status in
+75) back_to_the_queue "the search goes on where it stopped" ;; # see vae-hyperband --help
+0 | 2 | 3) ;; # done; a mistake in the options; every trial failed
+*) broke_down "the search ended with status $status" ;;
+esac
 exit "$status"

@@ -158,7 +158,9 @@ def _ckpt_to_resume(options: RunOptions) -> tuple[Path | None, bool]:
 
 
 def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, path: Path) -> None:
-    old = {**content["config"], "data": content["data"]}
+    # a checkpoint of an earlier version lacks the settings that came later: they had their defaults
+    config_then = TrainConfig.from_dict(content["config"], str(path))
+    old = {**config_then.to_dict(), "data": content["data"]}
     new = {**config.to_dict(), "data": _data_facts(train)}
     for name in RESUME_MAY_CHANGE:
         old.pop(name), new.pop(name)

@@ -1,14 +1,13 @@
 """The main entry: ``vae-hyperband train``, or ``python -m vae_hyperband.train_vae train``.
 
-Exit status: 0 done; 2 a user's mistake, told in one sentence; 3 training diverged; 75 stopped on
-request and saved: the same command goes on.
+Exit status: 0 done; 2 a user's mistake, told in one sentence; 3 training diverged, or every trial
+of a search failed; 75 stopped on request and saved: the same command goes on.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -20,11 +19,10 @@ from typing import Literal
 import tyro
 
 from vae_hyperband import figures
+from vae_hyperband.bounds import eval_epoch
 from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt, write_text
 from vae_hyperband.config import (
     RunOptions,
-    SearchConfig,
-    SearchOptions,
     TrainConfig,
     check_run_name,
     read_json,
@@ -34,9 +32,9 @@ from vae_hyperband.download import ensure_data
 from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.options import parse_options
-from vae_hyperband.process import EXIT_STOPPED, cpu_threads, pick_device, stop_flag
-from vae_hyperband.report import draw_run, look_at, program, summary_of, table_of
-from vae_hyperband.training import eval_epoch, fit, train_epoch
+from vae_hyperband.process import cpu_threads, pick_device, stop_flag
+from vae_hyperband.report import say_trained, stopped, table_of
+from vae_hyperband.training import fit, train_epoch
 
 __all__ = ["eval_epoch", "get_dataloader", "main", "save_ckpt", "train_epoch"]
 
@@ -55,20 +53,6 @@ class TrainArgs:
     where: tyro.conf.OmitArgPrefixes[RunOptions]
     config: Path | None = None
     """Take the configuration from this JSON file, such as a search's best_config.json."""
-
-
-@dataclass(frozen=True)
-class SearchArgs:
-    """Search the hyperparameters with Ray Tune; stop the worse trials early.
-
-    vae-hyperband search --run sweep --num-trials 20 --max-epochs 9
-
-    Trials are compared on the validation bound at beta = 1. Giving the same command again goes on
-    where it stopped.
-    """
-
-    space: tyro.conf.OmitArgPrefixes[SearchConfig]
-    where: tyro.conf.OmitArgPrefixes[SearchOptions]
 
 
 @dataclass(frozen=True)
@@ -131,40 +115,16 @@ def train(argv: list[str]) -> int:
     with stop_flag() as should_stop:
         trained = fit(args.recipe, args.where, should_stop=should_stop)
     if not trained.finished:
-        return _stopped("train", argv)
-    best = trained.state.best
-    print(
-        f"best validation bound {best['bound']:.2f} nats/image (beta = 1) after epoch "
-        f"{best['epoch']}: {trained.best}"
-    )
-    for path in draw_run(trained, args.recipe, args.where.data_dir):
-        print(f"picture: {path}")
-    print(f"look at the run: {look_at(args.where.logs_dir)}")
+        return stopped("train", argv)
+    say_trained(trained, args.where)
     return 0
 
 
 def search(argv: list[str]) -> int:
-    args = parse_options(SearchArgs, argv, "vae-hyperband search")
     # Ray takes seconds to import, and only this command and "run" need it
-    from vae_hyperband import search as ray_search
+    from vae_hyperband.search_command import search_command
 
-    found = ray_search.search(args.space, args.where)
-    if found is None:
-        return _stopped("search", argv)
-    print(summary_of(found))
-    picture = figures.best_config(found, args.where.log_folder / "best_config.png")
-    print(f"every trial's curve: {picture}")
-    config = args.where.ckpt_folder / "best_config.json"
-    again = ["train", "--run", f"{args.where.run}-best", "--config", str(config), "--epochs", "10"]
-    for flag, folder in (
-        ("--data-dir", args.where.data_dir),
-        ("--checkpoints-dir", args.where.checkpoints_dir),
-        ("--logs-dir", args.where.logs_dir),
-    ):
-        if folder not in (None, Path("checkpoints"), Path("logs")):
-            again += [flag, str(folder)]
-    print(f"train it in full: {program('vae-hyperband')} {shlex.join(again)}")
-    return 0
+    return search_command(argv)
 
 
 def evaluate_ckpt(argv: list[str]) -> int:
@@ -204,7 +164,7 @@ def run(argv: list[str]) -> int:
     from vae_hyperband.main_job import MainJob, run_main_job
 
     finished = run_main_job(parse_options(MainJob, argv, "vae-hyperband run"))
-    return 0 if finished else _stopped("run", argv)
+    return 0 if finished else stopped("run", argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -226,8 +186,8 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   data      find or fetch Fashion-MNIST and check it
 
 "vae-hyperband COMMAND --help" explains each. Hyphens and underscores in options are the same.
-Exit status: 0 done, 2 a mistake in the command or its files, 3 training diverged,
-75 stopped on request (SIGINT, SIGTERM, SIGUSR1): the same command goes on.
+Exit status: 0 done, 2 a mistake in the command or its files, 3 training diverged or every trial of
+a search failed, 75 stopped on request (SIGINT, SIGTERM, SIGUSR1): the same command goes on.
 """
 
 
@@ -252,12 +212,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # outside of training and search, which end in order
         print("vae-hyperband: interrupted; the same command goes on.", file=sys.stderr)
         return 128 + signal.SIGINT
-
-
-def _stopped(command: str, argv: list[str]) -> int:
-    again = f"{program('vae-hyperband')} {shlex.join([command, *argv])}"
-    print(f"stopped and saved; go on with: {again}")
-    return EXIT_STOPPED
 
 
 def _train_default(argv: list[str]) -> TrainArgs:

@@ -18,21 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch, standard_normal
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, save_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import EpochOrder, Split, SplitBatches, get_dataloader, load_split
 from vae_hyperband.errors import DivergedError
-from vae_hyperband.model import VAE
 from vae_hyperband.objective import Nats, beta_at, learning_rate_at, nats_per_image
 from vae_hyperband.process import cpu_threads, only_writer, pick_device
 from vae_hyperband.randomness import generator
 from vae_hyperband.state import TrainState, ckpt_content, first_state
 from vae_hyperband.tracking import Progress, Tracker
 
-EVAL_BATCH_SIZE = 500
 NUM_PICTURES = 32  # held-out images whose reconstructions TensorBoard shows
-
-Losses = dict[str, float]  # recon_loss, KL_divergence, total_loss, bound: nats per image
 
 
 def train_epoch(
@@ -61,7 +58,9 @@ def train_epoch(
             group["lr"] = learning_rate_at(
                 state.step, state.num_steps, config.learning_rate, config.schedule
             )
-        noise_BZ = _noise(config.seed, "noise", state.step, len(x_BCHW), model, x_BCHW.device)
+        noise_BZ = standard_normal(
+            config.seed, "noise", state.step, len(x_BCHW), model, x_BCHW.device
+        )
         nats = nats_per_image(model, x_BCHW, noise_BZ)
         beta = beta_at(state.step, config.beta, warmup_steps)
         total = (nats.recon_B + beta * nats.kl_B).mean()
@@ -80,13 +79,6 @@ def train_epoch(
         if stop:
             return None
     return _averages(state.sums[0])
-
-
-def _noise(
-    seed: int, purpose: str, position: int, num: int, model: VAE, device: torch.device
-) -> Tensor:
-    stream = generator(seed, purpose, position, device)
-    return torch.randn(num, model.latent_dim, generator=stream, device=device)
 
 
 def _averages(sums: Tensor) -> Losses:
@@ -116,47 +108,6 @@ def _refuse_non_finite(state: TrainState, total: Tensor, nats: Nats, order: Epoc
     )
 
 
-@torch.no_grad()
-def split_nats(model: VAE, loader: DataLoader, seed: int) -> Nats:
-    """The bound's parts for every image of a split, float64 on the CPU, shape (N,) each.
-
-    One posterior sample per image, its noise a function of the seed and the image's number alone:
-    the same for every batch size, every epoch, and every model of the same latent size.
-    """
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    noise_NZ = _noise(seed, "evaluation", 0, len(loader.dataset), model, device)  # type: ignore[arg-type]
-    parts, start = [], 0
-    for x_BCHW, _ in loader:
-        parts.append(nats_per_image(model, x_BCHW, noise_NZ[start : start + len(x_BCHW)]))
-        start += len(x_BCHW)
-    model.train(training)
-    return Nats(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
-
-
-def eval_dataloader(split: Split, device: torch.device | str = "cpu") -> DataLoader:
-    """Batches of a split in file order, for :func:`eval_epoch`."""
-    return get_dataloader(split, min(EVAL_BATCH_SIZE, len(split)), shuffle=False, device=device)
-
-
-def eval_epoch(model: VAE, loader: DataLoader, seed: int = 0, beta: float = 1.0) -> Losses:
-    """Average losses of a split in nats per image, exact per image whatever the batch size.
-
-    ``loader`` gives the split in file order; in another order the images meet each other's noise,
-    which is another draw of the same estimate. "bound" is reconstruction + KL, the number that
-    models are compared by; "total_loss" weighs the KL by ``beta``.
-    """
-    nats = split_nats(model, loader, seed)
-    recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
-    return {
-        "recon_loss": recon,
-        "KL_divergence": kl,
-        "total_loss": recon + beta * kl,
-        "bound": recon + kl,
-    }
-
-
 @dataclass(frozen=True)
 class FitResult:
     """How a call of :func:`fit` ended."""
@@ -174,20 +125,24 @@ def fit(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     on_validation: Callable[[TrainState], None] = lambda state: None,
+    splits: tuple[Split, Split] | None = None,
     quiet: bool = False,
 ) -> FitResult:
     """Train a run to its end, from where its folder (or ``options.resume_ckpt``) says it is.
 
     ``should_stop`` is asked after every step: if it says so, the state is saved and the call
     returns. ``on_validation`` is called after each validation, when its checkpoint is on disk.
+    ``splits`` are the training and the validation split, where they are in memory already.
     Raises the package's own errors for a user's mistakes, :class:`DivergedError` for a loss that is
     not finite; the last checkpoint is good in each case.
     """
     options = options or RunOptions()
     device = pick_device(options.device)
     with cpu_threads(options.num_threads), only_writer(options.ckpt_folder):
-        train = load_split("train", options.data_dir, config.dataset)
-        held_out = load_split("validation", options.data_dir, config.dataset)
+        train, held_out = splits or (
+            load_split("train", options.data_dir, config.dataset),
+            load_split("validation", options.data_dir, config.dataset),
+        )
         train_loader = get_dataloader(
             train, config.batch_size, seed=config.seed, shuffle=True, device=device
         )
@@ -257,7 +212,7 @@ def fit(
 def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
     """Evaluate, log and remember; whether this is the best bound so far."""
     config = state.config
-    losses = eval_epoch(state.model, loader, config.seed, config.beta)
+    losses = eval_epoch(state.model, loader, config.seed, config.beta, config.iwae_samples)
     if not math.isfinite(losses["bound"]):
         raise DivergedError(
             f"The validation bound after epoch {state.epoch} is {losses['bound']}: use a lower "

@@ -1,32 +1,57 @@
-"""What a search found: ``trials.json``, one record per trial. Reading it needs no Ray."""
+"""What each trial of a search did, and ``trials.json``, which keeps it. Reading it needs no Ray."""
 
-from dataclasses import dataclass
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vae_hyperband.config import SearchConfig, TrainConfig, read_json
+from vae_hyperband.checkpoint import write_text
+from vae_hyperband.config import TrainConfig, read_json
+from vae_hyperband.search_config import SearchConfig
 
-METRIC = "bound"  # validation, beta = 1, nats per image; lower is better
+RESULT = "trials.json"
+
+Row = dict[str, Any]  # of one validation: epoch, step, and losses in nats per image
+Outcome = Literal["finished", "stopped", "failed"]
 
 
-@dataclass(frozen=True)
+def trial_name(number: int) -> str:
+    return f"trial_{number:03d}"
+
+
+@dataclass
 class TrialRecord:
-    """What one trial did: the hyperparameters drawn for it, and its validation after each epoch."""
+    """One trial: the hyperparameters drawn for it, its validations, how it ended and why."""
 
-    name: str
+    number: int
     drawn: dict[str, Any]
-    epochs: list[int]
-    bounds: list[float]  # nats per image, one per epoch; empty if the trial never got that far
-    kls: list[float]
-    error: str | None  # why it failed, or None
+    rows: list[Row] = field(default_factory=list)  # one per epoch, from the first on
+    outcome: Outcome | None = None  # None: not ended yet
+    why: str = ""
 
     @property
-    def best_bound(self) -> float:
-        return min(self.bounds, default=float("inf")) if self.error is None else float("inf")
+    def name(self) -> str:
+        return trial_name(self.number)
 
     @property
     def num_epochs(self) -> int:
-        return max(self.epochs, default=0)
+        return self.rows[-1]["epoch"] if self.rows else 0
+
+    def curve(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows]
+
+    @property
+    def best_row(self) -> Row | None:
+        """The validation with the lowest bound: what the trial's best.pt holds."""
+        if self.outcome == "failed" or not self.rows:
+            return None
+        return min(self.rows, key=lambda row: row["bound"])
+
+    def score(self, metric: str) -> float:
+        """What the trial is ranked by, lower is better; infinity if it failed."""
+        return self.best_row[metric] if self.best_row else math.inf
 
 
 @dataclass(frozen=True)
@@ -35,21 +60,24 @@ class SearchResult:
 
     config: SearchConfig
     trials: list[TrialRecord]
-    winner: TrialRecord
     folder: Path
+    importance: dict[str, float] | None = None  # of each hyperparameter, adding up to 1
+
+    @property
+    def winner(self) -> TrialRecord:
+        # the first one where two are equal
+        return min(self.trials, key=lambda trial: trial.score(self.config.metric))
+
+    @property
+    def best_score(self) -> float:
+        return self.winner.score(self.config.metric)
 
     @property
     def best_config(self) -> TrainConfig:
         return self.config.trial_config(self.winner.drawn)
 
-    @property
-    def num_failed(self) -> int:
-        return sum(trial.error is not None for trial in self.trials)
-
-    @property
-    def num_stopped(self) -> int:
-        max_epochs = self.config.max_epochs
-        return sum(t.error is None and t.num_epochs < max_epochs for t in self.trials)
+    def with_outcome(self, outcome: Outcome) -> list[TrialRecord]:
+        return [trial for trial in self.trials if trial.outcome == outcome]
 
     @property
     def epochs_spent(self) -> int:
@@ -59,16 +87,25 @@ class SearchResult:
     def epochs_saved(self) -> int:
         """Epochs that running the stopped trials to their end would have cost on top."""
         max_epochs = self.config.max_epochs
-        return sum(max_epochs - t.num_epochs for t in self.trials if t.error is None)
+        return sum(max_epochs - trial.num_epochs for trial in self.with_outcome("stopped"))
+
+
+def write_result(result: SearchResult) -> None:
+    content = {
+        "search": result.config.to_dict(),
+        "trials": [dataclasses.asdict(trial) for trial in result.trials],
+        "importance": result.importance,
+    }
+    write_text(result.folder / RESULT, json.dumps(content, indent=1) + "\n")
 
 
 def read_result(folder: Path) -> SearchResult:
-    """The result of a finished search, from its ``trials.json``."""
-    content = read_json(folder / "trials.json")
-    config = SearchConfig(**content["search"])
+    """The result of a finished search. Raises :class:`ConfigError` if there is none."""
+    content = read_json(folder / RESULT)
     trials = [TrialRecord(**record) for record in content["trials"]]
-    winner = min(trials, key=lambda trial: trial.best_bound)  # the first one where two are equal
-    return SearchResult(config, trials, winner, folder)
+    return SearchResult(
+        SearchConfig(**content["search"]), trials, folder, content.get("importance")
+    )
 
 
 def describe(drawn: dict[str, Any]) -> str:

@@ -1,228 +1,258 @@
-"""What Ray Tune sees of a search: the space, a trial, a scheduler, a Tuner, lines of progress."""
+"""What Ray Tune is told: which trial to create, to start, to pause, to stop. The board decides.
 
-import functools
-import os
+Ray runs the trials: it places them, restarts them where a process or a node died, hands their
+reports over. It keeps no state that a search would go on from: its own record forgets the
+scheduler, hangs with HyperBand (ray#30838) and is pickled. Each call makes a new Tuner, which gets
+the trials that the board still wants trained.
+"""
+
+import contextlib
 import shutil
-import tempfile
+import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import (
-    ASHAScheduler,
-    FIFOScheduler,
-    HyperBandScheduler,
-    TrialScheduler,
-)
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
-from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt
-from vae_hyperband.cluster import trial_device
-from vae_hyperband.config import (
-    RunOptions,
-    SearchConfig,
-    SearchOptions,
-    TrainConfig,
-)
-from vae_hyperband.errors import SearchError
-from vae_hyperband.process import make_folder
-from vae_hyperband.training import TrainState, fit
-from vae_hyperband.trials import METRIC, describe
+from vae_hyperband.board import Board
+from vae_hyperband.cluster import num_places, trial_device
+from vae_hyperband.data import Split
+from vae_hyperband.errors import RayBrokeError, VAEHyperbandError
+from vae_hyperband.search_config import SearchOptions
+from vae_hyperband.storage import TrialStore
+from vae_hyperband.trials import trial_name
+from vae_hyperband.worker import SharedSplit, hang_report, train_trial
 
-ENDED = "ended.txt"  # in the search's folder: one trial's name a line
+#: What the board keeps of a report; Ray adds clocks and names to it.
+ROW = frozenset({"step", "epoch", "recon_loss", "KL_divergence", "total_loss", "bound", "iwae"})
 
+#: Ray may say twice that a process died; another one takes longer to start.
+ONE_DEATH_SECONDS = 0.5
 
-def space(config: SearchConfig) -> dict[str, Any]:
-    """The search space in Ray Tune's terms."""
-    return {
-        "latent_dim": tune.choice(list(config.latent_dims)),
-        "learning_rate": tune.loguniform(*config.learning_rates),
-        "batch_size": tune.choice(list(config.batch_sizes)),
-        "beta": tune.choice(list(config.betas)),
-    }
+ACTIONS = {
+    "go on": TrialScheduler.CONTINUE,
+    "wait": TrialScheduler.PAUSE,
+    "stop": TrialScheduler.STOP,
+}
 
 
-def draw_trials(config: SearchConfig) -> list[dict[str, Any]]:
-    """The hyperparameters of every trial, a function of the space and the seed alone.
-
-    Trial 0 is the default configuration, so that a search never ends below it; its values are taken
-    from the space where the space does not contain them.
-    """
-    random = np.random.RandomState(config.seed)
-    default, domains = TrainConfig(), space(config)
-    low, high = config.learning_rates
-    first = {
-        "latent_dim": _default_or_first(default.latent_dim, config.latent_dims),
-        "learning_rate": min(max(default.learning_rate, low), high),
-        "batch_size": _default_or_first(default.batch_size, config.batch_sizes),
-        "beta": _default_or_first(default.beta, config.betas),
-    }
-    drawn = [
-        {name: domain.sample(random_state=random) for name, domain in domains.items()}
-        for _ in range(config.num_trials - 1)
-    ]
-    return [first, *drawn]
-
-
-def _default_or_first(default: Any, choices: tuple[Any, ...]) -> Any:
-    return default if default in choices else choices[0]
-
-
-def train_trial(
-    trial: dict[str, Any], *, config: SearchConfig, options: SearchOptions, device: str
+def run_trials(
+    board: Board,
+    options: SearchOptions,
+    store: TrialStore,
+    splits: tuple[Split, Split],
+    should_stop: Callable[[], bool],
 ) -> None:
-    """One trial, in a process of Ray's: train, report each validation with its checkpoint."""
-    name = tune.get_context().get_trial_name()
-    with tempfile.TemporaryDirectory() as scratch:
-        run = RunOptions(
-            run=name,
-            device=device,
-            data_dir=options.data_dir,
-            checkpoints_dir=Path(scratch),
-            logs_dir=options.log_folder,
-            num_threads=options.cpus_per_trial,
-        )
-        make_folder(run.ckpt_folder)
-        if started := tune.get_checkpoint():
-            with started.as_directory() as folder:
-                for file in (LATEST, BEST):
-                    copy_ckpt(Path(folder) / file, run.ckpt_folder / file)
+    """Have the board's trials trained until it is finished, or until ``should_stop`` says so.
 
-        def report(state: TrainState) -> None:
-            tune.report(dict(state.metrics), checkpoint=tune.Checkpoint(str(run.ckpt_folder)))
-
-        fit(config.trial_config(trial["drawn"]), run, on_validation=report, quiet=True)
-
-
-def tuner_for(config: SearchConfig, options: SearchOptions) -> tune.Tuner:
-    """A new Tuner, or the one that was stopped."""
-    device = trial_device(options)
-    trainable = tune.with_resources(
-        functools.partial(train_trial, config=config, options=options, device=device),
-        {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0},
+    The board knows which it was. Raises :class:`RayBrokeError`, and what the board raised.
+    """
+    draws = Draws(board, options, should_stop)
+    folder = options.ckpt_folder / "ray"
+    shutil.rmtree(folder, ignore_errors=True)  # nothing is ever read from it
+    trainable = tune.with_parameters(
+        train_trial,
+        config=board.config,
+        options=options,
+        store=store,
+        device=trial_device(options),
+        splits=tuple(map(SharedSplit.of, splits)),
     )
-    ray_folder = options.ckpt_folder / "trials"
-    if _has_state(ray_folder):
-        _refuse_foreign(ray_folder)
-        if config.scheduler == "hyperband":
-            raise SearchError(
-                f"{ray_folder} holds a HyperBand search that was stopped, and Ray Tune cannot "
-                "restore HyperBand's brackets: start again with another --run."
-            )
-        print(f"going on with the search in {options.ckpt_folder}", flush=True)
-        return tune.Tuner.restore(str(ray_folder), trainable, resume_unfinished=True)
-    shutil.rmtree(ray_folder, ignore_errors=True)  # stopped before anything was recorded
-    return tune.Tuner(
-        trainable,
-        param_space={"drawn": tune.grid_search(draw_trials(config))},
+    tuner = tune.Tuner(
+        tune.with_resources(
+            trainable, {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0}
+        ),
         tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode="min",
-            scheduler=_scheduler(config),
+            num_samples=-1,  # until the searcher says that it is finished
+            search_alg=draws,
+            scheduler=Decisions(board, draws, options),
             reuse_actors=True,  # a new process costs 3 s and more, most of it importing torch
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name=ray_folder.name,
-            storage_path=str(ray_folder.parent),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            failure_config=tune.FailureConfig(max_failures=0),
-            callbacks=[JsonLoggerCallback(), ProgressLines(config, options.ckpt_folder / ENDED)],
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=tune.FailureConfig(max_failures=-1),  # the board counts
+            stop=StopAll(draws.should_stop),
             verbose=0,
         ),
     )
-
-
-def _has_state(ray_folder: Path) -> bool:
-    # Tuner.can_restore is content with tuner.pkl alone, then restore fails
-    return bool(list(ray_folder.glob("experiment_state-*.json"))) and tune.Tuner.can_restore(
-        str(ray_folder)
-    )
-
-
-def _refuse_foreign(ray_folder: Path) -> None:
-    """Ray unpickles its state when it restores, which may run code: only from the user's own."""
-    facts = ray_folder.stat()
-    if facts.st_uid != os.geteuid() or facts.st_mode & 0o002:
-        raise SearchError(
-            f"{ray_folder} belongs to another user or can be written by everyone, and restoring a "
-            "search runs code from it: start again with another --run."
-        )
-
-
-def trial_name(trial_id: str) -> str:
-    """Ray counts trials in the end of their id; its own folder names would hold rounded floats."""
-    return f"trial_{int(trial_id.rsplit('_', 1)[1]):03d}"
+    try:
+        tuner.fit()
+    except Exception as error:  # whatever Ray raises when its processes are gone
+        if not draws.troubles:
+            said = str(error).strip() or type(error).__name__
+            raise RayBrokeError(
+                f"Ray broke down ({said.splitlines()[-1]}): what was done is kept, and the same "
+                "command goes on."
+            ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    if draws.troubles:
+        raise draws.troubles[0]
 
 
 def _trial_name(trial: Trial) -> str:
-    return trial_name(trial.trial_id)
+    return trial_name(_number(trial))
 
 
-def _scheduler(config: SearchConfig) -> TrialScheduler:
-    if config.scheduler == "asha":
-        return ASHAScheduler(
-            time_attr="epoch",
-            max_t=config.max_epochs,
-            grace_period=config.grace_period,
-            reduction_factor=config.reduction_factor,
-        )
-    if config.scheduler == "hyperband":
-        return HyperBandScheduler(
-            time_attr="epoch", max_t=config.max_epochs, reduction_factor=config.reduction_factor
-        )
-    return FIFOScheduler()
+def _number(trial: Trial) -> int:
+    return trial.config["number"]
 
 
-class ProgressLines(tune.Callback):
-    """One line per validation of a trial and per trial that ends.
+class StopAll(Stopper):
+    """Ends the experiment in order when asked to."""
 
-    The names of the trials that ended also go to a file, since Ray's own record calls a trial that
-    HyperBand stopped while it was paused "PAUSED" for ever.
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop, self._on_usr1 = should_stop, signal.getsignal(signal.SIGUSR1)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        signal.signal(signal.SIGUSR1, self._on_usr1)  # Tune has set one of its own by now
+        return self._should_stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray pickles its Tuner; the board that is behind this holds an open file
+
+
+class Draws(Searcher):
+    """Hands Ray one trial after the other: those begun before a stop first, then new ones.
+
+    None before there is a place for it: what is drawn later can learn from more.
     """
 
-    def __init__(self, config: SearchConfig, ended: Path) -> None:
-        self._config, self._ended = config, ended
-
-    def setup(self, *_: Any, **__: Any) -> None:  # when a search starts, and when it is restored
-        self._started = time.monotonic()
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
+    def __init__(
+        self, board: Board, options: SearchOptions, asked_to_stop: Callable[[], bool]
     ) -> None:
-        bound = result[METRIC]
-        # Ray takes this result into its statistics after this call
-        seen = [t.metric_analysis[METRIC]["min"] for t in trials if METRIC in t.metric_analysis]
-        seen.append(bound)
-        self._say(
-            f"{_trial_name(trial)} epoch {result['epoch']}/{self._config.max_epochs}: "
-            f"bound {bound:.2f} (best so far {min(seen):.2f}) "
-            f"{describe(trial.config['drawn'])}"
-        )
+        super().__init__()
+        self._board, self._options, self._asked_to_stop = board, options, asked_to_stop
+        self._given: dict[int, str] = {}  # number -> Ray's id
+        self.troubles: list[VAEHyperbandError] = []  # such as a full disk under the decision log
 
-    def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
-    ) -> None:
-        epochs = trial.last_result.get("epoch", 0)
-        how = "stopped early" if epochs < self._config.max_epochs else "finished"
-        self._end(trial, f"{how} after epoch {epochs}")
+    def should_stop(self) -> bool:
+        return bool(self.troubles) or self._asked_to_stop()
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        self._end(trial, "failed")
+    @contextlib.contextmanager
+    def noting_trouble(self) -> Iterator[None]:
+        """Keep our own errors for the end of the run; Ray would make tracebacks of them."""
+        try:
+            yield
+        except VAEHyperbandError as error:
+            self.troubles.append(error)
 
-    def _end(self, trial: Trial, how: str) -> None:
-        with self._ended.open("a", encoding="utf-8") as file:
-            file.write(_trial_name(trial) + "\n")
-        num_ended = len(ended_trials(self._ended))
-        self._say(f"{_trial_name(trial)} {how}; {num_ended} of {self._config.num_trials} done")
+    # Ray's own annotation leaves out FINISHED, which is a str
+    def suggest(self, trial_id: str) -> Any:
+        board = self._board
+        if board.finished or self.should_stop():
+            return Searcher.FINISHED
+        active = self._given.keys() & set(board.runnable())
+        if len(active) >= num_places(self._options):
+            return None
+        with self.noting_trouble():
+            waiting = [number for number in board.runnable() if number not in self._given]
+            trial = board.trials[waiting[0]] if waiting else board.draw_next()
+            if trial is not None:
+                self._given[trial.number] = trial_id
+                return {"number": trial.number, "drawn": trial.drawn}
+        return None
 
-    def _say(self, line: str) -> None:
-        print(f"[{time.monotonic() - self._started:4.0f} s] {line}", flush=True)
+    def take_back(self, trial: Trial) -> None:
+        """Ray gave a trial up that the board wants: it gets a new one for the same number.
+
+        Ray does so where a process that was to be used again for this trial is gone or busy.
+        """
+        number = _number(trial)
+        if self._given.get(number) == trial.trial_id:
+            del self._given[number]
+
+    def on_trial_complete(self, trial_id: str, *_: Any, **__: Any) -> None:
+        """The board has it from the trial's last report."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """What Ray wants to keep of this is in the decision log."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on from its decision log")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
-def ended_trials(path: Path) -> set[str]:
-    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+class Decisions(FIFOScheduler):
+    """Tells the board what trials report, and Ray what the board says of them.
+
+    A trial that has to wait for an earlier one is paused: it gives its place to another, and goes
+    on from its checkpoint when its turn comes.
+    """
+
+    def __init__(self, board: Board, draws: Draws, options: SearchOptions) -> None:
+        super().__init__()
+        self._board, self._draws, self._options = board, draws, options
+        self._deaths: dict[int, list[float]] = {}  # number -> when, since its last report
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        number = _number(trial)
+        with self._draws.noting_trouble():
+            if "failed" in result:
+                self._board.failed(number, result["failed"])
+            elif not result.get("done"):  # a function that returned reports its last result again
+                if result["epoch"] > self._board.trials[number].num_epochs:
+                    self._deaths.pop(number, None)
+                row = {name: result[name] for name in result if name in ROW}
+                self._board.reported(number, row)
+        return ACTIONS[self._action(trial)]
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """A trial's process died. Ray starts another one, until the board has had enough."""
+        number, now = _number(trial), time.monotonic()
+        deaths = self._deaths.setdefault(number, [])
+        if deaths and now - deaths[-1] < ONE_DEATH_SECONDS:
+            return
+        deaths.append(now)
+        with self._draws.noting_trouble():
+            why = self._cause_of_death(trial_name(number))
+            self._board.died(number, why)
+            if len(deaths) > self._options.max_failures:
+                self._board.failed(number, f"{why}; tried {len(deaths)} times")
+
+    def _cause_of_death(self, name: str) -> str:
+        report = hang_report(self._options, name)
+        if not report.exists() or not report.stat().st_size:
+            return "its process died"
+        report.rename(report.with_name("last_hang.txt"))
+        seconds = self._options.trial_timeout
+        return f"hung: no epoch in {seconds:g} s (last_hang.txt in its logs says where)"
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The first one, as drawn, of those that may run: it is the one that others wait for."""
+        trials = tune_controller.get_trials()
+        for trial in trials:
+            waits = trial.status in (Trial.PAUSED, Trial.PENDING)
+            if waits and self._action(trial) == "stop":
+                tune_controller.stop_trial(trial)  # it lost by a report of another, or failed
+            elif trial.status in (Trial.ERROR, Trial.TERMINATED):
+                self._draws.take_back(trial)
+        num_running = sum(trial.status == Trial.RUNNING for trial in trials)
+        if num_running >= (self._options.max_concurrent or len(trials) + 1):
+            return None
+        ready = [
+            trial
+            for trial in trials
+            if trial.status in (Trial.PENDING, Trial.PAUSED) and self._action(trial) == "go on"
+        ]
+        return min(ready, key=_number, default=None)
+
+    def _action(self, trial: Trial) -> str:
+        return self._board.verdict(_number(trial)).action
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}

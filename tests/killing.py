@@ -1,0 +1,82 @@
+"""SIGKILL for the processes of a search: its driver, a trial's worker, or all of them."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+
+KINDS = ("driver", "worker", "everything")
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and all that it started, directly or not."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                after_name = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:  # it has just ended
+                continue
+            parents[int(entry.name)] = int(after_name[1])
+    found, frontier = [pid], [pid]
+    while frontier:
+        frontier = [child for child, parent in parents.items() if parent in frontier]
+        found += frontier
+    return found
+
+
+def trial_workers(pid: int) -> list[int]:
+    """Ray's processes that train the trials of the driver with that process id."""
+    workers = []
+    for child in descendants(pid):
+        try:
+            title = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::ImplicitFunc"):
+            workers.append(child)
+    return workers
+
+
+def kill(kind: str, driver: int, random: np.random.Generator) -> bool:
+    """Whether there was something of that kind to kill."""
+    if kind == "driver":
+        victims = [driver]
+    elif kind == "worker":
+        workers = trial_workers(driver)
+        victims = [int(random.choice(workers))] if workers else []
+    else:
+        victims = descendants(driver)
+    for victim in victims:
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return bool(victims)
+
+
+def run_with_kills(
+    command: list[str], folder: Path, random: np.random.Generator, num_kills: int
+) -> dict[str, int]:
+    """Give the command until it ends with status 0, with at most that many kills on the way.
+
+    Returns how many there were of each kind. What the commands said is in said.txt.
+    """
+    counts = dict.fromkeys(KINDS, 0)
+    with (folder / "said.txt").open("wb") as said:
+        while True:
+            process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
+            while sum(counts.values()) < num_kills and process.poll() is None:
+                # half of them during the seconds of the start
+                time.sleep(random.uniform(0, 7) if random.random() < 0.5 else random.uniform(7, 15))
+                if process.poll() is None:
+                    kind = str(random.choice(KINDS, p=(0.35, 0.4, 0.25)))
+                    counts[kind] += kill(kind, process.pid, random)
+                    time.sleep(0.2)
+            status = process.wait(timeout=600)
+            if status == 0:
+                return counts
+            assert status == -signal.SIGKILL, (folder / "said.txt").read_text()[-3000:]

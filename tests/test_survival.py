@@ -1,0 +1,67 @@
+"""A search of real trials under SIGKILL: whoever died, it ends as if nobody had."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import command_line, write_idx_folder
+from killing import run_with_kills
+
+from vae_hyperband.checkpoint import load_ckpt
+
+NUM_KILLS = 20
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Enough images for epochs of a second or two: kills have to find training under way."""
+    return write_idx_folder(tmp_path_factory.mktemp("data"), num_train=12000, size=12)
+
+
+def search_command(data: Path, scheduler: str) -> list[str]:
+    return command_line(
+        "search", "--run", "s", "--data-dir", data, "--device", "cpu", "--dataset", "custom",
+        "--batch-sizes", 32, 64, "--latent-dims", 2, 4, "--num-trials", 12, "--max-epochs", 9,
+        "--scheduler", scheduler, "--max-failures", 10,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+def test_twenty_kills_of_driver_worker_or_everything_change_nothing(tmp_path, data, scheduler):
+    command = search_command(data, scheduler)
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    subprocess.run(command, cwd=calm, check=True, capture_output=True, timeout=600)
+    expected = json.loads((calm / "checkpoints/s/trials.json").read_text())
+    best = json.loads((calm / "checkpoints/s/best_config.json").read_text())
+    assert {trial["outcome"] for trial in expected["trials"]} == {"finished", "stopped"}
+    for trial in expected["trials"]:
+        epochs = [row["epoch"] for row in trial["rows"]]
+        assert epochs == list(range(1, len(epochs) + 1))
+        assert len(epochs) in (1, 3, 9)
+
+    random, kills = np.random.default_rng(7), {"driver": 0, "worker": 0, "everything": 0}
+    while sum(kills.values()) < NUM_KILLS:  # a search that ends before the last kill: another one
+        storm = tmp_path / "storm"
+        storm.mkdir()
+        for kind, count in run_with_kills(
+            command, storm, random, NUM_KILLS - sum(kills.values())
+        ).items():
+            kills[kind] += count
+        found = json.loads((storm / "checkpoints/s/trials.json").read_text())
+        assert found == expected  # every trial, every epoch, every digit, every reason
+        again = json.loads((storm / "checkpoints/s/best_config.json").read_text())
+        assert again == best
+        winners = [load_ckpt(place / "checkpoints/s/winner.pt") for place in (storm, calm)]
+        assert winners[0]["digest"] == winners[1]["digest"]  # of every weight and moment
+        for log in sorted((calm / "logs/s").glob("*/metrics.jsonl")):
+            name = f"{log.parent.name}/metrics.jsonl"
+            assert (storm / "logs/s" / name).read_bytes() == log.read_bytes()
+        shutil.rmtree(storm)
+    print(f"{scheduler}: survived {kills}")
+    assert all(kills.values())

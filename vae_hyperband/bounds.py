@@ -1,0 +1,119 @@
+"""What a model is worth on images: the bound and its parts, and the tighter IWAE bound.
+
+Negative log-likelihood bounds in nats per image, so that lower is better. The noise is a function
+of the seed and of an image's place in its split alone: the same for every batch size, every epoch,
+and every model of the same latent size.
+
+Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, Z latents,
+K importance samples.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vae_hyperband.data import Split, get_dataloader
+from vae_hyperband.model import VAE, reparameterize
+from vae_hyperband.objective import Nats, nats_per_image, reconstruction_nats
+from vae_hyperband.randomness import generator
+
+EVAL_BATCH_SIZE = 500
+
+Losses = dict[str, float]  # recon_loss, KL_divergence, total_loss, bound, (iwae): nats per image
+
+
+def standard_normal(
+    seed: int, purpose: str, position: int, num: int, model: VAE, device: torch.device
+) -> Tensor:
+    """Noise for ``num`` images, shape (num, Z)."""
+    stream = generator(seed, purpose, position, device)
+    return torch.randn(num, model.latent_dim, generator=stream, device=device)
+
+
+def eval_dataloader(split: Split, device: torch.device | str = "cpu") -> DataLoader:
+    """Batches of a split in file order, for :func:`eval_epoch`."""
+    return get_dataloader(split, min(EVAL_BATCH_SIZE, len(split)), shuffle=False, device=device)
+
+
+@torch.no_grad()
+def split_nats(model: VAE, loader: DataLoader, seed: int) -> Nats:
+    """The bound's parts for every image of a split, float64 on the CPU, shape (N,) each.
+
+    One posterior sample per image.
+    """
+    training = model.training
+    model.eval()
+    parts = [
+        nats_per_image(model, x_BCHW, noise_BZ)
+        for x_BCHW, noise_BZ in _with_noise(model, loader, seed, "evaluation")
+    ]
+    model.train(training)
+    return Nats(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def iwae_nats(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> Tensor:
+    """The IWAE bound of every image, -log(1/K sum_k p(x, z_k) / q(z_k|x)), float64, shape (N,).
+
+    Burda, Grosse & Salakhutdinov 2016, equation 8, with the sign of a loss. K = 1 is the bound of
+    :func:`split_nats` but for the KL, which is sampled here; more samples only tighten it.
+    """
+    training = model.training
+    model.eval()
+    log_weights_KN = []
+    for sample in range(num_samples):
+        batches = _with_noise(model, loader, seed, "iwae", sample)
+        log_weights_KN.append(
+            torch.cat([_log_weight(model, x_BCHW, noise_BZ) for x_BCHW, noise_BZ in batches])
+        )
+    model.train(training)
+    return math.log(num_samples) - torch.stack(log_weights_KN).logsumexp(dim=0)
+
+
+def _log_weight(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Tensor:
+    """log p(x|z) + log p(z) - log q(z|x) for one z per image, float64 on the CPU, shape (B,)."""
+    mu_BZ, logvar_BZ = model.encode(x_BCHW)
+    z_BZ = reparameterize(mu_BZ, logvar_BZ, noise_BZ)
+    # the terms with log(2 pi) of the two Gaussians cancel
+    prior_over_posterior_BZ = 0.5 * (noise_BZ.square() + logvar_BZ - z_BZ.square())
+    recon_B = reconstruction_nats(model.decode(z_BZ), x_BCHW)
+    return (prior_over_posterior_BZ.sum(dim=1).double() - recon_B.double()).cpu()
+
+
+def _with_noise(
+    model: VAE, loader: DataLoader, seed: int, purpose: str, position: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch of images with its own rows of the split's noise."""
+    device = next(model.parameters()).device
+    num_images = len(loader.dataset)  # type: ignore[arg-type]
+    noise_NZ = standard_normal(seed, purpose, position, num_images, model, device)
+    start = 0
+    for x_BCHW, _ in loader:
+        yield x_BCHW, noise_NZ[start : start + len(x_BCHW)]
+        start += len(x_BCHW)
+
+
+def eval_epoch(
+    model: VAE, loader: DataLoader, seed: int = 0, beta: float = 1.0, iwae_samples: int = 0
+) -> Losses:
+    """Average losses of a split in nats per image, exact per image whatever the batch size.
+
+    ``loader`` gives the split in file order; in another order the images meet each other's noise,
+    which is another draw of the same estimate. "bound" is reconstruction + KL, the number that
+    models are compared by; "total_loss" weighs the KL by ``beta``; "iwae" is there if
+    ``iwae_samples`` says with how many samples.
+    """
+    nats = split_nats(model, loader, seed)
+    recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
+    losses = {
+        "recon_loss": recon,
+        "KL_divergence": kl,
+        "total_loss": recon + beta * kl,
+        "bound": recon + kl,
+    }
+    if iwae_samples:
+        losses["iwae"] = iwae_nats(model, loader, seed, iwae_samples).mean().item()
+    return losses

@@ -1,0 +1,210 @@
+"""One trial, in a process of Ray's: a run of ``fit`` like any other.
+
+The trial's folder says how far it is, so whoever died in between, the same call goes on. What goes
+wrong in here ends as a report to the search, never as an error of Ray's.
+"""
+
+import contextlib
+import faulthandler
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from ray import tune
+
+from vae_hyperband.checkpoint import LATEST, load_ckpt
+from vae_hyperband.config import RunOptions
+from vae_hyperband.data import Split
+from vae_hyperband.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    FolderInUseError,
+    ResumeError,
+)
+from vae_hyperband.process import make_folder
+from vae_hyperband.search_config import SearchConfig, SearchOptions
+from vae_hyperband.state import TrainState
+from vae_hyperband.storage import TrialStore
+from vae_hyperband.training import fit
+from vae_hyperband.trials import trial_name
+
+#: Seconds to wait for the lock of a trial whose last process is still dying, on another node maybe.
+PATIENCE = 120.0
+
+
+@dataclass(frozen=True)
+class SharedSplit:
+    """A split whose arrays Ray keeps once per node, in memory that all its processes share."""
+
+    images_NCHW: np.ndarray
+    labels_N: np.ndarray
+    digest: str
+
+    @classmethod
+    def of(cls, split: Split) -> Self:
+        return cls(split.images_NCHW.numpy(), split.labels_N.numpy(), split.digest)
+
+    def split(self) -> Split:
+        with warnings.catch_warnings():  # that the memory is read-only: nothing writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            images_NCHW, labels_N = map(torch.from_numpy, (self.images_NCHW, self.labels_N))
+        return Split(images_NCHW, labels_N, self.digest)
+
+
+def train_trial(
+    trial: dict[str, Any],
+    *,
+    config: SearchConfig,
+    options: SearchOptions,
+    store: TrialStore,
+    device: str,
+    splits: tuple["SharedSplit", "SharedSplit"],
+) -> None:
+    """Train the trial on, from where its folder says it is, until the search stops asking for more.
+
+    ``trial`` has its "number" and what was "drawn" for it.
+    """
+    # Ray gives a process up that takes longer to leave a trial, as it may on a slow file system
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
+    name, hopeless = trial_name(trial["number"]), ""
+    try:
+        with Watchdog(hang_report(options, name), options.trial_timeout) as watchdog:
+            folder = store.work_folder(name)
+            try:
+                run = RunOptions(
+                    run=name,
+                    device=device,
+                    data_dir=options.data_dir,
+                    checkpoints_dir=folder.parent,
+                    # a store that is not a folder of this node keeps the logs, too
+                    logs_dir=folder / "logs" if store.is_url else options.log_folder,
+                    num_threads=options.cpus_per_trial,
+                )
+                hopeless = _attempts(trial, config, options, store, run, splits, watchdog)
+            finally:
+                store.leave(folder)
+    except Exception as error:
+        hopeless = reason(error)
+    if hopeless:
+        tune.report({"failed": hopeless})
+
+
+def _attempts(
+    trial: dict[str, Any],
+    config: SearchConfig,
+    options: SearchOptions,
+    store: TrialStore,
+    run: RunOptions,
+    splits: tuple["SharedSplit", "SharedSplit"],
+    watchdog: "Watchdog",
+) -> str:
+    """Train to the end; or the reason why it is not to be tried again.
+
+    An error is tried again from the last checkpoint, as often in a row as ``max_failures`` says
+    without getting further.
+    """
+    in_memory = (splits[0].split(), splits[1].split())
+    count, last_step, started = 0, -1, time.monotonic()
+
+    def report(row: dict[str, Any]) -> None:
+        with watchdog.asleep():  # waiting for the search's answer is not hanging
+            tune.report(row)  # leaves by SystemExit if the search pauses or stops the trial here
+
+    def validated(state: TrainState) -> None:
+        store.push(run.run, run.ckpt_folder)
+        report(dict(state.metrics))
+
+    while True:
+        watchdog.wake()
+        step, row = _progress(run.ckpt_folder / LATEST)
+        try:
+            if row:  # a kill may have come between its checkpoint and the search's log
+                report(row)
+            fit(
+                config.trial_config(trial["drawn"]),
+                run,
+                splits=in_memory,
+                on_validation=validated,
+                quiet=True,
+            )
+            return ""
+        except (DivergedError, ConfigError, ResumeError) as error:
+            return reason(error)  # the same bits would do the same
+        except FolderInUseError as error:
+            if time.monotonic() - started > PATIENCE:
+                return reason(error)
+            time.sleep(0.5)
+            continue
+        except CheckpointError as error:
+            said = reason(error)
+            shutil.rmtree(run.ckpt_folder)  # the trial from its start gives the same reports
+        except Exception as error:
+            said = reason(error)
+        torch.cuda.empty_cache()
+        count = count + 1 if step == last_step else 1
+        last_step = step
+        if count > options.max_failures:
+            return f"{said}; tried {count} times"
+
+
+def _progress(latest: Path) -> tuple[int, dict[str, Any]]:
+    """Step and last validation of a checkpoint; -1 and nothing if there is none that is good."""
+    with contextlib.suppress(CheckpointError):
+        content = load_ckpt(latest)
+        return content["step"], dict(content["metrics"])
+    return -1, {}
+
+
+def hang_report(options: SearchOptions, name: str) -> Path:
+    """Where a trial's process writes what it was doing when it was ended for hanging."""
+    return options.log_folder / name / "hung.txt"
+
+
+class Watchdog:
+    """Ends the process, with a report of where it was, if it is awake for too long.
+
+    A thread in C: it sees a hang that keeps Python from running, too.
+    """
+
+    def __init__(self, report: Path, seconds: float) -> None:
+        self._report, self._seconds = report, seconds
+
+    def __enter__(self) -> Self:
+        make_folder(self._report.parent)
+        self._file = self._report.open("w", encoding="utf-8")
+        self.wake()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        self._report.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        faulthandler.cancel_dump_traceback_later()
+        yield
+        self.wake()
+
+    def wake(self) -> None:
+        """Count the seconds anew."""
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, DivergedError):
+        return f"diverged: {first}"
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or "allocate memory" in first or "not enough memory" in first:
+        return f"out of memory: {first}"
+    return f"{type(error).__name__}: {first}"
