@@ -63,24 +63,33 @@ def iwae_nats(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> Te
     """
     training = model.training
     model.eval()
-    log_weights_KN = []
+    batches = [(x_BCHW, *model.encode(x_BCHW)) for x_BCHW, _ in loader]
+    num_images = sum(len(x_BCHW) for x_BCHW, *_ in batches)
+    device = next(model.parameters()).device
+    log_sum_N = torch.full((num_images,), -math.inf, dtype=torch.float64)
     for sample in range(num_samples):
-        batches = _with_noise(model, loader, seed, "iwae", sample)
-        log_weights_KN.append(
-            torch.cat([_log_weight(model, x_BCHW, noise_BZ) for x_BCHW, noise_BZ in batches])
+        noise_NZ = standard_normal(seed, "iwae", sample, num_images, model, device)
+        noises = noise_NZ.split([len(x_BCHW) for x_BCHW, *_ in batches])
+        log_weight_N = torch.cat(
+            [
+                _log_weight(model, *batch, noise)
+                for batch, noise in zip(batches, noises, strict=True)
+            ]
         )
+        log_sum_N = torch.logaddexp(log_sum_N, log_weight_N.cpu())
     model.train(training)
-    return math.log(num_samples) - torch.stack(log_weights_KN).logsumexp(dim=0)
+    return math.log(num_samples) - log_sum_N
 
 
-def _log_weight(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Tensor:
-    """log p(x|z) + log p(z) - log q(z|x) for one z per image, float64 on the CPU, shape (B,)."""
-    mu_BZ, logvar_BZ = model.encode(x_BCHW)
+def _log_weight(
+    model: VAE, x_BCHW: Tensor, mu_BZ: Tensor, logvar_BZ: Tensor, noise_BZ: Tensor
+) -> Tensor:
+    """log p(x|z) + log p(z) - log q(z|x) for one z per image, float64, shape (B,)."""
     z_BZ = reparameterize(mu_BZ, logvar_BZ, noise_BZ)
     # the terms with log(2 pi) of the two Gaussians cancel
     prior_over_posterior_BZ = 0.5 * (noise_BZ.square() + logvar_BZ - z_BZ.square())
     recon_B = reconstruction_nats(model.decode(z_BZ), x_BCHW)
-    return (prior_over_posterior_BZ.sum(dim=1).double() - recon_B.double()).cpu()
+    return prior_over_posterior_BZ.sum(dim=1).double() - recon_B.double()
 
 
 def _with_noise(

@@ -54,14 +54,19 @@ def tree_digest(tree: Any) -> str:
 
 
 def save_ckpt(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint so that the path holds either the old or the new one, whatever happens.
-
-    ``content`` has exactly :data:`KEYS`. Temporary file in the same folder, fsync, rename, fsync of
-    the folder: without either fsync a power cut can lose a file that was already reported as saved.
-    Raises :class:`RunFolderError` if the folder cannot be written; the old file is then intact.
-    """
+    """Write a checkpoint; ``content`` has exactly :data:`KEYS`. See :func:`save_pt`."""
     assert set(content) == KEYS, set(content) ^ KEYS
-    head = {"format": FORMAT, "version": VERSION, "digest": tree_digest(content)}
+    save_pt(path, content, FORMAT, VERSION)
+
+
+def save_pt(path: Path, content: dict[str, Any], kind: str, version: int) -> None:
+    """Write a file so that the path holds either the old or the new one, whatever happens.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder: without either fsync a
+    power cut can lose a file that was already reported as saved. Raises :class:`RunFolderError` if
+    the folder cannot be written; the old file is then intact.
+    """
+    head = {"format": kind, "version": version, "digest": tree_digest(content)}
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({**head, **content}, file)
@@ -133,27 +138,32 @@ def load_ckpt(path: Path | str) -> dict[str, Any]:
 
     Raises :class:`CheckpointError`: missing, damaged, not ours, or of a newer version.
     """
-    path = Path(path)
+    return load_pt(Path(path), KEYS, FORMAT, VERSION)
+
+
+def load_pt(path: Path, keys: frozenset[str], kind: str, version: int) -> dict[str, Any]:
+    """The verified content of a file of :func:`save_pt` that holds just those keys."""
+    what = kind.removeprefix("vae-hyperband ")
     if not path.is_file():
-        raise CheckpointError(f"No checkpoint at {path}: give the path of a .pt file of a run.")
+        raise CheckpointError(f"No {what} at {path}: give the path of a .pt file of a run.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # whatever a damaged or foreign file makes the unpickler, the zip reader or torch raise
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint of this project ({type(error).__name__}): "
+            f"{path} is damaged or not a {what} of this project ({type(error).__name__}): "
             "give the path of a best.pt or latest.pt."
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint of this project.")
-    if content.get("version") != VERSION:
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise CheckpointError(f"{path} is a PyTorch file, but not a {what} of this project.")
+    if content.get("version") != version:
         raise CheckpointError(
             f"{path} has format version {content.get('version')}, but this program reads "
-            f"version {VERSION}: use a newer vae-hyperband."
+            f"version {version}: use a newer vae-hyperband."
         )
-    payload = {name: content[name] for name in content if name in KEYS}
+    payload = {name: content[name] for name in content if name in keys}
     try:
-        intact = set(payload) == KEYS and tree_digest(payload) == content.get("digest")
+        intact = set(payload) == keys and tree_digest(payload) == content.get("digest")
     except TypeError:  # a value of a type that no checkpoint has
         intact = False
     if not intact:

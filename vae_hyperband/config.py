@@ -200,6 +200,8 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
     wanted = {float: (int, float), Path: (str, Path)}.get(hint, hint)
     ok = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
     require(ok, f"{name} is {value!r}, but must be of type {hint.__name__}.")
+    if dataclasses.is_dataclass(hint):  # checked when it was made
+        return value
     try:
         return hint(value)
     except OverflowError:

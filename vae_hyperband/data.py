@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -74,9 +74,24 @@ class Split:
         channels, height, width = self.images_NCHW.shape[1:]
         return channels, height, width
 
+    def first(self, num: int) -> Self:
+        """The first images of the split, all if there are fewer."""
+        return type(self)(self.images_NCHW[:num], self.labels_N[:num], self.digest)
+
     def pixels(self, index: Tensor | slice) -> Tensor:
         """The images at ``index`` as floats in [0, 1]."""
         return self.images_NCHW[index].float().div_(255)
+
+
+def binarized(split: Split, seed: int = 0) -> Split:
+    """The split with every pixel drawn once, white with its grey value as the probability.
+
+    The protocol of the papers that state log-likelihoods. The digest becomes that of the bits.
+    """
+    stream = generator(seed, "binarize", len(split))
+    bits_NCHW = torch.bernoulli(split.pixels(slice(None)), generator=stream).byte() * 255
+    digest = hashlib.sha256(bits_NCHW.numpy().tobytes()).hexdigest()
+    return Split(bits_NCHW, split.labels_N, digest)
 
 
 def load_split(

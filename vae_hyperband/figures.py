@@ -110,16 +110,21 @@ def reconstructions(model: VAE, images_NCHW: Tensor, path: Path) -> Path:
 
 
 @styled
-def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Path:
-    """A grid of images decoded from draws of the prior."""
-    images_NCHW = model.sample(num_samples, generator(seed, "sample"))
-    columns = max(1, min(16, round(num_samples**0.5)))
-    rows = -(-num_samples // columns)
+def images(images_NCHW: Tensor, title: str, path: Path) -> Path:
+    """A grid of images in [0, 1]."""
+    columns = max(1, min(16, round(len(images_NCHW) ** 0.5)))
+    rows = -(-len(images_NCHW) // columns)
     figure = Figure(figsize=(0.7 * columns, 0.7 * rows + 0.3))
     axes = figure.subplots()
     _show(axes, images_NCHW, columns)
-    axes.set_title(f"{num_samples} samples, z ~ N(0, I), seed {seed}")
+    axes.set_title(title)
     return save_figure(figure, path)
+
+
+def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Path:
+    """A grid of images decoded from draws of the prior."""
+    drawn_NCHW = model.sample(num_samples, generator(seed, "sample")).cpu()
+    return images(drawn_NCHW, f"{num_samples} samples, z ~ N(0, I), seed {seed}", path)
 
 
 @styled

@@ -8,6 +8,8 @@ All (transposed) convolutions are 3x3 with stride 2, so 28x28 becomes 14x14, the
 Shape suffixes: B images, C channels, H height, W width, Z latent dimensions.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ from vae_hyperband.randomness import generator
 
 #: log sigma^2 is kept within +-20 (sigma between 4.5e-5 and 2.2e4), so that exp() stays finite.
 LOGVAR_LIMIT = 20.0
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Encoder(nn.Module):
@@ -113,8 +117,12 @@ def initialized_vae(latent_dim: int, image_size: int, channels: int, seed: int) 
     """
     with torch.device("meta"):
         model = VAE(latent_dim, image_size, channels)
+    return draw_weights(model, generator(seed, "init"))
+
+
+def draw_weights(model: Module, stream: torch.Generator) -> Module:
+    """Give a model that was built on the meta device its first weights, on the CPU."""
     model.to_empty(device="cpu")
-    stream = generator(seed, "init")
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             # (out, in, 3, 3), for a transposed convolution (in, out, 3, 3): PyTorch counts dim 1
@@ -122,4 +130,8 @@ def initialized_vae(latent_dim: int, image_size: int, channels: int, seed: int) 
             assert layer.bias is not None
             for parameter in (layer.weight, layer.bias):
                 nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5, generator=stream)
+        elif isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()  # ones and zeros
+        elif isinstance(layer, nn.Embedding):
+            nn.init.normal_(layer.weight, generator=stream)
     return model

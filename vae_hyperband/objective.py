@@ -71,6 +71,17 @@ def entropy_floor(x_NCHW: Tensor) -> float:
     return float(-(torch.special.xlogy(p, p) + torch.special.xlog1py(1 - p, -p)).sum() / len(p))
 
 
+def mean_image_nats(train_PCHW: Tensor, x_NCHW: Tensor) -> float:
+    """Nats per image of images predicted by the training images' mean, whatever z is.
+
+    What a model gives that has learned nothing of single images. Every pixel's mean is taken with
+    one white and one black image more, so that none is certain. Computed in float64.
+    """
+    p = (train_PCHW.sum(dim=0, dtype=torch.float64) + 1) / (len(train_PCHW) + 2)
+    mean_x = x_NCHW.mean(dim=0, dtype=torch.float64)  # the cross-entropy is linear in x
+    return float(-(mean_x * p.log() + (1 - mean_x) * (1 - p).log()).sum())
+
+
 def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str) -> float:
     """One-cycle: cosine from peak/25 up over the first 15% of steps, then cosine down to
     peak/250,000 (Smith & Topin 2018). "constant" is the peak throughout."""

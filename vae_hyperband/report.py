@@ -69,20 +69,79 @@ def summary_of(found: SearchResult) -> str:
 
 
 def table_of(report: dict[str, Any]) -> str:
-    """An evaluation as lines of text."""
+    """An evaluation as lines of text: mean +- standard error."""
+    lines = [f"{report['split']} split, {report['num_images']:,} images; mean +- standard error"]
+    if "bound" in report:
+        lines += _likelihood_lines(report)
+    if "latents" in report:
+        lines += _latent_lines(report["latents"])
+    if "images" in report:
+        lines += _image_lines(report["images"])
+    return "\n".join(lines)
+
+
+def _likelihood_lines(report: dict[str, Any]) -> list[str]:
     rows = {
         "bound": with_error(report["bound"]),
         "  reconstruction": with_error(report["recon_loss"]),
         "  KL divergence": with_error(report["KL_divergence"]),
+    }
+    if iwae := report.get("iwae"):
+        rows[f"IWAE-{iwae['num_samples']} bound"] = (
+            f"{with_error(iwae)}  (first {iwae['num_images']:,} images, whose bound is "
+            f"{iwae['bound_of_these_images']:.2f})"
+        )
+    rows |= {
         "entropy floor": f"{report['entropy_floor']:.2f}",
         "bound above floor": f"{report['nats_above_floor']:.2f}",
+        "mean image": f"{report['mean_image']:.2f}  (the bound closes "
+        f"{report['share_of_gap']:.1%} of the gap from here to the floor)",
     }
-    head = f"{report['split']} split, {report['num_images']:,} images, {report['unit']}"
-    return "\n".join([head, *(f"  {name:18} {value}" for name, value in rows.items())])
+    return ["", f"likelihood: {report['unit']}", *_aligned(rows)]
 
 
-def with_error(value: dict[str, float]) -> str:
-    return f"{value['mean']:.2f} +- {value['standard_error']:.2f}"
+def _latent_lines(latents: dict[str, Any]) -> list[str]:
+    pixels = latents["raw_pixels"]
+    rows = {
+        "active units": f"{latents['active_units']} of {latents['latent_dim']}"
+        + ("  COLLAPSED: z says nothing about the image" if latents["collapsed"] else ""),
+        "mutual information": f"{with_error(latents['mutual_information'])} nats",
+        "linear probe": f"{_three(latents['linear_probe'])}  "
+        f"(raw pixels {_three(pixels['linear_probe'])})",
+        "kNN probe": f"{_three(latents['knn_probe'])}  (raw pixels {_three(pixels['knn_probe'])})",
+    }
+    return ["", "latent space: accuracy of probes on the posterior means", *_aligned(rows)]
+
+
+def _image_lines(images: dict[str, Any]) -> list[str]:
+    columns = ("fid", "precision", "recall", "density", "coverage", "closer_than_held_out")
+    titles = ("FID", *columns[1:5], "copying")
+    head = " ".join(f"{title:>15}" for title in titles)
+    lines = [
+        "",
+        f"images: {images['num_generated']:,} per row against the split, as a classifier sees them",
+        f"  {'':18}{head}",
+    ]
+    for name, row in images.items():
+        if isinstance(row, dict):
+            cells = (
+                with_error(row[key], 2 if key == "fid" else 3) if key in row else ""
+                for key in columns
+            )
+            lines.append(f"  {name:18}" + " ".join(f"{cell:>15}" for cell in cells))
+    return lines
+
+
+def _aligned(rows: dict[str, str]) -> list[str]:
+    return [f"  {name:18} {value}" for name, value in rows.items()]
+
+
+def _three(value: dict[str, float]) -> str:
+    return with_error(value, 3)
+
+
+def with_error(value: dict[str, float], digits: int = 2) -> str:
+    return f"{value['mean']:.{digits}f} +- {value['standard_error']:.{digits}f}"
 
 
 def draw_run(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> list[Path]:

@@ -6,7 +6,6 @@ of a search failed; 75 stopped on request and saved: the same command goes on.
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -18,9 +17,9 @@ from typing import Literal
 
 import tyro
 
-from vae_hyperband import figures
 from vae_hyperband.bounds import eval_epoch
-from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt, write_text
+from vae_hyperband.checkpoint import load_ckpt, save_ckpt
+from vae_hyperband.ckpt_commands import evaluate_ckpt, sample
 from vae_hyperband.config import (
     RunOptions,
     TrainConfig,
@@ -30,10 +29,9 @@ from vae_hyperband.config import (
 from vae_hyperband.data import SplitName, get_dataloader, load_split
 from vae_hyperband.download import ensure_data
 from vae_hyperband.errors import ConfigError, VAEHyperbandError
-from vae_hyperband.evaluation import evaluate
 from vae_hyperband.options import parse_options
-from vae_hyperband.process import cpu_threads, pick_device, stop_flag
-from vae_hyperband.report import say_trained, stopped, table_of
+from vae_hyperband.process import stop_flag
+from vae_hyperband.report import say_trained, stopped
 from vae_hyperband.training import fit, train_epoch
 
 __all__ = ["eval_epoch", "get_dataloader", "main", "save_ckpt", "train_epoch"]
@@ -53,46 +51,6 @@ class TrainArgs:
     where: tyro.conf.OmitArgPrefixes[RunOptions]
     config: Path | None = None
     """Take the configuration from this JSON file, such as a search's best_config.json."""
-
-
-@dataclass(frozen=True)
-class EvaluateArgs:
-    """Say what a checkpoint is worth: its bound, in nats per image, with standard errors.
-
-    vae-hyperband evaluate checkpoints/mine/best.pt --split test --json mine.json
-    """
-
-    ckpt: tyro.conf.Positional[Path]
-    """The checkpoint."""
-    split: Literal["train", "validation", "test"] = "validation"
-    """Which images; choose between models on validation, report on test."""
-    json: Path | None = None
-    """Also write the result, with its protocol and environment, to this file."""
-    data_dir: Path | None = None
-    """A folder with the four IDX files, plain or gzipped."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
-    num_threads: int | None = None
-    """CPU threads (default: PyTorch's own choice)."""
-
-
-@dataclass(frozen=True)
-class SampleArgs:
-    """Draw images from a trained model.
-
-    vae-hyperband sample checkpoints/mine/best.pt --num-samples 64 --out samples.png
-    """
-
-    ckpt: tyro.conf.Positional[Path]
-    """The checkpoint."""
-    num_samples: int = 64
-    """How many images."""
-    out: Path = Path("samples.png")
-    """The picture to write: one grid of all images."""
-    seed: int = 0
-    """The same seed gives the same images."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -127,28 +85,6 @@ def search(argv: list[str]) -> int:
     return search_command(argv)
 
 
-def evaluate_ckpt(argv: list[str]) -> int:
-    args = parse_options(EvaluateArgs, argv, "vae-hyperband evaluate")
-    RunOptions(num_threads=args.num_threads)  # checks it
-    with cpu_threads(args.num_threads):
-        report = evaluate(args.ckpt, args.split, args.data_dir, args.device)
-    if args.json:
-        write_text(args.json, json.dumps(report, indent=2) + "\n")
-    print(table_of(report))
-    return 0
-
-
-def sample(argv: list[str]) -> int:
-    args = parse_options(SampleArgs, argv, "vae-hyperband sample")
-    if args.num_samples < 1:
-        raise ConfigError(f"--num-samples is {args.num_samples}, but must be at least 1.")
-    if args.out.suffix != ".png":
-        raise ConfigError(f"--out is {args.out}, but must end in .png.")
-    model = load_model(args.ckpt, pick_device(args.device))
-    print(figures.samples(model, args.out, args.num_samples, args.seed))
-    return 0
-
-
 def data(argv: list[str]) -> int:
     args = parse_options(DataArgs, argv, "vae-hyperband data")
     if args.data_dir is None and args.dataset == "fashion-mnist":
@@ -181,7 +117,7 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   run       the whole job: data, search, train the winner, evaluate, figures
   search    search hyperparameters with Ray Tune (ASHA, HyperBand)
   train     train one VAE or beta-VAE, or go on training it
-  evaluate  the bound of a checkpoint on a split, with standard errors
+  evaluate  what a checkpoint is worth: bounds, latent space, FID ..., with standard errors
   sample    draw images from a checkpoint
   data      find or fetch Fashion-MNIST and check it
 

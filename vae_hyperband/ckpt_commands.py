@@ -1,0 +1,135 @@
+"""The commands that ask something of a trained model: ``evaluate`` and ``sample``."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from torch import Tensor
+
+from vae_hyperband import figures
+from vae_hyperband.checkpoint import load_ckpt, load_model, replacing, write_text
+from vae_hyperband.config import RunOptions, require_number
+from vae_hyperband.data import CLASS_NAMES, load_split
+from vae_hyperband.errors import ConfigError, RunFolderError
+from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.options import parse_options
+from vae_hyperband.process import cpu_threads, pick_device
+from vae_hyperband.report import table_of
+from vae_hyperband.samplers import SamplerConfig, SamplerName, generate, get_sampler
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Say what a checkpoint is worth: bounds, latent space, generated images, all with errors.
+
+    vae-hyperband evaluate checkpoints/mine/best.pt --split test --json mine.json
+
+    A mixture or flow that is not there yet is fitted first and kept beside the checkpoint.
+    """
+
+    ckpt: tyro.conf.Positional[Path]
+    """The checkpoint."""
+    options: tyro.conf.OmitArgPrefixes[EvaluateOptions]
+    split: Literal["train", "validation", "test"] = "validation"
+    """Which images; choose between models on validation, report on test."""
+    json: Path | None = None
+    """Also write the result, with its protocol and environment, to this file."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    num_threads: int | None = None
+    """CPU threads (default: PyTorch's own choice)."""
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Draw images from a trained model.
+
+    vae-hyperband sample checkpoints/mine/best.pt --sampler flow --label sneaker --out samples.png
+    """
+
+    ckpt: tyro.conf.Positional[Path]
+    """The checkpoint."""
+    fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
+    num_samples: int = 64
+    """How many images."""
+    sampler: SamplerName = "prior"
+    """Where z comes from; a mixture or flow that is not there yet is fitted first and kept."""
+    label: str = ""
+    """Only garments of this class (mixture, flow): its name, as "sneaker", or its number."""
+    out: Path = Path("samples.png")
+    """.png: one grid of all images; .npy: an array of bytes, shape (N, C, H, W)."""
+    seed: int = 0
+    """The same seed gives the same images."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped, to fit a sampler."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def evaluate_ckpt(argv: list[str]) -> int:
+    args = parse_options(EvaluateArgs, argv, "vae-hyperband evaluate")
+    RunOptions(num_threads=args.num_threads)  # checks it
+    with cpu_threads(args.num_threads):
+        report = evaluate(args.ckpt, args.split, args.data_dir, args.device, args.options, say)
+    if args.json:
+        write_text(args.json, json.dumps(report, indent=2) + "\n")
+    print(table_of(report))
+    return 0
+
+
+def sample(argv: list[str]) -> int:
+    args = parse_options(SampleArgs, argv, "vae-hyperband sample")
+    require_number("num_samples", args.num_samples, 1)
+    if args.out.suffix not in (".png", ".npy"):
+        raise ConfigError(f"--out is {args.out}, but must end in .png or .npy.")
+    label, dataset = label_number(args.label), load_ckpt(args.ckpt)["config"]["dataset"]
+    sampler = get_sampler(
+        args.sampler,
+        args.ckpt,
+        lambda: load_split("train", args.data_dir, dataset),
+        args.fitting,
+        say,
+    )
+    model = load_model(args.ckpt, pick_device(args.device))
+    images_NCHW = generate(model, sampler, args.num_samples, args.seed, label)
+    if args.out.suffix == ".npy":
+        _save_array(images_NCHW, args.out)
+    else:
+        kind = f", {CLASS_NAMES[label]}" if label is not None else ""
+        title = f"{args.num_samples} samples, z from the {args.sampler}{kind}, seed {args.seed}"
+        figures.images(images_NCHW / 255, title, args.out)
+    print(args.out)
+    return 0
+
+
+def label_number(label: str) -> int | None:
+    """The class that a user means by its number, its name, or an unambiguous part of it."""
+    if not label:
+        return None
+    if label.isdecimal():
+        return int(label)
+    asked = label.lower().replace("_", " ").replace("-", " ")
+    exact = [i for i, name in enumerate(CLASS_NAMES) if name.lower().replace("-", " ") == asked]
+    found = exact or [
+        i for i, name in enumerate(CLASS_NAMES) if asked in name.lower().replace("-", " ")
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"--label is {label!r}, but must be one of {', '.join(CLASS_NAMES)}.")
+    return found[0]
+
+
+def _save_array(images_NCHW: Tensor, path: Path) -> None:
+    try:
+        with replacing(path.resolve()) as temporary, open(temporary, "wb") as file:
+            np.save(file, images_NCHW.numpy(), allow_pickle=False)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,154 @@
+"""How far generated images are from real ones, measured in any space of features.
+
+All of these compare two sets of vectors; which features, how many images and which reference is
+the protocol, and belongs beside each number. Standard errors are over images.
+
+Shape suffixes: N reference vectors, M generated vectors, F features, K neighbours.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.randomness import generator
+
+NUM_BOOTSTRAPS = 50
+NEAREST = 5  # neighbours that span a set's manifold, as in Naeem et al. 2020
+CHUNK = 1000  # rows of a distance matrix at a time
+
+
+class Measured(NamedTuple):
+    """An estimate and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+def mean_and_error(values_N: Tensor) -> Measured:
+    """Mean and the standard error of that mean, the values being independent draws."""
+    values_N = values_N.double()
+    spread = values_N.std().item() if len(values_N) > 1 else math.nan
+    return Measured(values_N.mean().item(), spread / math.sqrt(len(values_N)))
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of a set of vectors, float64."""
+
+    mean_F: Tensor
+    covariance_FF: Tensor
+
+
+def moments(features_NF: Tensor) -> Moments:
+    features_NF = features_NF.double()
+    return Moments(features_NF.mean(dim=0), features_NF.T.cov())
+
+
+def frechet(one: Moments, other: Moments) -> float:
+    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+
+    FID, where the vectors are features of images (Heusel et al. 2017, equation 6). The trace of the
+    root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: no
+    root of a general matrix, with its imaginary rounding errors, is needed.
+    """
+    values_F, vectors_FF = torch.linalg.eigh(one.covariance_FF)
+    root_FF = (vectors_FF * values_F.clamp(min=0).sqrt()) @ vectors_FF.T
+    roots_F = torch.linalg.eigvalsh(root_FF @ other.covariance_FF @ root_FF).clamp(min=0).sqrt()
+    traces = one.covariance_FF.trace() + other.covariance_FF.trace() - 2 * roots_F.sum()
+    return ((one.mean_F - other.mean_F).square().sum() + traces).clamp(min=0).item()
+
+
+def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) -> Measured:
+    """FID of the two sets, with a bootstrap standard error.
+
+    Both sets are drawn anew, with replacement, 50 times; the error is the standard deviation of the
+    distances. Their mean is of no use: fewer different images make a distance larger. For the
+    same reason FIDs of different numbers of images cannot be compared.
+    """
+    mean = frechet(moments(reference_NF), moments(generated_MF))
+    again = []
+    for number in range(NUM_BOOTSTRAPS):
+        stream = generator(seed, "bootstrap", number)
+        sets = (
+            moments(x[torch.randint(len(x), (len(x),), generator=stream)])
+            for x in (reference_NF, generated_MF)
+        )
+        again.append(frechet(*sets))
+    return Measured(mean, torch.tensor(again).std().item())
+
+
+def _distances(from_NF: Tensor, to_MF: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances, a thousand rows of the (N, M) matrix at a time."""
+    for chunk_BF in from_NF.split(CHUNK):
+        yield torch.cdist(chunk_BF, to_MF)
+
+
+def nearest(from_NF: Tensor, to_MF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each vector's k nearest of the others, nearest first: distances and indices, (N, k) each."""
+    k = min(k, len(to_MF))
+    found = [rows.topk(k, largest=False) for rows in _distances(from_NF, to_MF)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, Measured]:
+    """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020).
+
+    A set's manifold is the union of balls around its vectors, each up to its 5th nearest neighbour
+    in the set. precision: share of generated vectors in the reference's manifold. recall: share of
+    reference vectors in the generated manifold. density: how many reference balls a generated
+    vector lies in, over 5. coverage: share of reference balls with a generated vector in them.
+    Errors are over the images averaged, the other set being as it is.
+    """
+    # the nearest of a set's own vectors is itself
+    radius_N = nearest(reference_NF, reference_NF, NEAREST + 1)[0][:, -1]
+    radius_M = nearest(generated_MF, generated_MF, NEAREST + 1)[0][:, -1]
+    balls_M, inside_generated_N, covered_N = (
+        [],
+        [],
+        torch.zeros(len(reference_NF), dtype=torch.bool),
+    )
+    for distances_BN in _distances(generated_MF, reference_NF):
+        inside_BN = distances_BN < radius_N
+        balls_M.append(inside_BN.sum(dim=1))
+        covered_N |= inside_BN.any(dim=0)
+    for distances_BM in _distances(reference_NF, generated_MF):
+        inside_generated_N.append((distances_BM < radius_M).any(dim=1))
+    balls = torch.cat(balls_M)
+    return {
+        "precision": mean_and_error(balls > 0),
+        "recall": mean_and_error(torch.cat(inside_generated_N)),
+        "density": mean_and_error(balls / NEAREST),
+        "coverage": mean_and_error(covered_N),
+    }
+
+
+def copying(generated_MF: Tensor, held_out_NF: Tensor, train_PF: Tensor) -> dict[str, Measured]:
+    """Whether generated images lie closer to training images than unseen real ones do.
+
+    ``closer_than_held_out`` is the probability that a generated image's nearest training image is
+    nearer than a held-out image's: 0.5 where the model generalises, towards 1 where it copies (or
+    where it makes only ordinary garments), after Meehan et al. 2020. Its error is that of the
+    Mann-Whitney statistic (Hanley & McNeil 1982 with placement values, DeLong et al. 1988).
+    """
+    generated_M = nearest(generated_MF, train_PF, 1)[0][:, 0]
+    held_out_N = nearest(held_out_NF, train_PF, 1)[0][:, 0]
+    return {
+        "nearest_training_image": mean_and_error(generated_M),
+        "nearest_training_image_of_held_out": mean_and_error(held_out_N),
+        "closer_than_held_out": _probability_less(generated_M, held_out_N),
+    }
+
+
+def _probability_less(one_M: Tensor, other_N: Tensor) -> Measured:
+    """P(one < other), ties counting one half, from placement values."""
+    one_M, other_N = one_M.sort().values, other_N.sort().values
+
+    def share_above(x: Tensor, y: Tensor) -> Tensor:  # of y above each of x
+        left, right = torch.searchsorted(y, x), torch.searchsorted(y, x, right=True)
+        return 1 - (left + right).double() / (2 * len(y))
+
+    above_M, below_N = share_above(one_M, other_N), 1 - share_above(other_N, one_M)
+    variance = above_M.var() / len(one_M) + below_N.var() / len(other_N)
+    return Measured(above_M.mean().item(), variance.sqrt().item())

@@ -1,0 +1,106 @@
+"""What the latent space holds: which dimensions are used, how much they say, what can be read off.
+
+Shape suffixes: B images of a batch, N images of a split, Z latent dimensions, P training images,
+F features.
+"""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vae_hyperband.distances import Measured, mean_and_error, nearest
+from vae_hyperband.model import VAE, reparameterize
+from vae_hyperband.objective import kl_per_dimension
+from vae_hyperband.randomness import generator
+
+#: A dimension is active if its posterior mean has a variance over images above this
+#: (Burda, Grosse & Salakhutdinov 2016, section 5.1).
+ACTIVE_VARIANCE = 0.01
+
+NEIGHBOURS = 10  # of the kNN probe
+CHUNK = 500  # rows of an N x N matrix at a time
+
+
+class Posteriors(NamedTuple):
+    """q(z|x) of every image of a split: means and log variances, on the CPU."""
+
+    mu_NZ: Tensor
+    logvar_NZ: Tensor
+
+    def draw(self, seed: int, position: int = 0) -> Tensor:
+        """One z per image, shape (N, Z); each position is another draw."""
+        noise_NZ = torch.randn(self.mu_NZ.shape, generator=generator(seed, "posterior", position))
+        return reparameterize(self.mu_NZ, self.logvar_NZ, noise_NZ)
+
+
+@torch.no_grad()
+def encode_split(model: VAE, loader: DataLoader) -> Posteriors:
+    """The posteriors of a split, in the loader's order."""
+    device = next(model.parameters()).device
+    parts = [model.encode(x_BCHW.to(device)) for x_BCHW, _ in loader]
+    mu_NZ, logvar_NZ = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return Posteriors(mu_NZ, logvar_NZ)
+
+
+def active_units(posteriors: Posteriors) -> int:
+    """Number of dimensions whose mean depends on the image: variance of mu above 0.01."""
+    return int((posteriors.mu_NZ.double().var(dim=0) > ACTIVE_VARIANCE).sum())
+
+
+def kl_by_dimension(posteriors: Posteriors) -> list[Measured]:
+    """Mean KL to the standard normal in nats, one per dimension, each with its standard error."""
+    kl_NZ = kl_per_dimension(posteriors.mu_NZ.double(), posteriors.logvar_NZ.double())
+    return [mean_and_error(kl_N) for kl_N in kl_NZ.unbind(dim=1)]
+
+
+def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Measured:
+    """Nats that z says about which image it is of: mean log q(z|x) - log (1/N sum_i q(z|x_i)).
+
+    Hoffman & Johnson 2016's index-code mutual information. It cannot exceed log N, 9.21 nats for
+    10,000 images: there it says only that every image has a place of its own.
+    """
+    mu_NZ, logvar_NZ, z_NZ = (x.double() for x in (*posteriors, z_NZ))
+    precision_NZ = (-logvar_NZ).exp()
+    # the quadratic form of z and posterior i, as matrix products; log(2 pi) cancels
+    weighted_NZ = mu_NZ * precision_NZ
+    constant_N = (mu_NZ * weighted_NZ + logvar_NZ).sum(dim=1)
+    about_N = []
+    for start in range(0, len(z_NZ), CHUNK):
+        z_BZ = z_NZ[start : start + CHUNK]
+        square_BN = z_BZ.square() @ precision_NZ.T - 2 * z_BZ @ weighted_NZ.T + constant_N
+        own_B = square_BN.diagonal(offset=start)
+        log_mixture_B = (-0.5 * square_BN).logsumexp(dim=1) - math.log(len(z_NZ))
+        about_N.append(-0.5 * own_B - log_mixture_B)
+    return mean_and_error(torch.cat(about_N))
+
+
+def linear_probe(
+    train_PF: Tensor, labels_P: Tensor, held_out_NF: Tensor, labels_N: Tensor
+) -> Measured:
+    """Accuracy of a logistic regression on standardised features, trained on the training split.
+
+    200 rounds of L-BFGS with scikit-learn's C = 0.01: on raw pixels more of either overfits.
+    """
+    # scikit-learn takes a second to import, and every worker of a search imports this
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean_F, std_F = train_PF.mean(dim=0), train_PF.std(dim=0).clamp(min=1e-6)
+    probe = LogisticRegression(C=0.01, max_iter=200)
+    with warnings.catch_warnings():  # the number of rounds is part of the protocol
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe.fit(((train_PF - mean_F) / std_F).numpy(), labels_P.numpy())
+    found_N = torch.from_numpy(probe.predict(((held_out_NF - mean_F) / std_F).numpy()))
+    return mean_and_error(found_N == labels_N)
+
+
+def knn_probe(
+    train_PF: Tensor, labels_P: Tensor, held_out_NF: Tensor, labels_N: Tensor
+) -> Measured:
+    """Accuracy of the most frequent label of the ten nearest training images (Euclidean)."""
+    found_N = labels_P[nearest(held_out_NF, train_PF, NEIGHBOURS)[1]].mode(dim=1).values
+    return mean_and_error(found_N == labels_N)
