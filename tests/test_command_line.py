@@ -15,11 +15,12 @@ from vae_hyperband.checkpoint import load_ckpt, save_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig, check_run_name
 from vae_hyperband.data import load_split
 from vae_hyperband.errors import ConfigError, DeviceError, VAEHyperbandError
-from vae_hyperband.evaluation import evaluate
+from vae_hyperband.evaluation import EvaluateOptions, evaluate
 from vae_hyperband.process import pick_device
 from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.training import fit
 
+LIKELIHOOD = EvaluateOptions(parts=("likelihood",))
 BASE = ["--dataset", "custom", "--device", "cpu", "--num-threads", "1"]
 
 
@@ -56,6 +57,7 @@ def test_evaluate_prints_and_writes_what_python_returns(trained, small_data, cap
     assert report["num_images"] == 60
     assert f"{report['bound']['mean']:.2f} +- " in capsys.readouterr().out
     again = evaluate(trained.best, "test", small_data, "cpu")
+    assert again == report
     assert again["bound"] == report["bound"]
     total = report["recon_loss"]["mean"] + report["KL_divergence"]["mean"]
     assert report["bound"]["mean"] == pytest.approx(total, rel=1e-12)
@@ -64,7 +66,7 @@ def test_evaluate_prints_and_writes_what_python_returns(trained, small_data, cap
 
 
 def test_evaluating_on_validation_repeats_the_training_s_own_number(trained, small_data):
-    report = evaluate(trained.best, "validation", small_data, "cpu")
+    report = evaluate(trained.best, "validation", small_data, "cpu", LIKELIHOOD)
     assert report["bound"]["mean"] == pytest.approx(trained.state.best["bound"], rel=1e-6)
 
 
@@ -75,7 +77,7 @@ def test_the_standard_error_is_that_of_a_mean_over_images(trained, small_data):
     held_out = load_split("test", small_data, "custom")
     nats = split_nats(load_model(trained.best), eval_dataloader(held_out), seed=3)
     bound = nats.recon_B + nats.kl_B
-    report = evaluate(trained.best, "test", small_data, "cpu")
+    report = evaluate(trained.best, "test", small_data, "cpu", LIKELIHOOD)
     expected = (bound.var() / 60).sqrt().item()
     assert report["bound"]["standard_error"] == pytest.approx(expected, rel=1e-9)
 
@@ -177,7 +179,7 @@ MISTAKES = {
     "unknown split": ("evaluate {ckpt} --split valid", "valid"),
     "unwritable json": ("evaluate {ckpt} --data-dir {data} --json /proc/x.json", "/proc/x.json"),
     "no samples": ("sample {ckpt} --num-samples 0", "--num-samples is 0"),
-    "sample to a text file": ("sample {ckpt} --out a.txt", "must end in .png"),
+    "sample to a text file": ("sample {ckpt} --out a.txt", "must end in .png or .npy"),
     "sample to an unwritable place": ("sample {ckpt} --out /proc/a.png", "/proc"),
     "search of nothing": ("search --num-trials 0", "--num-trials is 0"),
     "search on an unknown device": ("search --device tpu9", "must be auto, cpu or cuda"),

@@ -14,12 +14,13 @@ PACKAGE = ROOT / "vae_hyperband"
 
 # from the ground floor to the roof: a room imports only rooms before it
 FLOORS = [
-    "errors", "config", "randomness", "data", "download", "model", "objective", "bounds",
-    "checkpoint", "process", "state", "tracking", "training",
-    "features", "distances", "latents", "flow", "samplers", "evaluation",
+    "errors", "config", "randomness", "data", "download", "model", "objective",
+    "features", "distances", "bounds", "checkpoint", "process", "state", "tracking", "training",
+    "latents", "flow", "samplers", "evaluation",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
     "draws", "worker", "tuning", "search", "figures", "search_figures", "report",
-    "options", "ckpt_commands", "search_command", "main_job", "train_vae", "beta_vae_tsb", "__init__",
+    "options", "ckpt_commands", "search_command", "main_job", "train_vae", "beta_vae_tsb",
+    "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
 ALONE = {

@@ -190,7 +190,7 @@ def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, s
         ({"scheduler": "hyperband", "max_epochs": 2}, "no rung"),
         ({"num_trials": 1}, "nothing to be compared"),
         ({"latent_dims": (16, 16)}, "a value twice"),
-        ({"metric": "fid"}, "must be one of"),
+        ({"metric": "loss"}, "must be one of"),
         ({"algorithm": "bohb"}, "must be one of"),
         ({"reduction_factor": 1}, "--reduction-factor is 1"),
         ({"latent_dims": (16, 0)}, "--latent-dim is 0"),

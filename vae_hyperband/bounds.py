@@ -10,12 +10,15 @@ K importance samples.
 
 import math
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vae_hyperband.data import Split, get_dataloader
+from vae_hyperband.distances import Moments, frechet, moments
+from vae_hyperband.features import image_features
 from vae_hyperband.model import VAE, reparameterize
 from vae_hyperband.objective import Nats, nats_per_image, reconstruction_nats
 from vae_hyperband.randomness import generator
@@ -105,15 +108,34 @@ def _with_noise(
         start += len(x_BCHW)
 
 
+#: Moments of the features of a loader's images, which every validation of a run needs.
+_REAL: WeakKeyDictionary[Dataset, Moments] = WeakKeyDictionary()
+
+
+def prior_fid(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> float:
+    """FID of images decoded from draws of the prior against the loader's images."""
+    device = next(model.parameters()).device
+    if loader.dataset not in _REAL:
+        images_NCHW = torch.cat([x_BCHW for x_BCHW, _ in loader])
+        _REAL[loader.dataset] = moments(image_features(images_NCHW, device))
+    generated_NCHW = model.sample(num_samples, generator(seed, "fid"))
+    return frechet(_REAL[loader.dataset], moments(image_features(generated_NCHW, device)))
+
+
 def eval_epoch(
-    model: VAE, loader: DataLoader, seed: int = 0, beta: float = 1.0, iwae_samples: int = 0
+    model: VAE,
+    loader: DataLoader,
+    seed: int = 0,
+    beta: float = 1.0,
+    iwae_samples: int = 0,
+    fid_samples: int = 0,
 ) -> Losses:
     """Average losses of a split in nats per image, exact per image whatever the batch size.
 
     ``loader`` gives the split in file order; in another order the images meet each other's noise,
     which is another draw of the same estimate. "bound" is reconstruction + KL, the number that
-    models are compared by; "total_loss" weighs the KL by ``beta``; "iwae" is there if
-    ``iwae_samples`` says with how many samples.
+    models are compared by; "total_loss" weighs the KL by ``beta``; "iwae" and "fid" (of the prior's
+    draws) are there if ``iwae_samples`` and ``fid_samples`` say with how many.
     """
     nats = split_nats(model, loader, seed)
     recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
@@ -125,4 +147,6 @@ def eval_epoch(
     }
     if iwae_samples:
         losses["iwae"] = iwae_nats(model, loader, seed, iwae_samples).mean().item()
+    if fid_samples:
+        losses["fid"] = prior_fid(model, loader, seed, fid_samples)
     return losses

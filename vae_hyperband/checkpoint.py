@@ -118,6 +118,15 @@ def write_text(path: Path, text: str) -> None:
         _write_bytes(path.resolve(), text.encode())
 
 
+def check_place(path: Path) -> None:
+    """Raise :class:`RunFolderError` if no file could be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+
+
 def copy_ckpt(source: Path, target: Path) -> None:
     """Make ``target`` the same checkpoint as ``source``, atomically and durably."""
     _write_bytes(target, source.read_bytes())

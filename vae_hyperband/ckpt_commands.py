@@ -10,14 +10,14 @@ import tyro
 from torch import Tensor
 
 from vae_hyperband import figures
-from vae_hyperband.checkpoint import load_ckpt, load_model, replacing, write_text
+from vae_hyperband.checkpoint import check_place, load_ckpt, load_model, replacing, write_text
 from vae_hyperband.config import RunOptions, require_number
 from vae_hyperband.data import CLASS_NAMES, load_split
 from vae_hyperband.errors import ConfigError, RunFolderError
 from vae_hyperband.evaluation import EvaluateOptions, evaluate
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import cpu_threads, pick_device
-from vae_hyperband.report import table_of
+from vae_hyperband.report import say, table_of
 from vae_hyperband.samplers import SamplerConfig, SamplerName, generate, get_sampler
 
 
@@ -71,13 +71,11 @@ class SampleArgs:
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def evaluate_ckpt(argv: list[str]) -> int:
     args = parse_options(EvaluateArgs, argv, "vae-hyperband evaluate")
     RunOptions(num_threads=args.num_threads)  # checks it
+    if args.json:
+        check_place(args.json)  # a mistake before the work
     with cpu_threads(args.num_threads):
         report = evaluate(args.ckpt, args.split, args.data_dir, args.device, args.options, say)
     if args.json:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from vae_hyperband.errors import ConfigError
 
 #: Settings that a resumed run may change; every other difference is refused.
-RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples"})
+RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples", "fid_samples"})
 
 
 def require(ok: bool, sentence: str) -> None:
@@ -54,8 +54,12 @@ class TrainConfig:
     """Validate and save every this many epochs, and after the last one."""
     iwae_samples: int = 0
     """At each validation estimate the IWAE bound, too, with this many samples; 0: do not."""
+    fid_samples: int = 0
+    """At each validation measure the FID, too, of this many draws of the prior; 0: do not."""
     seed: int = 0
     """Decides initialisation, order and noise."""
+    binarize: Literal["none", "dynamic"] = "none"
+    """dynamic draws every pixel black or white anew at each step, as papers on likelihoods do."""
     dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
     """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir."""
 
@@ -72,6 +76,14 @@ class TrainConfig:
         require_number("epochs", self.epochs, 1)
         require_number("val_interval", self.val_interval, 1)
         require_number("iwae_samples", self.iwae_samples, 0)
+        require(
+            self.fid_samples == 0 or self.fid_samples >= 2,
+            f"--fid-samples is {self.fid_samples}, but must be 0 or at least 2.",
+        )
+        require(
+            not self.fid_samples or self.binarize == "none",
+            "--fid-samples compares grey images: leave out --binarize or use evaluate afterwards.",
+        )
         require_number("seed", self.seed, 0, 2**63 - 1)
 
     @classmethod

@@ -83,15 +83,15 @@ class Split:
         return self.images_NCHW[index].float().div_(255)
 
 
-def binarized(split: Split, seed: int = 0) -> Split:
+def binarized(split: Split) -> Split:
     """The split with every pixel drawn once, white with its grey value as the probability.
 
-    The protocol of the papers that state log-likelihoods. The digest becomes that of the bits.
+    What models trained on bits are compared on (Norouzi et al. 2020 draw their test bits once,
+    too). The same bits at every call; the digest becomes theirs.
     """
-    stream = generator(seed, "binarize", len(split))
-    bits_NCHW = torch.bernoulli(split.pixels(slice(None)), generator=stream).byte() * 255
-    digest = hashlib.sha256(bits_NCHW.numpy().tobytes()).hexdigest()
-    return Split(bits_NCHW, split.labels_N, digest)
+    stream = generator(0, "binarized split", len(split))
+    bits_NCHW = torch.bernoulli(split.pixels(slice(None)), generator=stream).to(torch.uint8) * 255
+    return Split(bits_NCHW, split.labels_N, hashlib.sha256(bits_NCHW.numpy().tobytes()).hexdigest())
 
 
 def load_split(

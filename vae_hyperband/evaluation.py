@@ -16,7 +16,7 @@ from torch import Tensor
 from vae_hyperband.bounds import eval_dataloader, iwae_nats, split_nats
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.config import TrainConfig, check_types, require, require_number
-from vae_hyperband.data import Split, SplitName, load_split
+from vae_hyperband.data import Split, SplitName, binarized, load_split
 from vae_hyperband.distances import (
     Measured,
     copying,
@@ -50,6 +50,9 @@ from vae_hyperband.samplers import (
 )
 
 Part = Literal["likelihood", "latents", "images"]
+#: Of the report's layout and protocols.
+REPORT_VERSION = 2
+
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -65,8 +68,8 @@ class EvaluateOptions:
     """Images of the split, from its first on, for the IWAE bound."""
     samplers: tuple[SamplerName, ...] = SAMPLERS
     """Where z comes from for generated images; what is not fitted yet is fitted first."""
-    num_generated: int = 10_000
-    """Images to generate per sampler. FIDs of other numbers of images cannot be compared."""
+    num_generated: int | None = None
+    """Images to generate per sampler (default: as many as the split has); FID depends on it."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
@@ -74,7 +77,8 @@ class EvaluateOptions:
         require(len(self.parts) > 0, "--parts names no part: give at least one.")
         require_number("iwae_samples", self.iwae_samples, 0)
         require_number("iwae_images", self.iwae_images, 1)
-        require_number("num_generated", self.num_generated, 10)
+        if self.num_generated is not None:
+            require_number("num_generated", self.num_generated, 10)
 
 
 def evaluate(
@@ -99,8 +103,9 @@ def evaluate(
     def load(name: SplitName) -> Split:
         return _fitting_split(ckpt, content, name, data_dir, config)
 
-    subject = Subject(model, ckpt, load("train"), load(split), config.seed, target)
+    subject = Subject(model, ckpt, config, load("train"), load(split), target)
     report: dict[str, Any] = {
+        "version": REPORT_VERSION,
         "checkpoint": str(ckpt),
         "checkpoint_digest": content["digest"],
         "split": split,
@@ -141,25 +146,35 @@ class Subject:
 
     model: VAE
     ckpt: Path
+    config: TrainConfig
     train: Split
-    held_out: Split
-    seed: int
+    held_out: Split  # as the data set has it
     device: torch.device
 
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def seen(self, split: Split) -> Split:
+        """The split as the model takes it: grey, or the bits that stand for it."""
+        return binarized(split) if self.config.binarize != "none" else split
+
     def posteriors(self, split: Split) -> Posteriors:
-        return encode_split(self.model, eval_dataloader(split, self.device))
+        return encode_split(self.model, eval_dataloader(self.seen(split), self.device))
 
 
 def _likelihood(subject: Subject, options: EvaluateOptions) -> dict[str, Any]:
     """Bounds in nats per image, between what no model can reach and what needs none."""
-    model, held_out, device = subject.model, subject.held_out, subject.device
+    model, held_out, device = subject.model, subject.seen(subject.held_out), subject.device
     nats = split_nats(model, eval_dataloader(held_out, device), subject.seed)
     bound_N = nats.recon_B + nats.kl_B
     bound, floor = bound_N.mean().item(), entropy_floor(held_out.pixels(slice(None)))
     mean_image = mean_image_nats(subject.train.pixels(slice(None)), held_out.pixels(slice(None)))
+    grey = subject.config.binarize == "none"
+    pixels = "grey pixels" if grey else f"binarised once, SHA-256 {held_out.digest}"
     report = {
         "unit": "nats per image, lower is better",
-        "protocol": "one posterior sample per image, grey pixels, beta = 1",
+        "protocol": f"one posterior sample per image, {pixels}, beta = 1",
         "bound": mean_and_error(bound_N)._asdict(),
         "recon_loss": mean_and_error(nats.recon_B)._asdict(),
         "KL_divergence": mean_and_error(nats.kl_B)._asdict(),
@@ -217,9 +232,8 @@ def _images(
     subject: Subject, options: EvaluateOptions, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """FID, precision, recall, density, coverage and copying of what the model makes."""
-    model, held_out, train, num = (
-        subject.model, subject.held_out, subject.train, options.num_generated,
-    )  # fmt: skip
+    model, held_out, train = subject.model, subject.held_out, subject.train
+    num = options.num_generated or len(held_out)
     say("features of the real images")
     real_NF = image_features(held_out.images_NCHW, subject.device)
     train_PF = image_features(train.images_NCHW, subject.device)

@@ -1,17 +1,19 @@
 """The whole job in one call: data -> search -> train the winner -> evaluate it once -> figures."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vae_hyperband import search_figures
-from vae_hyperband.checkpoint import write_text
-from vae_hyperband.config import Places, RunOptions, TrainConfig
+from vae_hyperband.checkpoint import load_ckpt, write_text
+from vae_hyperband.config import Places, RunOptions, TrainConfig, read_json
 from vae_hyperband.download import ensure_data
-from vae_hyperband.evaluation import evaluate
+from vae_hyperband.errors import ConfigError
+from vae_hyperband.evaluation import REPORT_VERSION, EvaluateOptions, evaluate
 from vae_hyperband.process import pick_device, stop_flag
-from vae_hyperband.report import draw_run, look_at, summary_of, table_of, with_error
+from vae_hyperband.report import draw_run, look_at, say, summary_of, table_of, with_error
 from vae_hyperband.search import STOPPING, search
 from vae_hyperband.search_command import train_winner
 from vae_hyperband.search_config import SearchConfig, SearchOptions
@@ -80,8 +82,7 @@ def run_main_job(job: MainJob) -> bool:
         return False
 
     _heading("4/5  evaluate it, once, on the test split")
-    report = evaluate(trained.best, "test", job.data_dir, job.device)
-    write_text(trained.log_folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    report = _evaluate_once(trained, job)
     print(table_of(report), flush=True)
 
     _heading("5/5  figures")
@@ -89,6 +90,20 @@ def run_main_job(job: MainJob) -> bool:
         print(path, flush=True)
     _print_summary(found, trained, best, report, picture, job)
     return True
+
+
+def _evaluate_once(trained: FitResult, job: MainJob) -> dict[str, Any]:
+    """The evaluation on the test split, from its file if this very checkpoint has been judged."""
+    path = trained.log_folder / "evaluation.json"
+    with contextlib.suppress(ConfigError):  # no such file yet, or a broken one
+        report = read_json(path)
+        judged = report.get("checkpoint_digest"), report.get("version")
+        if judged == (load_ckpt(trained.best)["digest"], REPORT_VERSION):
+            return report
+    options = EvaluateOptions(samplers=("prior", "mixture"))
+    report = evaluate(trained.best, "test", job.data_dir, job.device, options, say)
+    write_text(path, json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def _heading(text: str) -> None:

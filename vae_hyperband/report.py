@@ -12,6 +12,7 @@ from vae_hyperband.checkpoint import load_model
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import load_split
 from vae_hyperband.process import EXIT_STOPPED
+from vae_hyperband.search_config import METRICS
 from vae_hyperband.training import FitResult
 from vae_hyperband.trials import SearchResult, describe
 
@@ -22,6 +23,11 @@ def program(name: str) -> str:
         return name
     path = Path(sys.executable).parent / name
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def say(text: str) -> None:
+    """Tell who waits what is being done."""
+    print(text, flush=True)
 
 
 def stopped(command: str, argv: list[str]) -> int:
@@ -51,11 +57,10 @@ def look_at(logs_dir: Path) -> str:
 def summary_of(found: SearchResult) -> str:
     """The end of a search in a few sentences."""
     config, failed = found.config, found.with_outcome("failed")
-    judged = {"bound": "validation bound, beta = 1", "iwae": "validation IWAE bound"}
     full = config.total_trials * config.max_epochs
     lines = [
-        f"{found.winner.name} won with {found.best_score:.2f} nats/image "
-        f"({judged[config.metric]}): {describe(found.winner.drawn)}.",
+        f"{found.winner.name} won with {found.best_score:.2f} ({METRICS[config.metric]}): "
+        f"{describe(found.winner.drawn)}.",
         f"{len(found.with_outcome('stopped'))} of {len(found.trials)} trials were stopped early, "
         f"{len(failed)} failed; {found.epochs_spent} epochs were trained, {found.epochs_saved} "
         f"saved (all to the end: {full}).",

@@ -39,7 +39,7 @@ KEYS = frozenset({"checkpoint", "sampler", "fitted", "tensors"})
 class SamplerConfig:
     """How a sampler is fitted."""
 
-    components: int = 10
+    components: int = 20
     """Gaussians per class of the mixture, with full covariances."""
     flow_epochs: int = 40
     """Passes of the flow over the training split's latents."""

@@ -32,7 +32,7 @@ from vae_hyperband.draws import draw, importance
 from vae_hyperband.errors import SearchError, SearchFailedError
 from vae_hyperband.journal import Journal, read_events
 from vae_hyperband.process import make_folder, only_writer, refuse_foreign, stop_flag
-from vae_hyperband.search_config import SearchConfig, SearchOptions
+from vae_hyperband.search_config import METRICS, SearchConfig, SearchOptions
 from vae_hyperband.storage import TrialStore, store_for
 from vae_hyperband.trials import RESULT, SearchResult, read_result, write_result
 from vae_hyperband.tuning import run_trials
@@ -219,7 +219,7 @@ def _write_result(board: Board, options: SearchOptions, store: TrialStore) -> No
         "device": "cpu" if where["device"] == "cpu" else "cuda",
         "num_threads": where["num_threads"],
         "metric": {
-            "name": f"validation {config.metric}, nats/image, lower is better",
+            "name": f"{METRICS[config.metric]}, lower is better",
             "value": result.best_score,
             "epoch": winner.best_row["epoch"],
         },

@@ -14,6 +14,16 @@ from vae_hyperband.config import Places, TrainConfig, check_types, require, requ
 #: Importance samples of a trial's IWAE bound where that is the metric.
 IWAE_SAMPLES = 10
 
+#: Draws of the prior for a trial's FID where that is the metric.
+FID_SAMPLES = 5000
+
+#: What a search may decide by, as a reader is told; lower is better.
+METRICS = {
+    "bound": "validation bound at beta = 1, nats/image",
+    "iwae": "validation IWAE bound, nats/image",
+    "fid": "validation FID, z ~ N(0, I)",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
@@ -27,8 +37,8 @@ class SearchConfig:
     """random, grid (every combination), or tpe (Optuna's; learns from the trials that ended)."""
     scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
     """asha (Li et al. 2020), hyperband (Li et al. 2018), median (Golovin et al. 2017) or none."""
-    metric: Literal["bound", "iwae"] = "bound"
-    """What decides: the validation bound at beta = 1, or the tighter IWAE bound (Burda 2016)."""
+    metric: Literal["bound", "iwae", "fid"] = "bound"
+    """What decides: the validation bound at beta = 1, the tighter IWAE bound, or FID."""
     grace_period: int = 1
     """asha, median: epochs before a trial may be stopped."""
     reduction_factor: int = 3
@@ -119,6 +129,7 @@ class SearchConfig:
             dataset=self.dataset,
             val_interval=1,
             iwae_samples=IWAE_SAMPLES if self.metric == "iwae" else 0,
+            fid_samples=FID_SAMPLES if self.metric == "fid" else 0,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from vae_hyperband.figures import BLUE, GREY, ORANGE, save_figure, styled
+from vae_hyperband.search_config import METRICS
 from vae_hyperband.trials import SearchResult, TrialRecord
-
-METRIC_NAMES = {"bound": "validation bound", "iwae": "validation IWAE bound"}
 
 
 @styled
@@ -78,7 +77,7 @@ def _draw_curves(axes: Axes, result: SearchResult) -> None:
         axes.plot([], [], color=color, marker="o", markersize=4, label=label)
     axes.set(
         xlabel="epoch",
-        ylabel=f"{METRIC_NAMES[config.metric]} (nats/image)",
+        ylabel=METRICS[config.metric],
         title=f"{len(result.trials)} trials, {config.algorithm}, {config.scheduler.upper()}; "
         "lower is better",
     )
@@ -99,7 +98,7 @@ def _write_winner(axes: Axes, result: SearchResult) -> None:
     axes.text(
         0,
         0.9,
-        f"Best configuration: {result.best_score:.2f} nats/image ({METRIC_NAMES[config.metric]})",
+        f"Best configuration: {result.best_score:.2f} ({METRICS[config.metric]})",
         color=ORANGE,
         weight="bold",
         va="top",

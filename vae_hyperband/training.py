@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader
 from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch, standard_normal
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, save_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.data import EpochOrder, Split, SplitBatches, get_dataloader, load_split
+from vae_hyperband.data import (
+    EpochOrder,
+    Split,
+    SplitBatches,
+    binarized,
+    get_dataloader,
+    load_split,
+)
 from vae_hyperband.errors import DivergedError
 from vae_hyperband.objective import Nats, beta_at, learning_rate_at, nats_per_image
 from vae_hyperband.process import cpu_threads, only_writer, pick_device
@@ -58,6 +65,9 @@ def train_epoch(
             group["lr"] = learning_rate_at(
                 state.step, state.num_steps, config.learning_rate, config.schedule
             )
+        if config.binarize == "dynamic":
+            stream = generator(config.seed, "bits", state.step, x_BCHW.device)
+            x_BCHW = torch.bernoulli(x_BCHW, generator=stream)
         noise_BZ = standard_normal(
             config.seed, "noise", state.step, len(x_BCHW), model, x_BCHW.device
         )
@@ -146,6 +156,8 @@ def fit(
         train_loader = get_dataloader(
             train, config.batch_size, seed=config.seed, shuffle=True, device=device
         )
+        if config.binarize != "none":
+            held_out = binarized(held_out)
         validation_loader = eval_dataloader(held_out, device)
         state = first_state(config, options, train, device, quiet)
         last_saved = time.monotonic()
@@ -212,7 +224,9 @@ def fit(
 def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
     """Evaluate, log and remember; whether this is the best bound so far."""
     config = state.config
-    losses = eval_epoch(state.model, loader, config.seed, config.beta, config.iwae_samples)
+    losses = eval_epoch(
+        state.model, loader, config.seed, config.beta, config.iwae_samples, config.fid_samples
+    )
     if not math.isfinite(losses["bound"]):
         raise DivergedError(
             f"The validation bound after epoch {state.epoch} is {losses['bound']}: use a lower "

@@ -30,7 +30,9 @@ from vae_hyperband.trials import trial_name
 from vae_hyperband.worker import SharedSplit, hang_report, train_trial
 
 #: What the board keeps of a report; Ray adds clocks and names to it.
-ROW = frozenset({"step", "epoch", "recon_loss", "KL_divergence", "total_loss", "bound", "iwae"})
+ROW = frozenset(
+    {"step", "epoch", "recon_loss", "KL_divergence", "total_loss", "bound", "iwae", "fid"}
+)
 
 #: Ray may say twice that a process died; another one takes longer to start.
 ONE_DEATH_SECONDS = 0.5

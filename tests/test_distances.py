@@ -1,0 +1,134 @@
+"""FID and its kin against closed forms, slow loops and simulation."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from vae_hyperband.distances import (
+    Moments,
+    copying,
+    frechet,
+    frechet_distance,
+    manifold_measures,
+    mean_and_error,
+    moments,
+    nearest,
+)
+from vae_hyperband.randomness import generator
+
+
+def normal(num, dim, seed, shift=0.0, scale=1.0):
+    return torch.randn(num, dim, generator=generator(seed, "test")) * scale + shift
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    """|m1 - m2|^2 + sum (s1 - s2)^2: Dowson & Landau 1982."""
+    one = Moments(torch.tensor([0.0, 1, 2]).double(), torch.tensor([1.0, 4, 9]).double().diag())
+    other = Moments(torch.tensor([1.0, 1, 0]).double(), torch.tensor([4.0, 4, 1]).double().diag())
+    assert frechet(one, other) == pytest.approx((1 + 0 + 4) + (1 + 0 + 4), rel=1e-12)
+    assert frechet(other, one) == pytest.approx(frechet(one, other), rel=1e-12)
+    assert frechet(one, one) == pytest.approx(0, abs=1e-12)
+
+
+def test_frechet_distance_agrees_with_the_general_matrix_root():
+    one, other = moments(normal(300, 6, 1) @ normal(6, 6, 2)), moments(normal(200, 6, 3, 0.5, 2))
+    for covariance in (one.covariance_FF, other.covariance_FF):
+        assert covariance.dtype == torch.float64
+    root = scipy.linalg.sqrtm((one.covariance_FF @ other.covariance_FF).numpy()).real
+    difference = (one.mean_F - other.mean_F).numpy()
+    traces = np.trace(one.covariance_FF.numpy() + other.covariance_FF.numpy() - 2 * root)
+    assert frechet(one, other) == pytest.approx(difference @ difference + traces, rel=1e-9)
+
+
+def test_moments_are_numpy_s():
+    x = normal(50, 4, 1)
+    assert np.allclose(moments(x).mean_F, x.double().numpy().mean(axis=0))
+    assert np.allclose(moments(x).covariance_FF, np.cov(x.double().numpy(), rowvar=False))
+
+
+def test_frechet_distance_of_singular_covariances_is_finite():
+    flat = torch.cat((normal(40, 2, 1), torch.zeros(40, 3)), dim=1)
+    assert frechet(moments(flat), moments(flat)) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_bootstrap_error_is_the_spread_over_independent_draws():
+    def draw(seed):
+        return frechet_distance(normal(400, 5, 2 * seed), normal(400, 5, 2 * seed + 1, 0.5), seed)
+
+    found = [draw(seed) for seed in range(60)]
+    spread = statistics.stdev(value.mean for value in found)
+    said = statistics.fmean(value.standard_error for value in found)
+    assert 0.7 < said / spread < 1.4
+
+
+def test_nearest_is_what_a_loop_finds():
+    one, other = normal(7, 3, 1), normal(2100, 3, 2)
+    distances, indices = nearest(one, other, 3)
+    for row, point in enumerate(one):
+        by_hand = [((point - other_point) ** 2).sum().sqrt().item() for other_point in other]
+        order = sorted(range(len(other)), key=by_hand.__getitem__)[:3]
+        assert indices[row].tolist() == order
+        assert distances[row].tolist() == pytest.approx([by_hand[i] for i in order], rel=1e-3)
+    assert nearest(one, other[:2], 5)[0].shape == (7, 2)
+
+
+def test_manifold_measures_are_what_loops_find():
+    """Kynkaanniemi et al. 2019, equations 1 to 3; Naeem et al. 2020, equations 2 to 5."""
+    real, fake = normal(40, 2, 1).numpy(), normal(30, 2, 2, 0.7, 0.6).numpy()
+
+    def distance(a, b):
+        return math.dist(a, b)
+
+    def radius(points, at):
+        return sorted(distance(points[at], other) for i, other in enumerate(points) if i != at)[4]
+
+    real_radius = [radius(real, i) for i in range(len(real))]
+    fake_radius = [radius(fake, i) for i in range(len(fake))]
+    inside = np.array(
+        [[distance(f, r) < d for r, d in zip(real, real_radius, strict=True)] for f in fake]
+    )
+    covers = np.array(
+        [[distance(f, r) < d for f, d in zip(fake, fake_radius, strict=True)] for r in real]
+    )
+    expected = {
+        "precision": inside.any(axis=1).mean(),
+        "recall": covers.any(axis=1).mean(),
+        "density": inside.sum(axis=1).mean() / 5,
+        "coverage": inside.any(axis=0).mean(),
+    }
+    found = manifold_measures(torch.from_numpy(real), torch.from_numpy(fake))
+    assert {name: value.mean for name, value in found.items()} == pytest.approx(expected)
+    assert 0 < expected["recall"] < expected["precision"] < 1  # so that they are told apart
+    p = expected["precision"]
+    assert found["precision"].standard_error == pytest.approx(math.sqrt(p * (1 - p) / 29))
+
+
+def test_copies_are_told_from_new_images():
+    train, held_out = normal(2000, 4, 1), normal(500, 4, 2)
+    copied = copying(train[:500] + 1e-3, held_out, train)["closer_than_held_out"]
+    assert copied.mean > 0.95
+    new = copying(normal(500, 4, 3), held_out, train)["closer_than_held_out"]
+    assert abs(new.mean - 0.5) < 4 * new.standard_error
+    far = copying(normal(500, 4, 3, scale=3), held_out, train)["closer_than_held_out"]
+    assert far.mean < 0.3
+
+
+def test_the_error_of_copying_is_the_spread_over_independent_draws():
+    train = normal(500, 3, 0)
+    found = [
+        copying(normal(100, 3, 2 * seed + 1), normal(150, 3, 2 * seed + 2), train)
+        for seed in range(80)
+    ]
+    values = [value["closer_than_held_out"] for value in found]
+    spread = statistics.stdev(value.mean for value in values)
+    said = statistics.fmean(value.standard_error for value in values)
+    assert 0.75 < said / spread < 1.33
+
+
+def test_mean_and_error_of_one_value_has_no_error():
+    assert mean_and_error(torch.tensor([1.0, 3.0])) == (2.0, 1.0)
+    assert math.isnan(mean_and_error(torch.tensor([1.0])).standard_error)

@@ -1,0 +1,218 @@
+"""The evaluator: what it reports holds for real images, known models and chosen parts."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from vae_hyperband import features
+from vae_hyperband.bounds import eval_dataloader, eval_epoch, prior_fid
+from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.config import TrainConfig
+from vae_hyperband.data import Split, binarized, load_split
+from vae_hyperband.distances import frechet, moments
+from vae_hyperband.errors import CheckpointError, ConfigError
+from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.features import image_features, load_feature_net
+from vae_hyperband.objective import entropy_floor, mean_image_nats, reconstruction_nats
+from vae_hyperband.randomness import generator
+from vae_hyperband.report import table_of
+from vae_hyperband.samplers import SamplerConfig
+from vae_hyperband.training import fit
+
+QUICK = SamplerConfig(components=2, flow_epochs=2, flow_width=16, flow_depth=1)
+
+
+@pytest.fixture
+def trained(options, small_config):
+    return fit(small_config, options(), quiet=True)
+
+
+def numbers(node):
+    if isinstance(node, dict):
+        return [number for value in node.values() for number in numbers(value)]
+    if isinstance(node, list):
+        return [number for value in node for number in numbers(value)]
+    return [node] if isinstance(node, float) else []
+
+
+def test_every_part_says_its_protocol_and_every_estimate_its_error(trained, small_data):
+    asked = EvaluateOptions(iwae_samples=5, iwae_images=20, sampler=QUICK)
+    report = evaluate(trained.best, "test", small_data, "cpu", asked)
+    assert all(math.isfinite(number) for number in numbers(report))
+    json.dumps(report)
+    for part in (report, report["latents"], report["images"]):
+        assert len(part["protocol"]) > 20
+    assert report["iwae"]["num_samples"] == 5
+    assert report["iwae"]["num_images"] == 20
+    assert report["entropy_floor"] < report["bound"]["mean"]
+    assert report["share_of_gap"] == pytest.approx(
+        1 - report["nats_above_floor"] / (report["mean_image"] - report["entropy_floor"])
+    )
+    latents = report["latents"]
+    assert latents["latent_dim"] == 4
+    assert len(latents["kl_by_dimension"]) == 4
+    total = sum(kl["mean"] for kl in latents["kl_by_dimension"])
+    assert total == pytest.approx(report["KL_divergence"]["mean"], rel=1e-5)
+    images = report["images"]
+    assert images["num_generated"] == 60
+    for name in ("reconstructions", "prior", "mixture", "flow"):
+        for measure in ("fid", "precision", "recall", "density", "coverage"):
+            assert images[name][measure]["standard_error"] >= 0
+        assert 0 <= images[name]["closer_than_held_out"]["mean"] <= 1
+    text = table_of(report)
+    for word in ("IWAE-5 bound", "active units", "linear probe", "FID", "reconstructions", "flow"):
+        assert word in text
+
+
+def test_only_the_parts_asked_for_are_there(trained, small_data):
+    for part, names in {
+        "likelihood": {"bound", "iwae"},
+        "latents": {"latents"},
+        "images": {"images"},
+    }.items():
+        asked = EvaluateOptions(parts=(part,), samplers=("prior",), iwae_samples=2)
+        report = evaluate(trained.best, "validation", small_data, "cpu", asked)
+        assert names <= set(report)
+        assert table_of(report)
+        others = {"bound", "iwae", "latents", "images"} - names
+        assert not others & set(report)
+    asked = EvaluateOptions(parts=("likelihood",), iwae_samples=0)
+    assert "iwae" not in evaluate(trained.best, "validation", small_data, "cpu", asked)
+
+
+def test_a_collapsed_model_is_called_that(trained, small_data):
+    content = load_ckpt(trained.best)
+    del content["digest"]
+    for name in ("encoder.fc_mu.weight", "encoder.fc_logvar.weight"):
+        content["model"][name].zero_()
+    save_ckpt(trained.best, content)
+    report = evaluate(
+        trained.best, "validation", small_data, "cpu", EvaluateOptions(parts=("latents",))
+    )
+    assert report["latents"]["collapsed"]
+    assert report["latents"]["active_units"] == 0
+    assert report["latents"]["mutual_information"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert "COLLAPSED" in table_of(report)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"parts": ()}, "--parts names no part"),
+        ({"parts": ("fid",)}, "must be one of"),
+        ({"num_generated": 3}, "--num-generated is 3"),
+        ({"iwae_samples": -1}, "--iwae-samples is -1"),
+        ({"iwae_images": 0}, "--iwae-images is 0"),
+        ({"samplers": ("gan",)}, "must be one of"),
+    ],
+)
+def test_options_without_sense_are_refused(changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        EvaluateOptions(**changes)
+    with pytest.raises(ConfigError, match="--flow-epochs is 0"):
+        SamplerConfig(flow_epochs=0)
+
+
+def test_the_mean_image_is_a_model_that_ignores_z(small_data):
+    """A decoder that gives the training images' mean whatever z is has that reconstruction."""
+    train, held_out = (load_split(name, small_data, "custom") for name in ("train", "validation"))
+    x_PCHW = train.pixels(slice(None)).double()
+    p = (x_PCHW.sum(dim=0) + 1) / (len(x_PCHW) + 2)
+    x_NCHW = held_out.pixels(slice(None)).double()
+    expected = reconstruction_nats(p.logit().expand(len(x_NCHW), -1, -1, -1), x_NCHW).mean().item()
+    assert mean_image_nats(train.pixels(slice(None)), x_NCHW) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_published_anchors_of_fashion_mnist(fashion_mnist):
+    """Measured apart from this code: entropy 189.86 nats, mean image 385.02 (test split)."""
+    train, test = (load_split(name).pixels(slice(None)) for name in ("train", "test"))
+    assert entropy_floor(test) == pytest.approx(189.86, abs=0.005)
+    assert mean_image_nats(train, test) == pytest.approx(385.02, abs=0.1)
+
+
+def test_the_shipped_features_classify_fashion_mnist(fashion_mnist):
+    split = load_split("test")
+    found_N = load_feature_net().classify(
+        image_features(split.images_NCHW) / load_feature_net().scale
+    )
+    accuracy = (found_N.argmax(dim=1) == split.labels_N).double().mean().item()
+    assert accuracy >= 0.925
+    root = Path(__file__).parent.parent
+    said = json.loads((root / "benchmarks/feature_net.json").read_text())
+    assert accuracy == pytest.approx(said["test_accuracy"], abs=3e-4)
+    assert said["sha256"] == features.WEIGHTS_SHA256
+    assert features.WEIGHTS.stat().st_size < 2_000_000
+
+
+def test_features_of_training_images_have_variance_one(fashion_mnist):
+    features_NF = image_features(load_split("train").first(5000).images_NCHW)
+    assert features_NF.shape == (5000, features.NUM_FEATURES)
+    assert features_NF.var(dim=0).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_features_of_bytes_are_those_of_floats(small_data):
+    split = load_split("validation", small_data, "custom")
+    floats = image_features(split.pixels(slice(None)))
+    assert torch.allclose(image_features(split.images_NCHW), floats, atol=1e-4)
+    with pytest.raises(ConfigError, match="takes grey images, these have 3 channels"):
+        image_features(torch.zeros(2, 3, 8, 8))
+
+
+def test_other_weights_are_refused(tmp_path, monkeypatch):
+    other = tmp_path / "weights.safetensors"
+    other.write_bytes(features.WEIGHTS.read_bytes()[:-1] + b"x")
+    for path in (other, tmp_path / "none"):
+        monkeypatch.setattr(features, "WEIGHTS", path)
+        with pytest.raises(CheckpointError, match="install the package again"):
+            load_feature_net.__wrapped__()
+
+
+def test_validation_measures_the_prior_s_fid_if_asked(trained, small_data):
+    split = load_split("validation", small_data, "custom")
+    model, loader = load_model(trained.best), eval_dataloader(split)
+    found = eval_epoch(model, loader, seed=3, fid_samples=50)["fid"]
+    assert "fid" not in eval_epoch(model, loader, seed=3)
+    images_NCHW = model.sample(50, generator(3, "fid"))
+    by_hand = frechet(
+        moments(image_features(split.images_NCHW)), moments(image_features(images_NCHW))
+    )
+    assert found == pytest.approx(by_hand, rel=1e-3)
+    assert found == prior_fid(model, loader, 3, 50)  # the real images' moments are kept
+
+
+def test_bits_are_drawn_once_and_with_the_grey_value_as_probability():
+    grey = torch.tensor([0, 51, 128, 255], dtype=torch.uint8)
+    split = Split(grey.repeat(10_000, 1)[:, None, None], torch.zeros(10_000).long(), "grey")
+    bits = binarized(split)
+    assert bits.images_NCHW.unique().tolist() == [0, 255]
+    shares = (bits.images_NCHW == 255).double().mean(dim=(0, 1, 2))
+    assert shares.tolist() == pytest.approx([0, 0.2, 128 / 255, 1], abs=0.02)
+    assert torch.equal(binarized(split).images_NCHW, bits.images_NCHW)
+    assert bits.digest == binarized(split).digest != "grey"
+    assert entropy_floor(bits.pixels(slice(None))) == 0
+
+
+def test_a_model_of_bits_trains_on_new_ones_and_is_judged_on_fixed_ones(
+    options, small_config, small_data
+):
+    config = dataclasses.replace(small_config, binarize="dynamic")
+    trained = fit(config, options(run="bits"), quiet=True)
+    report = evaluate(
+        trained.best, "validation", small_data, "cpu", EvaluateOptions(parts=("likelihood",))
+    )
+    bits = binarized(load_split("validation", small_data, "custom"))
+    assert report["entropy_floor"] == 0
+    assert bits.digest in report["protocol"]
+    assert report["bound"]["mean"] == pytest.approx(trained.state.best["bound"], rel=1e-6)
+    again = fit(config, options(run="again"), quiet=True)
+    grey = fit(small_config, options(run="grey"), quiet=True)
+    weight = "encoder.conv1.weight"
+    one, two, three = (x.state.model.state_dict()[weight] for x in (trained, again, grey))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+    with pytest.raises(ConfigError, match="--fid-samples compares grey images"):
+        TrainConfig(binarize="dynamic", fid_samples=100)

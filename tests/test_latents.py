@@ -1,0 +1,106 @@
+"""Active units, mutual information and probes against cases that are known exactly."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from vae_hyperband.bounds import eval_dataloader, split_nats
+from vae_hyperband.data import load_split
+from vae_hyperband.latents import (
+    Posteriors,
+    active_units,
+    encode_split,
+    kl_by_dimension,
+    knn_probe,
+    linear_probe,
+    mutual_information,
+)
+from vae_hyperband.model import initialized_vae
+from vae_hyperband.randomness import generator
+
+
+def random_posteriors(num=50, dim=3, seed=0):
+    stream = generator(seed, "test")
+    return Posteriors(
+        torch.randn(num, dim, generator=stream), torch.randn(num, dim, generator=stream) - 1
+    )
+
+
+def test_a_unit_is_active_where_its_mean_varies():
+    mu_NZ = torch.randn(1000, 3, generator=generator(0, "test")) * torch.tensor([1.0, 0.11, 0.09])
+    assert active_units(Posteriors(mu_NZ, torch.zeros(1000, 3))) == 2
+    assert active_units(Posteriors(torch.ones(10, 3), torch.zeros(10, 3))) == 0
+
+
+def test_kl_by_dimension_adds_up_to_the_kl_of_the_bound(small_data):
+    split = load_split("validation", small_data, "custom")
+    model = initialized_vae(latent_dim=4, image_size=8, channels=1, seed=1)
+    loader = eval_dataloader(split)
+    by_dimension = kl_by_dimension(encode_split(model, loader))
+    assert len(by_dimension) == 4
+    total = split_nats(model, loader, seed=0).kl_B.mean().item()
+    assert sum(kl.mean for kl in by_dimension) == pytest.approx(total, rel=1e-5)
+
+
+def test_mutual_information_is_what_densities_by_hand_give():
+    posteriors = random_posteriors(num=620)  # more than one chunk
+    z_NZ = posteriors.draw(seed=3)
+    each = Normal(posteriors.mu_NZ.double(), posteriors.logvar_NZ.double().mul(0.5).exp())
+    log_q_NN = each.log_prob(z_NZ.double()[:, None]).sum(dim=2)  # z of row under q of column
+    by_hand = log_q_NN.diagonal() - (log_q_NN.logsumexp(dim=1) - math.log(620))
+    found = mutual_information(posteriors, z_NZ)
+    assert found.mean == pytest.approx(by_hand.mean().item(), rel=1e-9)
+    assert found.standard_error == pytest.approx(by_hand.std().item() / math.sqrt(620), rel=1e-9)
+
+
+def test_mutual_information_lies_between_nothing_and_log_n():
+    same = Posteriors(torch.ones(40, 2), torch.zeros(40, 2))
+    assert mutual_information(same, same.draw(0)).mean == pytest.approx(0, abs=1e-12)
+    apart = Posteriors(torch.arange(40.0)[:, None] * 100, torch.zeros(40, 1))
+    assert mutual_information(apart, apart.draw(0)).mean == pytest.approx(math.log(40))
+
+
+def test_draws_of_posteriors_have_their_moments():
+    posteriors = Posteriors(torch.full((20_000, 1), 2.0), torch.full((20_000, 1), math.log(9.0)))
+    z_NZ = posteriors.draw(seed=1)
+    assert z_NZ.mean().item() == pytest.approx(2, abs=0.1)
+    assert z_NZ.std().item() == pytest.approx(3, abs=0.1)
+    assert torch.equal(z_NZ, posteriors.draw(1, 0))
+    assert not torch.equal(z_NZ, posteriors.draw(1, 1))
+
+
+def labelled(num, seed, noise):
+    """Ten classes at the corners of a regular figure."""
+    stream = generator(seed, "test")
+    labels_N = torch.randint(0, 10, (num,), generator=stream)
+    noise_NF = torch.randn(num, 10, generator=stream) * noise
+    return torch.eye(10)[labels_N] + noise_NF, labels_N
+
+
+@pytest.mark.parametrize("probe", [linear_probe, knn_probe])
+def test_probes_read_what_is_there_and_nothing_else(probe):
+    train, held_out = labelled(2000, 1, 0.1), labelled(500, 2, 0.1)
+    assert probe(*train, *held_out).mean == 1
+    noise_NF = torch.randn(2500, 10, generator=generator(0, "test"))
+    noise = probe(noise_NF[:2000], train[1], noise_NF[2000:], held_out[1])
+    assert abs(noise.mean - 0.1) < 0.06
+    blurred = probe(*labelled(2000, 1, 0.5), *labelled(500, 2, 0.5))
+    p = blurred.mean
+    assert 0.3 < p < 0.95
+    assert blurred.standard_error == pytest.approx(math.sqrt(p * (1 - p) / 499))
+
+
+def test_the_linear_probe_does_not_depend_on_the_scale_of_a_dimension():
+    (train, labels), (held_out, expected) = labelled(2000, 1, 0.5), labelled(500, 2, 0.5)
+    scale = torch.logspace(-2, 2, 10)
+    plain = linear_probe(train, labels, held_out, expected)
+    assert linear_probe(train * scale, labels, held_out * scale, expected) == plain
+
+
+def test_the_knn_probe_asks_ten_neighbours():
+    """The most frequent label of the nearest ten, not of all and not the nearest one's."""
+    train = torch.cat((torch.full((4, 1), 0.1), torch.full((6, 1), 0.2), torch.full((9, 1), 5.0)))
+    labels = torch.tensor([0] * 4 + [1] * 6 + [0] * 9)
+    assert knn_probe(train, labels, torch.zeros(1, 1), torch.tensor([1])).mean == 1

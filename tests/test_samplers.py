@@ -1,0 +1,208 @@
+"""Where z comes from: the flow against what theory says, mixtures against moments, files."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import write_idx_folder
+
+from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.data import load_split
+from vae_hyperband.errors import CheckpointError, ConfigError
+from vae_hyperband.flow import Flow, fit_flow, matching_loss
+from vae_hyperband.latents import Posteriors
+from vae_hyperband.randomness import generator
+from vae_hyperband.samplers import (
+    LearnedFlow,
+    Mixture,
+    Prior,
+    SamplerConfig,
+    fit_sampler,
+    generate,
+    get_sampler,
+    sampler_file,
+)
+from vae_hyperband.training import fit
+
+QUICK = SamplerConfig(components=2, flow_epochs=2, flow_width=16, flow_depth=1)
+
+
+def best_velocity(z_BZ, t_B, label_B):
+    """E[z - noise | z_t] where both are N(0, I): both ends are one Gaussian."""
+    t_B1 = t_B[:, None]
+    return (2 * t_B1 - 1) / (t_B1**2 + (1 - t_B1) ** 2) * z_BZ
+
+
+def test_the_matching_loss_of_the_best_velocity_is_pi_half():
+    """The variance left is 1 / (t^2 + (1 - t)^2), whose integral over [0, 1] is pi / 2."""
+    z_BZ = torch.randn(200_000, 2, generator=generator(0, "test"))
+    stream = generator(1, "test")
+    label_B = torch.zeros(len(z_BZ), dtype=torch.int64)
+    loss = matching_loss(best_velocity, z_BZ, label_B, stream)
+    assert loss.item() == pytest.approx(math.pi / 2, abs=0.02)
+    worse = matching_loss(lambda *at: best_velocity(*at) + 0.3, z_BZ, label_B, generator(1, "test"))
+    assert worse.item() == pytest.approx(loss.item() + 0.09, abs=0.02)
+
+
+def test_the_best_velocity_between_equal_gaussians_leads_every_point_back_to_itself():
+    flow = Flow(2, num_labels=1, width=4, depth=1)
+    flow.velocity.forward = best_velocity
+    flow.mean_Z, flow.std_Z = torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.5])
+    z_NZ = flow.draw(torch.zeros(100, dtype=torch.int64), generator(5, "test"))
+    noise_NZ = torch.randn(100, 2, generator=generator(5, "test"))
+    assert torch.allclose(z_NZ, flow.mean_Z + flow.std_Z * noise_NZ, atol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def two_rings():
+    """Label 0: two Gaussians at x = -3 and 3; label 1: one at y = 5, thrice as frequent."""
+    stream = generator(0, "test")
+    label_P = (torch.rand(8000, generator=stream) < 0.75).long()
+    side_P = torch.where(torch.rand(8000, generator=stream) < 0.5, -3.0, 3.0)
+    centre_PZ = torch.stack((torch.where(label_P == 0, side_P, 0.0), 5.0 * label_P), dim=1)
+    mu_PZ = centre_PZ + 0.2 * torch.randn(8000, 2, generator=stream)
+    return Posteriors(mu_PZ, torch.full((8000, 2), 2 * math.log(0.3))), label_P
+
+
+@pytest.mark.parametrize("name", ["mixture", "flow"])
+def test_fitted_samplers_draw_what_they_were_fitted_to(two_rings, name):
+    posteriors, label_P = two_rings
+    config = SamplerConfig(components=2, flow_epochs=40, flow_width=64, flow_depth=2)
+    sampler = fit_sampler(name, posteriors, label_P, 1, config)
+    z_NZ = sampler.draw(4000, generator(2, "test"), label=0)
+    assert (z_NZ[:, 0] < 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
+    assert z_NZ[:, 0].abs().mean().item() == pytest.approx(3, abs=0.15)
+    assert z_NZ[:, 1].mean().item() == pytest.approx(0, abs=0.15)
+    spread = math.hypot(0.2, 0.3)  # of the means and of the posteriors around them
+    assert z_NZ[:, 1].std().item() == pytest.approx(spread, rel=0.25)
+    other = sampler.draw(4000, generator(2, "test"), label=1)
+    assert other.mean(dim=0).tolist() == pytest.approx([0, 5], abs=0.15)
+    either = sampler.draw(4000, generator(3, "test"))
+    assert (either[:, 1] > 2.5).float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["mixture", "flow"])
+def test_fitting_is_a_function_of_the_seed(two_rings, name):
+    posteriors, label_P = two_rings
+
+    def draw(seed):
+        torch.manual_seed(seed * 17)  # nothing of the global generator comes in
+        sampler = fit_sampler(name, posteriors, label_P, seed, QUICK)
+        return sampler.draw(50, generator(0, "test"))
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_a_mixture_of_one_is_the_gaussian_of_its_label(two_rings):
+    posteriors, label_P = two_rings
+    z_PZ = posteriors.draw(0)
+    mixture = Mixture.fit(z_PZ, label_P, components=1, seed=0)
+    of_label = z_PZ[label_P == 1].double()
+    assert torch.allclose(mixture.means_LKZ[1, 0], of_label.mean(dim=0), atol=1e-6)
+    root = mixture.roots_LKZZ[1, 0]
+    covariance = of_label.T.cov(correction=0) + 1e-4 * torch.eye(2)
+    assert torch.allclose(root @ root.T, covariance, atol=1e-6)
+    assert mixture.shares_L.tolist() == pytest.approx((label_P.bincount() / 8000).tolist())
+
+
+def test_a_label_without_images_is_never_drawn():
+    z_PZ, label_P = torch.randn(60, 2, generator=generator(0, "test")), torch.tensor([0, 2] * 30)
+    mixture = Mixture.fit(z_PZ, label_P, components=3, seed=0)
+    assert mixture.draw(200, generator(0, "test")).isfinite().all()
+    for label in (1, 3, -1):
+        with pytest.raises(ConfigError, match=f"No training image has the label {label}"):
+            mixture.draw(5, generator(0, "test"), label)
+
+
+def test_the_prior_is_standard_normal_and_knows_no_labels():
+    z_NZ = Prior(3).draw(50_000, generator(0, "test"))
+    assert z_NZ.mean(dim=0).tolist() == pytest.approx([0] * 3, abs=0.02)
+    assert torch.allclose(z_NZ.T.cov(), torch.eye(3), atol=0.03)
+    with pytest.raises(ConfigError, match="The prior knows no labels"):
+        Prior(3).draw(5, generator(0, "test"), label=1)
+
+
+@pytest.fixture
+def trained(options, small_config):
+    return fit(small_config, options(), quiet=True)
+
+
+@pytest.mark.parametrize("name", ["mixture", "flow"])
+def test_a_sampler_is_kept_beside_its_checkpoint_and_read_again(trained, small_data, name):
+    loads, said = [], []
+
+    def load_train():
+        loads.append(1)
+        return load_split("train", small_data, "custom")
+
+    def draw(config=QUICK):
+        sampler = get_sampler(name, trained.best, load_train, config, said.append)
+        return sampler.draw(20, generator(0, "test"))
+
+    first = draw()
+    path = sampler_file(trained.best, name)
+    assert path == trained.best.parent / f"best.{name}.pt"
+    assert torch.equal(draw(), first)
+    assert len(loads) == 1
+    assert said[0] == f"fitting the {name} to the training split's latents"
+    # fitted in another way, or to another checkpoint: anew
+    draw(dataclasses.replace(QUICK, components=3, flow_epochs=3))
+    assert len(loads) == 2
+    draw()
+    assert len(loads) == 3
+    content = load_ckpt(trained.best)
+    del content["digest"]
+    content["model"]["encoder.fc_mu.bias"] += 1
+    save_ckpt(trained.best, content)
+    assert not torch.equal(draw(), first)
+    assert len(loads) == 4
+
+
+def test_a_damaged_sampler_is_refused(trained, small_data):
+    def get():
+        return get_sampler(
+            "mixture", trained.best, lambda: load_split("train", small_data, "custom"), QUICK
+        )
+
+    get()
+    path = sampler_file(trained.best, "mixture")
+    content = bytearray(path.read_bytes())
+    at = content.index(load_ckpt_bytes(path))
+    content[at + 6] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        get()
+
+
+def load_ckpt_bytes(path):
+    """Some bytes of the file that are weights, not structure."""
+    return torch.load(path, weights_only=True)["tensors"]["means_LKZ"].numpy().tobytes()
+
+
+def test_generated_images_are_bytes_of_the_decoder_s_means(trained):
+    model = load_model(trained.best)
+    images = generate(model, Prior(model.latent_dim), 700, seed=4)  # more than one batch
+    assert images.shape == (700, 1, 8, 8)
+    assert images.dtype == torch.uint8
+    z_NZ = torch.randn(700, 4, generator=generator(4, "sample"))
+    expected = torch.sigmoid(model.decode(z_NZ))
+    assert (images / 255 - expected).abs().max() <= 0.5 / 255 + 1e-5
+    assert torch.equal(images, generate(model, Prior(model.latent_dim), 700, seed=4))
+
+
+def test_flow_labels_are_an_input(two_rings):
+    posteriors, label_P = two_rings
+    flow = fit_flow(posteriors.draw, label_P, 2, 0, epochs=1, width=16, depth=1)
+    sampler = LearnedFlow(torch.tensor([0.5, 0.5]), flow)
+    draws = [sampler.draw(10, generator(0, "test"), label) for label in (0, 1)]
+    assert not torch.equal(*draws)
+
+
+def test_custom_data_with_few_images_of_a_label(tmp_path, options, small_config):
+    """Fewer images than components: as many components as there are images."""
+    folder = write_idx_folder(tmp_path / "few", num_train=60, num_test=20)
+    trained = fit(small_config, options(run="few", data_dir=folder), quiet=True)
+    sampler = get_sampler("mixture", trained.best, lambda: load_split("train", folder, "custom"))
+    assert sampler.draw(10, generator(0, "test")).isfinite().all()
