@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vae_hyperband
-from vae_hyperband import search_command, train_vae
+from vae_hyperband import ckpt_commands, search_command, train_vae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,6 +57,12 @@ def test_the_numbers_of_the_search_page_are_those_of_the_raw_files():
         assert " ".join(map(str, run["last_epochs"])) in page
 
 
+def test_the_numbers_of_the_evaluation_page_are_those_of_the_raw_files():
+    page = (ROOT / "docs/evaluation.md").read_text()
+    net = json.loads((ROOT / "benchmarks/feature_net.json").read_text())
+    assert f"<!--feature_accuracy-->{net['test_accuracy']:.3f}<!--/-->" in page
+
+
 def commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
@@ -77,7 +83,7 @@ def test_every_command_of_the_readme_exists(line, monkeypatch):
             raise KeyboardInterrupt
 
         real = train_vae.parse_options
-        for room in (train_vae, search_command):
+        for room in (train_vae, ckpt_commands, search_command):
             monkeypatch.setattr(room, "parse_options", stop_after_parsing)
         # what these commands name is made by the commands before them
         content = {"config": train_vae.TrainConfig().to_dict()}

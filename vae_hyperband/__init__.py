@@ -5,7 +5,7 @@ from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import get_dataloader, load_split
 from vae_hyperband.errors import VAEHyperbandError
-from vae_hyperband.evaluation import evaluate
+from vae_hyperband.evaluation import EvaluateOptions, evaluate
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import kl_to_standard_normal, nats_per_image, reconstruction_nats
 from vae_hyperband.search_config import SearchConfig, SearchOptions
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "EvaluateOptions",
     "RunOptions",
     "SearchConfig",
     "SearchOptions",
