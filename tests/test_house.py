@@ -14,7 +14,7 @@ PACKAGE = ROOT / "vae_hyperband"
 
 # from the ground floor to the roof: a room imports only rooms before it
 FLOORS = [
-    "errors", "config", "randomness", "data", "download", "model", "objective",
+    "errors", "config", "randomness", "data", "download", "likelihoods", "model", "objective",
     "features", "distances", "bounds", "checkpoint", "process", "state", "tracking", "training",
     "latents", "flow", "samplers", "evaluation",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",

@@ -4,15 +4,32 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    kl_divergence,
+)
 
-from vae_hyperband.model import LOGVAR_LIMIT, VAE
+from vae_hyperband.bounds import eval_dataloader, iwae_nats
+from vae_hyperband.config import TrainConfig
+from vae_hyperband.data import load_split
+from vae_hyperband.errors import ConfigError
+from vae_hyperband.likelihoods import reconstruction_nats
+from vae_hyperband.model import LOGVAR_LIMIT, VAE, initialized_vae
 from vae_hyperband.objective import (
+    Nats,
+    Pass,
     beta_at,
     entropy_floor,
+    forward_pass,
     kl_to_standard_normal,
+    log_weights,
     nats_per_image,
-    reconstruction_nats,
+    total_correlation,
+    training_total,
 )
 from vae_hyperband.randomness import generator
 
@@ -127,3 +144,159 @@ def test_no_reconstruction_is_below_the_entropy_floor():
     worse = reconstruction_nats(torch.logit(x.double()) + 0.1 * noise, x.double()).mean().item()
     assert worse > entropy_floor(x)
     assert entropy_floor(torch.zeros(2, 1, 4, 4)) == 0
+
+
+def random_pass(num=300, dim=2, seed=0):
+    stream = generator(seed, "test")
+    mu, logvar = (torch.randn(num, dim, generator=stream).double() for _ in range(2))
+    z = mu + (0.5 * logvar).exp() * torch.randn(num, dim, generator=stream)
+    recon = 10 + torch.rand(num, generator=stream).double()
+    return Pass(Nats(recon, kl_to_standard_normal(mu, logvar)), mu, logvar, z)
+
+
+def test_the_beta_weighted_bound_is_the_default():
+    passed = random_pass()
+    expected = (passed.nats.recon_B + 4 * passed.nats.kl_B).mean()
+    assert torch.equal(training_total(TrainConfig(), passed, 4.0, 300, 0.0), expected)
+
+
+def test_free_bits_do_not_pay_for_what_is_free():
+    """Dimension 0 costs 0.02 nats, below the 0.1 that are free; dimension 1 costs 2."""
+    mu = torch.tensor([[0.2, 2.0], [0.2, -2.0]], requires_grad=True)
+    logvar = torch.zeros(2, 2)
+    nats = Nats(torch.tensor([5.0, 7.0]), kl_to_standard_normal(mu, logvar))
+    passed = Pass(nats, mu, logvar, mu)
+    total = training_total(TrainConfig(objective="free-bits", free_bits=0.1), passed, 3.0, 2, 0.0)
+    assert total.item() == pytest.approx(6 + 3 * (0.1 + 2.0))
+    total.backward()
+    assert mu.grad[:, 0].tolist() == [0, 0]
+    assert mu.grad[:, 1].abs().min() > 0
+    none_free = TrainConfig(objective="free-bits", free_bits=0.0)
+    plain = training_total(TrainConfig(), passed, 3.0, 2, 0.0)
+    assert training_total(none_free, passed, 3.0, 2, 0.0).item() == pytest.approx(plain.item())
+
+
+@pytest.mark.parametrize(("share", "allowed"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 4)])
+def test_capacity_pulls_the_kl_to_a_rising_aim(share, allowed):
+    passed = random_pass()
+    config = TrainConfig(objective="capacity", capacity=4.0)
+    kl = passed.nats.kl_B.mean().item()
+    expected = passed.nats.recon_B.mean().item() + 10 * abs(kl - allowed)
+    assert training_total(config, passed, 10.0, 300, share).item() == pytest.approx(expected)
+
+
+def gaussian_pass(correlation, num, seed=0):
+    """An aggregate posterior that is, on average over images, a correlated Gaussian."""
+    noise, own = torch.randn(2, num, 2, generator=generator(seed, "test"), dtype=torch.float64)
+    root = torch.linalg.cholesky(torch.tensor([[1, correlation], [correlation, 1]]).double())
+    spread = 0.3
+    mu = noise @ (root * math.sqrt(1 - spread**2)).T
+    logvar = torch.full_like(mu, 2 * math.log(spread))
+    kl = kl_to_standard_normal(mu, logvar)
+    return Pass(Nats(kl, kl), mu, logvar, mu + spread * own)
+
+
+def test_total_correlation_of_a_gaussian_is_the_closed_form():
+    """-1/2 log det of its correlation matrix; the posteriors' own spread weakens it."""
+    for correlation in (0.0, 0.9):
+        found = total_correlation(gaussian_pass(correlation, 3000), 3000).item()
+        rho = correlation * (1 - 0.3**2)
+        assert found == pytest.approx(-0.5 * math.log(1 - rho**2), abs=0.06)
+
+
+def test_total_correlation_of_batches_estimates_that_of_the_whole():
+    whole = gaussian_pass(0.9, 2000)
+    expected = total_correlation(whole, 2000).item()
+    batches = [
+        Pass(whole.nats, whole.mu_BZ[part], whole.logvar_BZ[part], whole.z_BZ[part])
+        for part in torch.arange(2000).split(250)
+    ]
+    mean = sum(total_correlation(batch, 2000).item() for batch in batches) / len(batches)
+    assert mean == pytest.approx(expected, abs=0.15)
+
+
+def test_beta_tc_weighs_the_total_correlation_alone():
+    passed = random_pass()
+    config, bound = TrainConfig(objective="beta-tc"), sum(part.mean() for part in passed.nats)
+    assert training_total(config, passed, 1.0, 1000, 0.0).item() == pytest.approx(bound.item())
+    more = training_total(config, passed, 3.0, 1000, 0.0)
+    expected = bound + 2 * total_correlation(passed, 1000)
+    assert more.item() == pytest.approx(expected.item())
+    single = Pass(*(x[:1] if isinstance(x, torch.Tensor) else x for x in passed))
+    assert total_correlation(single, 1000).isfinite()  # a last batch of one image
+
+
+def test_cycles_rise_and_rest():
+    weights = [beta_at(step, 2.0, 0, num_steps=80, cycles=2) for step in range(80)]
+    assert weights[:40] == pytest.approx(weights[40:])
+    assert weights[0] == 0
+    assert weights[10] == pytest.approx(1.0)
+    assert weights[20:40] == [2.0] * 20
+    assert weights[40] == 0
+    assert beta_at(5, 2.0, 0) == 2.0
+
+
+def test_the_vamp_prior_is_the_mixture_of_its_posteriors():
+    model = initialized_vae(3, 8, 1, seed=2, pseudo_inputs=5).double()
+    z = torch.randn(40, 3, generator=generator(0, "test")).double()
+    mu, logvar = model.encode(model.vamp.images_KCHW)
+    mixture = MixtureSameFamily(
+        Categorical(torch.ones(5).double()), Independent(Normal(mu, (0.5 * logvar).exp()), 1)
+    )
+    torch.testing.assert_close(model.log_prior(z), mixture.log_prob(z))
+    drawn = model.float().draw_prior(40_000, generator(1, "test"))
+    torch.testing.assert_close(drawn.mean(dim=0), mixture.mean.float(), atol=0.03, rtol=0)
+    torch.testing.assert_close(drawn.var(dim=0), mixture.variance.float(), atol=0.05, rtol=0)
+
+
+def test_the_kl_to_a_vamp_prior_is_right_on_average():
+    model = initialized_vae(3, 8, 1, seed=2, pseudo_inputs=5).double()
+    with torch.no_grad():
+        model.encoder.fc_mu.weight.mul_(30)
+    x = torch.rand(1, 1, 8, 8, generator=generator(0, "test")).double()
+    noise = torch.randn(100_000, 3, generator=generator(1, "test")).double()
+    with torch.no_grad():
+        sampled = forward_pass(model, x.expand(len(noise), 1, 8, 8), noise).nats.kl_B
+        mu, logvar = model.encode(x)
+        other_noise = torch.randn(100_000, 3, generator=generator(2, "test")).double()
+        z = mu + (0.5 * logvar).exp() * other_noise
+        q = Normal(mu, (0.5 * logvar).exp())
+        by_hand = (q.log_prob(z).sum(dim=1) - model.log_prior(z)).mean()
+    assert sampled.mean().item() == pytest.approx(by_hand.item(), abs=0.02)
+
+
+@pytest.mark.parametrize("pseudo_inputs", [0, 4])
+def test_importance_weights_are_those_of_the_evaluation(pseudo_inputs, small_data):
+    """Two ways to the same number: the training's, in one go, and the evaluation's."""
+    model = initialized_vae(4, 8, 1, seed=2, pseudo_inputs=pseudo_inputs)
+    split = load_split("validation", small_data, "custom")
+    noise = torch.stack(
+        [torch.randn(60, 4, generator=generator(3, "iwae", sample)) for sample in range(6)]
+    )
+    with torch.no_grad():
+        log_weights_KB, passed = log_weights(model, split.pixels(slice(None)), noise)
+    ours = math.log(6) - log_weights_KB.double().logsumexp(dim=0)
+    theirs = iwae_nats(model, eval_dataloader(split), 3, 6)
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+    assert passed.nats.kl_B.shape == (60,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kl_cycles": 2, "kl_warmup_epochs": 1}, "give one"),
+        ({"objective": "beta-tc", "prior": "vamp"}, "only --prior normal allows"),
+        ({"objective": "free-bits", "prior": "vamp"}, "only --prior normal allows"),
+        ({"objective": "iwae", "beta": 2}, "has no KL term to weigh"),
+        ({"objective": "iwae", "kl_cycles": 2}, "has no KL term to weigh"),
+        ({"objective": "wae"}, "must be one of"),
+        ({"free_bits": -1}, "--free-bits is -1"),
+        ({"capacity": -1}, "--capacity is -1"),
+        ({"train_samples": 0}, "--train-samples is 0"),
+        ({"pseudo_inputs": 0}, "--pseudo-inputs is 0"),
+        ({"kl_cycles": -1}, "--kl-cycles is -1"),
+    ],
+)
+def test_objectives_without_sense_are_refused(changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        TrainConfig(**changes)

@@ -12,6 +12,7 @@ from vae_hyperband.data import load_split
 from vae_hyperband.errors import CheckpointError, ConfigError
 from vae_hyperband.flow import Flow, fit_flow, matching_loss
 from vae_hyperband.latents import Posteriors
+from vae_hyperband.model import VAE
 from vae_hyperband.randomness import generator
 from vae_hyperband.samplers import (
     LearnedFlow,
@@ -117,11 +118,12 @@ def test_a_label_without_images_is_never_drawn():
 
 
 def test_the_prior_is_standard_normal_and_knows_no_labels():
-    z_NZ = Prior(3).draw(50_000, generator(0, "test"))
+    model = VAE(latent_dim=3, image_size=8)
+    z_NZ = Prior(model).draw(50_000, generator(0, "test"))
     assert z_NZ.mean(dim=0).tolist() == pytest.approx([0] * 3, abs=0.02)
     assert torch.allclose(z_NZ.T.cov(), torch.eye(3), atol=0.03)
     with pytest.raises(ConfigError, match="The prior knows no labels"):
-        Prior(3).draw(5, generator(0, "test"), label=1)
+        Prior(model).draw(5, generator(0, "test"), label=1)
 
 
 @pytest.fixture
@@ -183,13 +185,13 @@ def load_ckpt_bytes(path):
 
 def test_generated_images_are_bytes_of_the_decoder_s_means(trained):
     model = load_model(trained.best)
-    images = generate(model, Prior(model.latent_dim), 700, seed=4)  # more than one batch
+    images = generate(model, Prior(model), 700, seed=4)  # more than one batch
     assert images.shape == (700, 1, 8, 8)
     assert images.dtype == torch.uint8
     z_NZ = torch.randn(700, 4, generator=generator(4, "sample"))
     expected = torch.sigmoid(model.decode(z_NZ))
     assert (images / 255 - expected).abs().max() <= 0.5 / 255 + 1e-5
-    assert torch.equal(images, generate(model, Prior(model.latent_dim), 700, seed=4))
+    assert torch.equal(images, generate(model, Prior(model), 700, seed=4))
 
 
 def test_flow_labels_are_an_input(two_rings):

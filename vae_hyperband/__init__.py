@@ -6,8 +6,9 @@ from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import get_dataloader, load_split
 from vae_hyperband.errors import VAEHyperbandError
 from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.likelihoods import reconstruction_nats
 from vae_hyperband.model import VAE
-from vae_hyperband.objective import kl_to_standard_normal, nats_per_image, reconstruction_nats
+from vae_hyperband.objective import kl_to_standard_normal, nats_per_image
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.state import new_state
 from vae_hyperband.training import fit, train_epoch

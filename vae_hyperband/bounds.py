@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from vae_hyperband.data import Split, get_dataloader
 from vae_hyperband.distances import Moments, frechet, moments
 from vae_hyperband.features import image_features
-from vae_hyperband.model import VAE, reparameterize
-from vae_hyperband.objective import Nats, nats_per_image, reconstruction_nats
+from vae_hyperband.likelihoods import reconstruction_nats
+from vae_hyperband.model import VAE, log_normal, reparameterize
+from vae_hyperband.objective import Nats, nats_per_image
 from vae_hyperband.randomness import generator
 
 EVAL_BATCH_SIZE = 500
@@ -89,10 +90,12 @@ def _log_weight(
 ) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) for one z per image, float64, shape (B,)."""
     z_BZ = reparameterize(mu_BZ, logvar_BZ, noise_BZ)
-    # the terms with log(2 pi) of the two Gaussians cancel
-    prior_over_posterior_BZ = 0.5 * (noise_BZ.square() + logvar_BZ - z_BZ.square())
-    recon_B = reconstruction_nats(model.decode(z_BZ), x_BCHW)
-    return prior_over_posterior_BZ.sum(dim=1).double() - recon_B.double()
+    recon_B = reconstruction_nats(model.decode(z_BZ), x_BCHW, model.likelihood, model.log_scale)
+    if model.vamp is None:  # the terms with log(2 pi) of the two Gaussians cancel
+        difference_B = 0.5 * (noise_BZ.square() + logvar_BZ - z_BZ.square()).sum(dim=1)
+    else:
+        difference_B = model.log_prior(z_BZ) - log_normal(z_BZ, mu_BZ, logvar_BZ)
+    return difference_B.double() - recon_B.double()
 
 
 def _with_noise(

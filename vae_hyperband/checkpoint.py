@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vae_hyperband.config import model_settings
 from vae_hyperband.errors import CheckpointError, RunFolderError
 from vae_hyperband.model import VAE
 
@@ -187,7 +188,7 @@ def model_from_ckpt(content: dict[str, Any], source: Path | str = "the checkpoin
     """The model of a loaded checkpoint, on the CPU; :class:`CheckpointError` if it does not fit."""
     channels, image_size, _ = content["data"]["image_shape"]
     with torch.device("meta"):
-        model = VAE(content["config"]["latent_dim"], image_size, channels)
+        model = VAE(image_size=image_size, channels=channels, **model_settings(content["config"]))
     try:
         model.load_state_dict(content["model"], assign=True)
     except RuntimeError as error:

@@ -42,6 +42,22 @@ class TrainConfig:
     """Weight of the KL term; 1 is the VAE, more is the beta-VAE of Higgins et al. 2017."""
     kl_warmup_epochs: float = 0.0
     """Raise the KL weight linearly from 0 to beta over this many epochs."""
+    kl_cycles: int = 0
+    """Raise it this many times over the training instead, each time from 0; 0: do not."""
+    objective: Literal["elbo", "free-bits", "capacity", "beta-tc", "iwae"] = "elbo"
+    """What is minimised: the beta-weighted bound, or a variant of it (docs/objectives.md)."""
+    free_bits: float = 0.1
+    """free-bits: nats of KL that each latent dimension has for free."""
+    capacity: float = 25.0
+    """capacity: nats of KL that are aimed at in the end."""
+    train_samples: int = 5
+    """iwae: importance samples per image and step."""
+    prior: Literal["normal", "vamp"] = "normal"
+    """p(z): standard normal, or the VampPrior of Tomczak & Welling 2018."""
+    pseudo_inputs: int = 100
+    """vamp: learned images whose posteriors are the prior's components."""
+    likelihood: Literal["bernoulli", "continuous-bernoulli", "discretized-logistic"] = "bernoulli"
+    """p(x|z) of a pixel; the bounds of different likelihoods cannot be compared."""
     learning_rate: float = 4e-3
     """Peak learning rate of AdamW."""
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
@@ -68,6 +84,12 @@ class TrainConfig:
         require_number("latent_dim", self.latent_dim, 1, 4096)
         require_number("beta", self.beta, 0)
         require_number("kl_warmup_epochs", self.kl_warmup_epochs, 0)
+        require_number("kl_cycles", self.kl_cycles, 0)
+        require_number("free_bits", self.free_bits, 0)
+        require_number("capacity", self.capacity, 0)
+        require_number("train_samples", self.train_samples, 1)
+        require_number("pseudo_inputs", self.pseudo_inputs, 1)
+        self._check_composition()
         require(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
             f"--learning-rate is {self.learning_rate!r}, but must be greater than 0.",
@@ -85,6 +107,24 @@ class TrainConfig:
             "--fid-samples compares grey images: leave out --binarize or use evaluate afterwards.",
         )
         require_number("seed", self.seed, 0, 2**63 - 1)
+
+    def _check_composition(self) -> None:
+        """Refuse what cannot be meant together."""
+        require(
+            not (self.kl_cycles and self.kl_warmup_epochs),
+            "--kl-cycles and --kl-warmup-epochs both say how the KL weight rises: give one.",
+        )
+        require(
+            self.objective not in ("free-bits", "beta-tc") or self.prior == "normal",
+            f"--objective {self.objective} splits the KL by dimension, which only --prior normal "
+            "allows.",
+        )
+        weight_given = self.beta != 1 or self.kl_cycles or self.kl_warmup_epochs
+        require(
+            self.objective != "iwae" or not weight_given,
+            "--objective iwae has no KL term to weigh: leave out --beta, --kl-cycles and "
+            "--kl-warmup-epochs.",
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
@@ -160,6 +200,16 @@ def check_run_name(name: str) -> None:
         f"--run is {name!r}, but must be a plain name: letters, digits and . _ - + = only, not "
         "starting with a dot or a dash.",
     )
+
+
+def model_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the network that a configuration describes, an older one included."""
+    vamp = config.get("prior", "normal") == "vamp"
+    return {
+        "latent_dim": config["latent_dim"],
+        "likelihood": config.get("likelihood", "bernoulli"),
+        "pseudo_inputs": config["pseudo_inputs"] if vamp else 0,
+    }
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -141,7 +141,7 @@ def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) ->
     z_BZ = mu_1Z.repeat(len(dims) * len(steps), 1)
     for row, dim in enumerate(dims):
         z_BZ[row * len(steps) : (row + 1) * len(steps), dim] = steps.to(device)
-    _show(axes, torch.sigmoid(model.decode(z_BZ)).cpu(), columns=len(steps))
+    _show(axes, model.decode_images(z_BZ).cpu(), columns=len(steps))
     pitch = images_NCHW.shape[-1] + 2
     for row, dim in enumerate(dims):
         label = f"z[{dim}]  {kl_Z[dim]:.2f} nats"

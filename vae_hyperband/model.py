@@ -8,16 +8,21 @@ All (transposed) convolutions are 3x3 with stride 2, so 28x28 becomes 14x14, the
 Shape suffixes: B images, C channels, H height, W width, Z latent dimensions.
 """
 
+import math
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vae_hyperband.errors import ConfigError
+from vae_hyperband.likelihoods import Likelihood, pixel_means
 from vae_hyperband.randomness import generator
 
 #: log sigma^2 is kept within +-20 (sigma between 4.5e-5 and 2.2e4), so that exp() stays finite.
 LOGVAR_LIMIT = 20.0
+
+#: The discretised logistic's scale at first: 0.1 of the way from black to white.
+FIRST_LOG_SCALE = math.log(0.1)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -57,10 +62,35 @@ class Decoder(nn.Module):
         return self.conv_t2(h)  # (B, C, H, W)
 
 
-class VAE(nn.Module):
-    """Variational autoencoder (Kingma & Welling 2014) with a standard normal prior on z."""
+class VampPrior(nn.Module):
+    """Pseudo-inputs u that are learned; p(z) is the mean of their q(z|u).
 
-    def __init__(self, latent_dim: int = 32, image_size: int = 28, channels: int = 1) -> None:
+    Tomczak & Welling 2018, equation 9.
+    """
+
+    def __init__(self, num_inputs: int, image_size: int, channels: int) -> None:
+        super().__init__()
+        self.logits_KCHW = nn.Parameter(torch.zeros(num_inputs, channels, image_size, image_size))
+
+    @property
+    def images_KCHW(self) -> Tensor:
+        return torch.sigmoid(self.logits_KCHW)
+
+
+class VAE(nn.Module):
+    """Variational autoencoder (Kingma & Welling 2014).
+
+    ``pseudo_inputs`` is how many the VampPrior has; 0: the prior on z is standard normal.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 32,
+        image_size: int = 28,
+        channels: int = 1,
+        likelihood: Likelihood = "bernoulli",
+        pseudo_inputs: int = 0,
+    ) -> None:
         super().__init__()
         if latent_dim < 1 or channels < 1 or image_size < 4 or image_size % 4:
             raise ConfigError(
@@ -68,16 +98,26 @@ class VAE(nn.Module):
                 "cannot be built: each must be positive, and the image size a multiple of 4."
             )
         self.latent_dim, self.image_size, self.channels = latent_dim, image_size, channels
+        self.likelihood = likelihood
         self.encoder = Encoder(latent_dim, image_size, channels)
         self.decoder = Decoder(latent_dim, image_size, channels)
+        self.vamp = VampPrior(pseudo_inputs, image_size, channels) if pseudo_inputs else None
+        if likelihood == "discretized-logistic":  # one scale for all pixels, learned
+            self.log_scale: Tensor | None = nn.Parameter(torch.full((), FIRST_LOG_SCALE))
+        else:
+            self.log_scale = None
 
     def encode(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Images in [0, 1] -> ``(mu_BZ, logvar_BZ)`` of q(z|x)."""
         return self.encoder(x_BCHW)
 
     def decode(self, z_BZ: Tensor) -> Tensor:
-        """Latents -> logits, shape (B, C, H, W); ``torch.sigmoid`` of them is the image."""
+        """Latents -> logits, shape (B, C, H, W)."""
         return self.decoder(z_BZ)
+
+    def decode_images(self, z_BZ: Tensor) -> Tensor:
+        """Latents -> the mean of each pixel: images in [0, 1], shape (B, C, H, W)."""
+        return pixel_means(self.decode(z_BZ), self.likelihood)
 
     def forward(self, x_BCHW: Tensor, noise_BZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode, draw z with the given standard normal noise, decode.
@@ -87,21 +127,39 @@ class VAE(nn.Module):
         mu_BZ, logvar_BZ = self.encode(x_BCHW)
         return self.decode(reparameterize(mu_BZ, logvar_BZ, noise_BZ)), mu_BZ, logvar_BZ
 
+    def log_prior(self, z_BZ: Tensor) -> Tensor:
+        """log p(z) in nats, shape (B,)."""
+        if self.vamp is None:
+            return log_normal(z_BZ, torch.zeros_like(z_BZ), torch.zeros_like(z_BZ))
+        mu_KZ, logvar_KZ = self.encode(self.vamp.images_KCHW)
+        log_BK = log_normal(z_BZ[:, None], mu_KZ, logvar_KZ)
+        return log_BK.logsumexp(dim=1) - math.log(len(mu_KZ))
+
+    @torch.no_grad()
+    def draw_prior(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of p(z), shape (N, Z), on the generator's device."""
+        device = generator.device if generator is not None else torch.device("cpu")
+        noise_NZ = torch.randn(num, self.latent_dim, generator=generator, device=device)
+        if self.vamp is None:
+            return noise_NZ
+        mu_KZ, logvar_KZ = (x.to(device) for x in self.encode(self.vamp.images_KCHW))
+        chosen_N = torch.randint(len(mu_KZ), (num,), generator=generator, device=device)
+        return reparameterize(mu_KZ[chosen_N], logvar_KZ[chosen_N], noise_NZ)
+
     @torch.no_grad()
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Decode ``num_samples`` draws of the prior: images in [0, 1], shape (N, C, H, W).
 
         The same generator state gives the same images, whatever the device of the model.
         """
-        device = generator.device if generator is not None else torch.device("cpu")
-        z_BZ = torch.randn(num_samples, self.latent_dim, generator=generator, device=device)
-        return torch.sigmoid(self.decode(z_BZ.to(self.decoder.fc.weight.device)))
+        z_NZ = self.draw_prior(num_samples, generator)
+        return self.decode_images(z_NZ.to(self.decoder.fc.weight.device))
 
     @torch.no_grad()
     def reconstruct(self, x_BCHW: Tensor) -> Tensor:
         """Decode the posterior means of the images: images in [0, 1], shape (B, C, H, W)."""
         mu_BZ, _ = self.encode(x_BCHW)
-        return torch.sigmoid(self.decode(mu_BZ))
+        return self.decode_images(mu_BZ)
 
 
 def reparameterize(mu_BZ: Tensor, logvar_BZ: Tensor, noise_BZ: Tensor) -> Tensor:
@@ -109,14 +167,27 @@ def reparameterize(mu_BZ: Tensor, logvar_BZ: Tensor, noise_BZ: Tensor) -> Tensor
     return mu_BZ + torch.exp(0.5 * logvar_BZ) * noise_BZ
 
 
-def initialized_vae(latent_dim: int, image_size: int, channels: int, seed: int) -> VAE:
+def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log N(z; mu, exp(logvar)) in nats, summed over the last dimension."""
+    squares = (z - mu).square() * torch.exp(-logvar)
+    return -0.5 * (squares + logvar + math.log(2 * math.pi)).sum(dim=-1)
+
+
+def initialized_vae(
+    latent_dim: int,
+    image_size: int,
+    channels: int,
+    seed: int,
+    likelihood: Likelihood = "bernoulli",
+    pseudo_inputs: int = 0,
+) -> VAE:
     """A VAE whose initial weights are a function of the seed alone.
 
     Weights and biases are uniform in +-1/sqrt(fan_in), as PyTorch's own layers draw them, but from
     our generator; the meta device keeps the constructors from drawing from the global one.
     """
     with torch.device("meta"):
-        model = VAE(latent_dim, image_size, channels)
+        model = VAE(latent_dim, image_size, channels, likelihood, pseudo_inputs)
     return draw_weights(model, generator(seed, "init"))
 
 
@@ -134,4 +205,8 @@ def draw_weights(model: Module, stream: torch.Generator) -> Module:
             layer.reset_parameters()  # ones and zeros
         elif isinstance(layer, nn.Embedding):
             nn.init.normal_(layer.weight, generator=stream)
+        elif isinstance(layer, VampPrior):
+            nn.init.normal_(layer.logits_KCHW, generator=stream)
+        elif isinstance(layer, VAE) and layer.log_scale is not None:
+            nn.init.constant_(layer.log_scale, FIRST_LOG_SCALE)
     return model

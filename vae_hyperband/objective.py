@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vae_hyperband.model import VAE
+from vae_hyperband.config import TrainConfig
+from vae_hyperband.likelihoods import reconstruction_nats
+from vae_hyperband.model import VAE, log_normal, reparameterize
 
 WARMUP_SHARE = 0.15  # of a one-cycle schedule
 
@@ -24,17 +25,6 @@ class Nats(NamedTuple):
 
     recon_B: Tensor
     kl_B: Tensor
-
-
-def reconstruction_nats(logits_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """-log p(x|z) with one Bernoulli per pixel, in nats, shape (B,).
-
-    Kingma & Welling 2014, appendix C.1. For grey x in [0, 1] this is a cross-entropy, not a
-    likelihood: its least possible value is the pixels' entropy (:func:`entropy_floor`), not 0.
-    Taken from logits, where it is finite for every finite input.
-    """
-    nats_BCHW = F.binary_cross_entropy_with_logits(logits_BCHW, x_BCHW, reduction="none")
-    return nats_BCHW.flatten(start_dim=1).sum(dim=1)
 
 
 def kl_per_dimension(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
@@ -50,14 +40,106 @@ def kl_to_standard_normal(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
     return kl_per_dimension(mu_BZ, logvar_BZ).sum(dim=1)
 
 
+class Pass(NamedTuple):
+    """One pass of images through a model, and what an objective may look at."""
+
+    nats: Nats
+    mu_BZ: Tensor
+    logvar_BZ: Tensor
+    z_BZ: Tensor
+
+
+def forward_pass(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Pass:
+    """Encode, draw one z per image with the given noise, decode.
+
+    The KL is exact for the standard normal prior; for the VampPrior it is log q(z|x) - log p(z) at
+    the z drawn, right on average.
+    """
+    logits_BCHW, mu_BZ, logvar_BZ = model(x_BCHW, noise_BZ)
+    z_BZ = reparameterize(mu_BZ, logvar_BZ, noise_BZ)
+    if model.vamp is None:
+        kl_B = kl_to_standard_normal(mu_BZ, logvar_BZ)
+    else:
+        kl_B = log_normal(z_BZ, mu_BZ, logvar_BZ) - model.log_prior(z_BZ)
+    recon_B = reconstruction_nats(logits_BCHW, x_BCHW, model.likelihood, model.log_scale)
+    return Pass(Nats(recon_B, kl_B), mu_BZ, logvar_BZ, z_BZ)
+
+
 def nats_per_image(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Nats:
     """The bound's two parts with one posterior sample per image, drawn with the given noise."""
-    logits_BCHW, mu_BZ, logvar_BZ = model(x_BCHW, noise_BZ)
-    return Nats(reconstruction_nats(logits_BCHW, x_BCHW), kl_to_standard_normal(mu_BZ, logvar_BZ))
+    return forward_pass(model, x_BCHW, noise_BZ).nats
 
 
-def beta_at(step: int, beta: float, warmup_steps: float) -> float:
-    """The KL weight of a step: linear from 0 to beta over the warm-up (Bowman et al. 2016)."""
+def log_weights(model: VAE, x_BCHW: Tensor, noise_KBZ: Tensor) -> tuple[Tensor, Pass]:
+    """log p(x, z) - log q(z|x) for K samples of z per image, shape (K, B), and the pass.
+
+    Burda, Grosse & Salakhutdinov 2016, section 3: the importance weights.
+    """
+    mu_BZ, logvar_BZ = model.encode(x_BCHW)
+    z_KBZ = reparameterize(mu_BZ, logvar_BZ, noise_KBZ)
+    logits = model.decode(z_KBZ.flatten(0, 1))
+    x = x_BCHW.repeat(len(noise_KBZ), 1, 1, 1)
+    recon = reconstruction_nats(logits, x, model.likelihood, model.log_scale)
+    recon_KB = recon.view(len(noise_KBZ), -1)
+    log_prior_KB = model.log_prior(z_KBZ.flatten(0, 1)).view_as(recon_KB)
+    kl_KB = log_normal(z_KBZ, mu_BZ, logvar_BZ) - log_prior_KB
+    nats = Nats(recon_KB.mean(dim=0), kl_KB.mean(dim=0))
+    return -recon_KB - kl_KB, Pass(nats, mu_BZ, logvar_BZ, z_KBZ[0])
+
+
+def total_correlation(passed: Pass, num_images: int) -> Tensor:
+    """KL(q(z) || prod_d q(z_d)) of the aggregate posterior in nats, estimated from one batch.
+
+    Chen et al. 2018, equation 2; q(z) by minibatch stratified sampling (appendix C.2): the image
+    that z came from counts 1/N, the rest of the batch stands for the other N - 1 images.
+    """
+    num = len(passed.z_BZ)
+    log_q_BBZ = -0.5 * (
+        (passed.z_BZ[:, None] - passed.mu_BZ).square() * torch.exp(-passed.logvar_BZ)
+        + passed.logvar_BZ
+        + math.log(2 * math.pi)
+    )
+    others = max(num_images - 1, 1) / (num_images * max(num - 1, 1))
+    log_share_BB = torch.full((num, num), math.log(others), device=log_q_BBZ.device)
+    log_share_BB.fill_diagonal_(-math.log(num_images))
+    joint_B = (log_q_BBZ.sum(dim=2) + log_share_BB).logsumexp(dim=1)
+    marginals_BZ = (log_q_BBZ + log_share_BB[:, :, None]).logsumexp(dim=1)
+    return (joint_B - marginals_BZ.sum(dim=1)).mean()
+
+
+def training_total(
+    config: TrainConfig, passed: Pass, beta: float, num_images: int, share_done: float
+) -> Tensor:
+    """What is minimised, in nats, mean over the batch, by ``config.objective``.
+
+    elbo: reconstruction + beta * KL (Higgins et al. 2017, equation 4). free-bits: each dimension's
+    KL counts as at least ``free_bits`` (Kingma et al. 2016, equation 15, with the batch's mean).
+    capacity: reconstruction + beta * |KL - C|, where C rises to ``capacity`` over the first half
+    (Burgess et al. 2018, equation 8). beta-tc: reconstruction + KL + (beta - 1) * total
+    correlation (Chen et al. 2018, equation 5 with alpha = gamma = 1).
+    """
+    recon_B, kl_B = passed.nats
+    if config.objective == "free-bits":
+        kl_Z = kl_per_dimension(passed.mu_BZ, passed.logvar_BZ).mean(dim=0)
+        return recon_B.mean() + beta * kl_Z.clamp(min=config.free_bits).sum()
+    if config.objective == "capacity":
+        allowed = config.capacity * min(1.0, 2 * share_done)
+        return recon_B.mean() + beta * (kl_B.mean() - allowed).abs()
+    if config.objective == "beta-tc":
+        return (recon_B + kl_B).mean() + (beta - 1) * total_correlation(passed, num_images)
+    return (recon_B + beta * kl_B).mean()
+
+
+def beta_at(
+    step: int, beta: float, warmup_steps: float, num_steps: int = 1, cycles: int = 0
+) -> float:
+    """The KL weight of a step: linear from 0 to beta over the warm-up (Bowman et al. 2016).
+
+    With ``cycles`` that many times over the training, each half rise and half plateau (Fu et al.
+    2019, equation 6).
+    """
+    if cycles:
+        return beta * min(1.0, 2 * (step * cycles / num_steps % 1))
     return beta * min(1.0, step / warmup_steps) if warmup_steps > 0 else beta
 
 

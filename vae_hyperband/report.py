@@ -96,12 +96,13 @@ def _likelihood_lines(report: dict[str, Any]) -> list[str]:
             f"{with_error(iwae)}  (first {iwae['num_images']:,} images, whose bound is "
             f"{iwae['bound_of_these_images']:.2f})"
         )
-    rows |= {
-        "entropy floor": f"{report['entropy_floor']:.2f}",
-        "bound above floor": f"{report['nats_above_floor']:.2f}",
-        "mean image": f"{report['mean_image']:.2f}  (the bound closes "
-        f"{report['share_of_gap']:.1%} of the gap from here to the floor)",
-    }
+    if "entropy_floor" in report:
+        rows |= {
+            "entropy floor": f"{report['entropy_floor']:.2f}",
+            "bound above floor": f"{report['nats_above_floor']:.2f}",
+            "mean image": f"{report['mean_image']:.2f}  (the bound closes "
+            f"{report['share_of_gap']:.1%} of the gap from here to the floor)",
+        }
     return ["", f"likelihood: {report['unit']}", *_aligned(rows)]
 
 

@@ -61,16 +61,16 @@ class SamplerConfig:
         }
 
 
+@dataclass(frozen=True)
 class Prior:
-    """z ~ N(0, I): what the bound is about."""
+    """z ~ p(z), the model's own prior: what the bound is about."""
 
-    def __init__(self, latent_dim: int) -> None:
-        self.latent_dim = latent_dim
+    model: VAE
 
     def draw(self, num: int, stream: torch.Generator, label: int | None = None) -> Tensor:
         if label is not None:
             raise ConfigError("The prior knows no labels: use --sampler mixture or flow.")
-        return torch.randn(num, self.latent_dim, generator=stream)
+        return self.model.draw_prior(num, stream)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def get_sampler(
     content = load_ckpt(ckpt)
     model = model_from_ckpt(content, ckpt).eval()
     if name == "prior":
-        return Prior(model.latent_dim)
+        return Prior(model)
     path = sampler_file(ckpt, name)
     facts = {"checkpoint": content["digest"], "sampler": name, "fitted": config.of(name)}
     if path.exists():
@@ -239,7 +239,7 @@ def decode_bytes(model: VAE, z_NZ: Tensor) -> Tensor:
     device = next(model.parameters()).device
     return torch.cat(
         [
-            (torch.sigmoid(model.decode(z_BZ.to(device))) * 255).round().to(torch.uint8).cpu()
+            (model.decode_images(z_BZ.to(device)) * 255).round().to(torch.uint8).cpu()
             for z_BZ in z_NZ.split(EVAL_BATCH_SIZE)
         ]
     )

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt, model_from_ckpt
-from vae_hyperband.config import RESUME_MAY_CHANGE, RunOptions, TrainConfig, differences
+from vae_hyperband.config import (
+    RESUME_MAY_CHANGE,
+    RunOptions,
+    TrainConfig,
+    differences,
+    model_settings,
+)
 from vae_hyperband.data import Split
 from vae_hyperband.errors import ResumeError
 from vae_hyperband.model import VAE, initialized_vae
@@ -60,7 +66,12 @@ def new_state(
 ) -> TrainState:
     """The state before the first step: weights drawn from the seed, AdamW without memory."""
     channels, image_size, _ = image_shape
-    model = initialized_vae(config.latent_dim, image_size, channels, config.seed).to(device)
+    model = initialized_vae(
+        image_size=image_size,
+        channels=channels,
+        seed=config.seed,
+        **model_settings(config.to_dict()),
+    ).to(device)
     return _state_of(config, model, math.ceil(num_images / config.batch_size))
 
 

@@ -30,7 +30,14 @@ from vae_hyperband.data import (
     load_split,
 )
 from vae_hyperband.errors import DivergedError
-from vae_hyperband.objective import Nats, beta_at, learning_rate_at, nats_per_image
+from vae_hyperband.objective import (
+    Nats,
+    beta_at,
+    forward_pass,
+    learning_rate_at,
+    log_weights,
+    training_total,
+)
 from vae_hyperband.process import cpu_threads, only_writer, pick_device
 from vae_hyperband.randomness import generator
 from vae_hyperband.state import TrainState, ckpt_content, first_state
@@ -68,12 +75,8 @@ def train_epoch(
         if config.binarize == "dynamic":
             stream = generator(config.seed, "bits", state.step, x_BCHW.device)
             x_BCHW = torch.bernoulli(x_BCHW, generator=stream)
-        noise_BZ = standard_normal(
-            config.seed, "noise", state.step, len(x_BCHW), model, x_BCHW.device
-        )
-        nats = nats_per_image(model, x_BCHW, noise_BZ)
-        beta = beta_at(state.step, config.beta, warmup_steps)
-        total = (nats.recon_B + beta * nats.kl_B).mean()
+        beta = beta_at(state.step, config.beta, warmup_steps, state.num_steps, config.kl_cycles)
+        nats, total = _objective(state, x_BCHW, beta, order.num_images)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         _refuse_non_finite(state, total, nats, order)
@@ -82,13 +85,30 @@ def train_epoch(
         state.step += 1
         recon, kl = (part.detach().sum(dtype=torch.float64) for part in nats)
         count = torch.full_like(recon, len(x_BCHW))
-        state.sums += torch.stack((recon, kl, recon + beta * kl, count))
+        # the same as total * count, but in float64
+        weighted = recon + beta * kl if config.objective == "elbo" else total.detach() * count
+        state.sums += torch.stack((recon, kl, weighted, count))
         stop = on_step(state)
         if state.step % state.steps_per_epoch == 0:
             break
         if stop:
             return None
     return _averages(state.sums[0])
+
+
+def _objective(
+    state: TrainState, x_BCHW: Tensor, beta: float, num_images: int
+) -> tuple[Nats, Tensor]:
+    """The batch's nats, and what the step minimises."""
+    config, model, num = state.config, state.model, len(x_BCHW)
+    samples = config.train_samples if config.objective == "iwae" else 1
+    noise = standard_normal(config.seed, "noise", state.step, samples * num, model, x_BCHW.device)
+    if config.objective == "iwae":
+        log_weights_KB, passed = log_weights(model, x_BCHW, noise.view(samples, num, -1))
+        return passed.nats, math.log(samples) - log_weights_KB.logsumexp(dim=0).mean()
+    passed = forward_pass(model, x_BCHW, noise)
+    share_done = state.step / state.num_steps
+    return passed.nats, training_total(config, passed, beta, num_images, share_done)
 
 
 def _averages(sums: Tensor) -> Losses:

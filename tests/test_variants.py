@@ -1,0 +1,87 @@
+"""Each objective, prior and likelihood goes the whole way: train, stop, go on, evaluate, sample."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from vae_hyperband.checkpoint import load_ckpt, load_model
+from vae_hyperband.errors import ResumeError
+from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.randomness import generator
+from vae_hyperband.report import table_of
+from vae_hyperband.samplers import SamplerConfig
+from vae_hyperband.training import fit
+
+VARIANTS = {
+    "free bits": {"objective": "free-bits", "free_bits": 0.5},
+    "capacity": {"objective": "capacity", "capacity": 3.0, "beta": 10.0},
+    "beta-TC": {"objective": "beta-tc", "beta": 4.0},
+    "IWAE": {"objective": "iwae", "train_samples": 3},
+    "cycles": {"kl_cycles": 2},
+    "VampPrior": {"prior": "vamp", "pseudo_inputs": 7},
+    "IWAE with VampPrior": {"objective": "iwae", "prior": "vamp", "pseudo_inputs": 7},
+    "capacity with VampPrior": {"objective": "capacity", "prior": "vamp", "pseudo_inputs": 7},
+    "continuous Bernoulli": {"likelihood": "continuous-bernoulli"},
+    "discretised logistic": {"likelihood": "discretized-logistic"},
+    "bits": {"binarize": "dynamic"},
+}
+QUICK = SamplerConfig(components=1, flow_epochs=1, flow_width=8, flow_depth=1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_goes_the_whole_way(name, small_config, options, small_data):
+    config = dataclasses.replace(small_config, epochs=2, **VARIANTS[name])
+    straight = fit(config, options(run="straight"), quiet=True)
+    steps = itertools.count(1)
+    assert not fit(
+        config, options(run="stopped"), should_stop=lambda: next(steps) >= 5, quiet=True
+    ).finished
+    stopped = fit(config, options(run="stopped"), quiet=True)
+    ours, theirs = (run.state.model.state_dict() for run in (straight, stopped))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+    plain = fit(dataclasses.replace(small_config, epochs=2), options(run="plain"), quiet=True)
+    weight = "decoder.conv_t2.weight"
+    assert not torch.equal(ours[weight], plain.state.model.state_dict()[weight])
+    for key in ours:  # everything that is learned has moved
+        if "log_scale" in key or "vamp" in key:
+            first = load_first(config, key)
+            assert not torch.equal(ours[key], first)
+
+    asked = EvaluateOptions(iwae_samples=3, sampler=QUICK)
+    report = evaluate(straight.best, "validation", small_data, "cpu", asked)
+    assert math.isfinite(report["bound"]["mean"])
+    assert report["iwae"]["mean"] < report["iwae"]["bound_of_these_images"] + 1
+    assert report["bound"]["mean"] == pytest.approx(straight.state.best["bound"], rel=1e-6)
+    grey_bernoulli = config.likelihood == "bernoulli"
+    assert ("entropy_floor" in report) == grey_bernoulli
+    assert config.likelihood in report["protocol"]
+    assert table_of(report)
+    images = load_model(straight.best).sample(5, generator(0, "test"))
+    assert ((images >= 0) & (images <= 1)).all()
+    assert load_ckpt(straight.best)["config"] == config.to_dict()
+    with pytest.raises(ResumeError, match="was trained with other settings"):
+        fit(dataclasses.replace(small_config, epochs=2), options(run="straight"), quiet=True)
+
+
+def load_first(config, key):
+    from vae_hyperband.state import new_state
+
+    return new_state(config, (1, 8, 8), 300).model.state_dict()[key]
+
+
+def test_a_checkpoint_from_before_the_variants_is_still_read(small_config, options):
+    from vae_hyperband.checkpoint import save_ckpt
+
+    trained = fit(small_config, options(), quiet=True)
+    content = load_ckpt(trained.latest)
+    del content["digest"]
+    for name in ("objective", "prior", "likelihood", "pseudo_inputs", "kl_cycles", "binarize"):
+        del content["config"][name]
+    save_ckpt(trained.latest, content)
+    assert load_model(trained.latest).likelihood == "bernoulli"
+    assert fit(small_config, options(), quiet=True).finished
