@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run test faults slurm-test lint notebook clean
+.PHONY: help setup data run demo test faults slurm-test lint notebook clean
 
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
+	@echo "make demo    the same on garments that are drawn, without any download, in two minutes"
 	@echo "make test    set up, run the tests"
 	@echo "make faults  run the slow tests, most of which kill real processes"
 	@echo "make slurm-test  run slurm_job.sh on a real Slurm on this machine; root may install it"
@@ -40,6 +41,9 @@ data: $(READY)  ## Fetch and check Fashion-MNIST
 
 run: $(READY)  ## The whole job
 	$(BIN)/vae-hyperband run
+
+demo: $(READY)  ## The whole job on drawn garments, without any download
+	$(BIN)/vae-hyperband run --run demo --dataset drawn
 
 test: $(READY)  ## The tests; Fashion-MNIST is fetched if it can be, one test uses it
 	@$(BIN)/vae-hyperband data --install || echo "going on without Fashion-MNIST"

@@ -15,7 +15,8 @@ from vae_hyperband.checkpoint import load_ckpt, save_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig, check_run_name
 from vae_hyperband.data import load_split
 from vae_hyperband.errors import ConfigError, DeviceError, VAEHyperbandError
-from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.process import pick_device
 from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.training import fit

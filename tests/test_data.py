@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from vae_hyperband import data, download
-from vae_hyperband.data import get_dataloader, load_split, read_idx
+from vae_hyperband import data, download, idx
+from vae_hyperband.data import get_dataloader, load_split
 from vae_hyperband.errors import ConfigError, DataError
+from vae_hyperband.idx import read_idx
 
 
 def custom(folder, split="train"):
@@ -148,7 +149,7 @@ def test_any_bytes_decode_exactly_or_raise_the_one_error(content):
     from pathlib import Path
 
     try:
-        array, digest = data._decode_idx(io.BytesIO(content), Path("x"), 1)
+        array, digest = idx._decode_idx(io.BytesIO(content), Path("x"), 1)
     except DataError:
         return
     assert idx_bytes(array.numpy()) == content

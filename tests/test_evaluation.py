@@ -15,7 +15,8 @@ from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, binarized, load_split
 from vae_hyperband.distances import frechet, moments
 from vae_hyperband.errors import CheckpointError, ConfigError
-from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.features import image_features, load_feature_net
 from vae_hyperband.objective import entropy_floor, mean_image_nats, reconstruction_nats
 from vae_hyperband.randomness import generator

@@ -14,9 +14,10 @@ PACKAGE = ROOT / "vae_hyperband"
 
 # from the ground floor to the roof: a room imports only rooms before it
 FLOORS = [
-    "errors", "config", "randomness", "data", "download", "likelihoods", "model", "objective",
+    "errors", "config", "randomness", "drawn", "idx", "data", "download", "likelihoods", "model",
+    "objective",
     "features", "distances", "bounds", "checkpoint", "process", "state", "tracking", "training",
-    "latents", "flow", "samplers", "evaluation",
+    "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring", "evaluation",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
     "draws", "worker", "tuning", "search", "figures", "search_figures", "report",
     "options", "ckpt_commands", "search_command", "main_job", "train_vae", "beta_vae_tsb",
@@ -27,7 +28,7 @@ ALONE = {
     "ray": {"cluster", "draws", "worker", "tuning", "search"},
     "optuna": {"draws"},
     "pyarrow": {"storage"},
-    "sklearn": {"latents", "samplers"},
+    "sklearn": {"latents", "disentanglement", "samplers"},
     "safetensors": {"features"},
     "tyro": {"options", "ckpt_commands", "search_command", "train_vae"},
     "pooch": {"download"},

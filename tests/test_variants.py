@@ -9,7 +9,8 @@ import torch
 
 from vae_hyperband.checkpoint import load_ckpt, load_model
 from vae_hyperband.errors import ResumeError
-from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.randomness import generator
 from vae_hyperband.report import table_of
 from vae_hyperband.samplers import SamplerConfig

@@ -5,7 +5,8 @@ from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import get_dataloader, load_split
 from vae_hyperband.errors import VAEHyperbandError
-from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.likelihoods import reconstruction_nats
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import kl_to_standard_normal, nats_per_image

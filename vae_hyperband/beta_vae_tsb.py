@@ -17,9 +17,8 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
 
-from vae_hyperband.config import Places, RunOptions, TrainConfig
+from vae_hyperband.config import Dataset, Places, RunOptions, TrainConfig
 from vae_hyperband.data import load_split
 from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.options import parse_options
@@ -44,7 +43,7 @@ class BetaArgs(Places):
     """Number of latent dimensions of z."""
     seed: int = 0
     """The same for every beta: same initial weights, same order, same noise."""
-    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
+    dataset: Dataset = "fashion-mnist"
     """fashion-mnist, or custom with --data-dir."""
     port: int = 6006
     """Where TensorBoard listens, on 127.0.0.1 only."""

@@ -1,6 +1,7 @@
 """The commands that ask something of a trained model: ``evaluate`` and ``sample``."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,8 +14,10 @@ from vae_hyperband import figures
 from vae_hyperband.checkpoint import check_place, load_ckpt, load_model, replacing, write_text
 from vae_hyperband.config import RunOptions, require_number
 from vae_hyperband.data import CLASS_NAMES, load_split
+from vae_hyperband.drawn import KINDS
 from vae_hyperband.errors import ConfigError, RunFolderError
-from vae_hyperband.evaluation import EvaluateOptions, evaluate
+from vae_hyperband.evaluation import evaluate
+from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import cpu_threads, pick_device
 from vae_hyperband.report import say, table_of
@@ -89,7 +92,9 @@ def sample(argv: list[str]) -> int:
     require_number("num_samples", args.num_samples, 1)
     if args.out.suffix not in (".png", ".npy"):
         raise ConfigError(f"--out is {args.out}, but must end in .png or .npy.")
-    label, dataset = label_number(args.label), load_ckpt(args.ckpt)["config"]["dataset"]
+    dataset = load_ckpt(args.ckpt)["config"]["dataset"]
+    names = LABEL_NAMES.get(dataset, ())
+    label = label_number(args.label, names)
     sampler = get_sampler(
         args.sampler,
         args.ckpt,
@@ -102,26 +107,30 @@ def sample(argv: list[str]) -> int:
     if args.out.suffix == ".npy":
         _save_array(images_NCHW, args.out)
     else:
-        kind = f", {CLASS_NAMES[label]}" if label is not None else ""
+        kind = "" if label is None else f", {names[label] if names else f'label {label}'}"
         title = f"{args.num_samples} samples, z from the {args.sampler}{kind}, seed {args.seed}"
         figures.images(images_NCHW / 255, title, args.out)
     print(args.out)
     return 0
 
 
-def label_number(label: str) -> int | None:
+#: What the labels of a data set are called.
+LABEL_NAMES = {"fashion-mnist": CLASS_NAMES, "drawn": KINDS}
+
+
+def label_number(label: str, names: Sequence[str]) -> int | None:
     """The class that a user means by its number, its name, or an unambiguous part of it."""
     if not label:
         return None
     if label.isdecimal():
         return int(label)
     asked = label.lower().replace("_", " ").replace("-", " ")
-    exact = [i for i, name in enumerate(CLASS_NAMES) if name.lower().replace("-", " ") == asked]
-    found = exact or [
-        i for i, name in enumerate(CLASS_NAMES) if asked in name.lower().replace("-", " ")
-    ]
+    exact = [i for i, name in enumerate(names) if name.lower().replace("-", " ") == asked]
+    found = exact or [i for i, name in enumerate(names) if asked in name.lower().replace("-", " ")]
     if len(found) != 1:
-        raise ConfigError(f"--label is {label!r}, but must be one of {', '.join(CLASS_NAMES)}.")
+        raise ConfigError(
+            f"--label is {label!r}, but must be one of {', '.join(names) or 'a number'}."
+        )
     return found[0]
 
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, Self
 
 from vae_hyperband.errors import ConfigError
 
+Dataset = Literal["fashion-mnist", "custom", "drawn"]
+
 #: Settings that a resumed run may change; every other difference is refused.
 RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples", "fid_samples"})
 
@@ -76,8 +78,9 @@ class TrainConfig:
     """Decides initialisation, order and noise."""
     binarize: Literal["none", "dynamic"] = "none"
     """dynamic draws every pixel black or white anew at each step, as papers on likelihoods do."""
-    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
-    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir."""
+    dataset: Dataset = "fashion-mnist"
+    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir; drawn
+    makes garments of known factors."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -8,27 +8,28 @@ Shape suffixes: N images of a split, B images of a batch, C channels, H height, 
 """
 
 import functools
-import gzip
 import hashlib
-import io
 import math
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
 
+from vae_hyperband.config import Dataset
+from vae_hyperband.drawn import NUM_DRAWN, draw_factors, draw_garments
 from vae_hyperband.errors import ConfigError, DataError
+from vae_hyperband.idx import read_idx_once
 from vae_hyperband.randomness import generator
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS = get_args(SplitName)
-DATASETS = ("fashion-mnist", "custom")
+DATASETS = get_args(Dataset)
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -45,9 +46,6 @@ FASHION_MNIST_SHA256 = {
 
 #: Where Debian's and Ubuntu's package dataset-fashion-mnist puts the four files.
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-
-#: An IDX header may not promise more than this; Fashion-MNIST's largest file has 47 MB.
-MAX_IDX_BYTES = 1 << 30
 
 
 def cache_folder() -> Path:
@@ -83,6 +81,25 @@ class Split:
         return self.images_NCHW[index].float().div_(255)
 
 
+Result = TypeVar("Result")
+
+
+def per_split(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Keep the last results of a function of splits, which are known by their digests."""
+    kept: dict[Any, Result] = {}
+
+    @functools.wraps(function)
+    def remembering(*args: Any) -> Result:
+        key = tuple((x.digest, len(x)) if isinstance(x, Split) else x for x in args)
+        if key not in kept:
+            while len(kept) >= 4:
+                del kept[next(iter(kept))]
+            kept[key] = function(*args)
+        return kept[key]
+
+    return remembering
+
+
 def binarized(split: Split) -> Split:
     """The split with every pixel drawn once, white with its grey value as the probability.
 
@@ -102,11 +119,14 @@ def load_split(
     ``data_dir`` is any folder with the IDX files, plain or gzipped; without it the user's cache,
     then the system's package are looked through (``make data`` fills one of them). ``custom``
     accepts other data in the same format; its validation split is the last sixth of the training
-    file, as Fashion-MNIST's is. Raises :class:`DataError`.
+    file, as Fashion-MNIST's is. ``drawn`` needs no files (:mod:`~vae_hyperband.drawn`). Raises
+    :class:`DataError`.
     """
     for name, value, known in (("split", split, SPLITS), ("dataset", dataset, DATASETS)):
         if value not in known:
             raise ConfigError(f"The {name} {value!r} is none of {', '.join(known)}.")
+    if dataset == "drawn":
+        return drawn_split(split)
     data_dir = None if data_dir is None else Path(data_dir)
     if dataset == "custom" and data_dir is None:
         raise ConfigError(
@@ -139,6 +159,15 @@ def load_split(
     return Split(images[part_of_file, None].clone(), labels[part_of_file].long(), digest)
 
 
+@functools.cache
+def drawn_split(name: SplitName, num: int | None = None) -> Split:
+    """Images of :mod:`~vae_hyperband.drawn`, as many as asked for; their labels are the kinds."""
+    levels_NF = draw_factors(name, num or NUM_DRAWN[name])
+    images_NCHW = draw_garments(levels_NF)
+    digest = hashlib.sha256(images_NCHW.numpy().tobytes()).hexdigest()
+    return Split(images_NCHW, levels_NF[:, 0], digest)
+
+
 def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Tensor, str]:
     """The array in the first folder that has the right file, and the digest of its content."""
     folders = [data_dir] if data_dir is not None else [cache_folder(), SYSTEM_FOLDER]
@@ -147,7 +176,7 @@ def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Te
         if not path.is_file():
             continue
         try:
-            array, digest = _read_once(path, path.stat().st_mtime_ns, 3 if "idx3" in name else 1)
+            array, digest = read_idx_once(path, path.stat().st_mtime_ns, 3 if "idx3" in name else 1)
             if sha256 is None or digest == sha256:
                 return array, digest
             raise DataError(
@@ -163,50 +192,7 @@ def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Te
     raise DataError(f"No file {name} or {name}.gz in {places}: {hint}.")
 
 
-@functools.lru_cache(maxsize=4)
-def _read_once(path: Path, mtime_ns: int, num_dims: int) -> tuple[Tensor, str]:
-    """Two splits come from one file, and a search worker trains many trials: decode it once."""
-    return read_idx(path, num_dims)
-
-
-def read_idx(path: Path, num_dims: int) -> tuple[Tensor, str]:
-    """Decode an IDX file of unsigned bytes, plain or gzipped: ``(uint8 tensor, SHA-256)``.
-
-    The digest is of the decompressed content. Every other file, damaged ones included, raises
-    :class:`DataError`, and never reads more than its header promises (at most 1 GiB).
-    """
-    try:
-        with path.open("rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            with gzip.GzipFile(fileobj=raw) if zipped else raw as file:
-                return _decode_idx(file, path, num_dims)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-
-
-def _decode_idx(file: io.BufferedIOBase, path: Path, num_dims: int) -> tuple[Tensor, str]:
-    # Big-endian header: two zero bytes, type 8 (unsigned byte), number of dimensions, their sizes.
-    header = file.read(4 + 4 * num_dims)
-    if header[:4] != bytes([0, 0, 8, num_dims]) or len(header) < 4 + 4 * num_dims:
-        raise DataError(
-            f"{path} is not an IDX file of {num_dims}-dimensional bytes: it starts with "
-            f"{header[:8].hex() or 'nothing'}."
-        )
-    sizes = [int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4)]
-    num_bytes = math.prod(sizes)
-    if not 0 < num_bytes <= MAX_IDX_BYTES:
-        raise DataError(f"{path} has a header of size {sizes}, which no data set here has.")
-    body = bytearray(file.read(num_bytes + 1))  # one more than promised shows trailing bytes
-    if len(body) != num_bytes:
-        found = "more" if len(body) > num_bytes else f"only {len(body)}"
-        raise DataError(f"{path} promises {num_bytes} bytes {sizes} but holds {found}.")
-    digest = hashlib.sha256(header)
-    digest.update(body)
-    return torch.frombuffer(body, dtype=torch.uint8).view(sizes), digest.hexdigest()
-
-
-class SplitBatches(Dataset[tuple[Tensor, Tensor]]):
+class SplitBatches(TorchDataset[tuple[Tensor, Tensor]]):
     """Indexed by a tensor of image numbers: one gather and one division per batch."""
 
     def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:

@@ -16,9 +16,9 @@ from vae_hyperband.data import (
     FASHION_MNIST_SHA256,
     cache_folder,
     load_split,
-    read_idx,
 )
 from vae_hyperband.errors import DataError, VAEHyperbandError
+from vae_hyperband.idx import read_idx
 
 #: The authors' repository, and the copy that Keras downloads.
 MIRRORS = (

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vae_hyperband.data import Split, per_split
 from vae_hyperband.errors import CheckpointError, ConfigError
 
 WEIGHTS = Path(__file__).with_name("feature_net.safetensors")
@@ -94,3 +95,9 @@ def image_features(x_NCHW: Tensor, device: torch.device | str = "cpu") -> Tensor
         x_BCHW = x_BCHW.to(device)
         parts.append(net.features(x_BCHW / 255 if x_BCHW.dtype == torch.uint8 else x_BCHW).cpu())
     return torch.cat(parts)
+
+
+@per_split
+def split_features(split: Split, device: torch.device | str = "cpu") -> Tensor:
+    """Features of a whole split, which is looked at again and again."""
+    return image_features(split.images_NCHW, device)

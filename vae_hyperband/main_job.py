@@ -1,17 +1,15 @@
 """The whole job in one call: data -> search -> train the winner -> evaluate it once -> figures."""
 
-import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vae_hyperband import search_figures
-from vae_hyperband.checkpoint import load_ckpt, write_text
-from vae_hyperband.config import Places, RunOptions, TrainConfig, read_json
+from vae_hyperband.config import Dataset, Places, RunOptions, TrainConfig
+from vae_hyperband.data import SplitName, load_split
 from vae_hyperband.download import ensure_data
-from vae_hyperband.errors import ConfigError
-from vae_hyperband.evaluation import REPORT_VERSION, EvaluateOptions, evaluate
+from vae_hyperband.evaluation import evaluate_once
+from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.process import pick_device, stop_flag
 from vae_hyperband.report import draw_run, look_at, say, summary_of, table_of, with_error
 from vae_hyperband.search import STOPPING, search
@@ -40,6 +38,8 @@ class MainJob(Places):
     """Epochs of the best configuration's full training."""
     scheduler: Literal["asha", "hyperband", "none"] = "asha"
     """asha stops the worse trials early; hyperband pauses them."""
+    dataset: Dataset = "fashion-mnist"
+    """fashion-mnist; drawn makes garments of known factors; custom takes those of --data-dir."""
     seed: int = 0
     """Decides the configurations drawn, and every run's weights, order and noise."""
 
@@ -54,9 +54,16 @@ def run_main_job(job: MainJob) -> bool:
     }
     pick_device(job.device)  # mistakes before the work, not after the search
     TrainConfig(epochs=job.epochs, seed=job.seed)
-    _heading("1/5  data: Fashion-MNIST, checked by its digests")
-    if job.data_dir is None:
-        ensure_data(install=True)
+    if job.dataset == "fashion-mnist":
+        _heading("1/5  data: Fashion-MNIST, checked by its digests")
+        if job.data_dir is None:
+            ensure_data(install=True)
+    else:
+        _heading(f"1/5  data: {job.dataset}")
+    names: tuple[SplitName, ...] = ("train", "validation")  # the test split is for step 4
+    for name in names:
+        split = load_split(name, job.data_dir, job.dataset)
+        print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
 
     _heading(f"2/5  search: {job.num_trials} configurations, up to {job.max_epochs} epochs each")
     config = SearchConfig(
@@ -64,6 +71,7 @@ def run_main_job(job: MainJob) -> bool:
         max_epochs=job.max_epochs,
         scheduler=job.scheduler,
         seed=job.seed,
+        dataset=job.dataset,
     )
     with stop_flag(STOPPING) as should_stop:
         found = search(config, SearchOptions(run=f"{job.run}-search", **places), should_stop)
@@ -82,7 +90,15 @@ def run_main_job(job: MainJob) -> bool:
         return False
 
     _heading("4/5  evaluate it, once, on the test split")
-    report = _evaluate_once(trained, job)
+    report = evaluate_once(
+        trained.log_folder / "evaluation.json",
+        trained.best,
+        "test",
+        job.data_dir,
+        job.device,
+        EvaluateOptions(samplers=("prior", "mixture")),
+        say,
+    )
     print(table_of(report), flush=True)
 
     _heading("5/5  figures")
@@ -90,20 +106,6 @@ def run_main_job(job: MainJob) -> bool:
         print(path, flush=True)
     _print_summary(found, trained, best, report, picture, job)
     return True
-
-
-def _evaluate_once(trained: FitResult, job: MainJob) -> dict[str, Any]:
-    """The evaluation on the test split, from its file if this very checkpoint has been judged."""
-    path = trained.log_folder / "evaluation.json"
-    with contextlib.suppress(ConfigError):  # no such file yet, or a broken one
-        report = read_json(path)
-        judged = report.get("checkpoint_digest"), report.get("version")
-        if judged == (load_ckpt(trained.best)["digest"], REPORT_VERSION):
-            return report
-    options = EvaluateOptions(samplers=("prior", "mixture"))
-    report = evaluate(trained.best, "test", job.data_dir, job.device, options, say)
-    write_text(path, json.dumps(report, indent=2) + "\n")
-    return report
 
 
 def _heading(text: str) -> None:

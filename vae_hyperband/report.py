@@ -116,6 +116,14 @@ def _latent_lines(latents: dict[str, Any]) -> list[str]:
         f"(raw pixels {_three(pixels['linear_probe'])})",
         "kNN probe": f"{_three(latents['knn_probe'])}  (raw pixels {_three(pixels['knn_probe'])})",
     }
+    if factors := latents.get("factors"):
+        dci = factors["dci"]
+        rows |= {
+            "MIG": f"{factors['mig']:.3f}",
+            "FactorVAE score": f"{factors['factor_vae_score']:.3f}",
+            "DCI": f"disentanglement {dci['disentanglement']:.3f}, completeness "
+            f"{dci['completeness']:.3f}, informativeness {dci['informativeness']:.3f}",
+        }
     return ["", "latent space: accuracy of probes on the posterior means", *_aligned(rows)]
 
 

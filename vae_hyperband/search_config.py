@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vae_hyperband.config import Places, TrainConfig, check_types, require, require_number
+from vae_hyperband.config import Dataset, Places, TrainConfig, check_types, require, require_number
 
 #: Importance samples of a trial's IWAE bound where that is the metric.
 IWAE_SAMPLES = 10
@@ -55,8 +55,9 @@ class SearchConfig:
     """KL weights to choose from; trials are always compared at beta = 1."""
     seed: int = 0
     """Decides the configurations drawn, and the seed that every trial trains with."""
-    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
-    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir."""
+    dataset: Dataset = "fashion-mnist"
+    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir; drawn
+    makes garments of known factors."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
@@ -21,6 +20,7 @@ from vae_hyperband.bounds import eval_epoch
 from vae_hyperband.checkpoint import load_ckpt, save_ckpt
 from vae_hyperband.ckpt_commands import evaluate_ckpt, sample
 from vae_hyperband.config import (
+    Dataset,
     RunOptions,
     TrainConfig,
     check_run_name,
@@ -62,8 +62,8 @@ class DataArgs:
 
     data_dir: Path | None = None
     """Check the four files in this folder instead of fetching any."""
-    dataset: Literal["fashion-mnist", "custom"] = "fashion-mnist"
-    """custom: other data in the same format, in --data-dir."""
+    dataset: Dataset = "fashion-mnist"
+    """custom: other data in the same format, in --data-dir; drawn: garments made here."""
     install: bool = False
     """Where no mirror can be reached, install the system's package if this user may."""
 

@@ -1,0 +1,35 @@
+"""Every setting of an evaluation, once. What is looked at, and how closely."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from vae_hyperband.config import check_types, require, require_number
+from vae_hyperband.samplers import SAMPLERS, SamplerConfig, SamplerName
+
+Part = Literal["likelihood", "latents", "images"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What an evaluation looks at, and how closely."""
+
+    parts: tuple[Part, ...] = PARTS
+    """likelihood: bounds; latents: active units, probes; images: FID and its kin."""
+    iwae_samples: int = 100
+    """Importance samples per image of the IWAE bound; 0: leave it out."""
+    iwae_images: int = 1000
+    """Images of the split, from its first on, for the IWAE bound."""
+    samplers: tuple[SamplerName, ...] = SAMPLERS
+    """Where z comes from for generated images; what is not fitted yet is fitted first."""
+    num_generated: int | None = None
+    """Images to generate per sampler (default: as many as the split has); FID depends on it."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(len(self.parts) > 0, "--parts names no part: give at least one.")
+        require_number("iwae_samples", self.iwae_samples, 0)
+        require_number("iwae_images", self.iwae_images, 1)
+        if self.num_generated is not None:
+            require_number("num_generated", self.num_generated, 10)

@@ -1,0 +1,208 @@
+"""The three parts of an evaluation: likelihood, latent space, generated images.
+
+Each states its protocol, and each estimate its standard error.
+
+Shape suffixes: N images of a split, P training images, M generated images, Z latents, F features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.bounds import eval_dataloader, iwae_nats, split_nats
+from vae_hyperband.config import TrainConfig
+from vae_hyperband.data import Split, SplitName, binarized, per_split
+from vae_hyperband.disentanglement import (
+    dci_disentanglement,
+    factor_vae_score,
+    mutual_information_gap,
+)
+from vae_hyperband.distances import (
+    Measured,
+    copying,
+    frechet_distance,
+    manifold_measures,
+    mean_and_error,
+)
+from vae_hyperband.drawn import FACTORS, draw_factors
+from vae_hyperband.evaluation_config import EvaluateOptions
+from vae_hyperband.features import WEIGHTS_SHA256, image_features, split_features
+from vae_hyperband.latents import (
+    ACTIVE_VARIANCE,
+    Posteriors,
+    active_units,
+    encode_split,
+    kl_by_dimension,
+    knn_probe,
+    linear_probe,
+    mutual_information,
+)
+from vae_hyperband.model import VAE
+from vae_hyperband.objective import entropy_floor, mean_image_nats
+from vae_hyperband.randomness import generator
+from vae_hyperband.samplers import (
+    decode_bytes,
+    generate,
+    get_sampler,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it is measured with."""
+
+    model: VAE
+    ckpt: Path
+    config: TrainConfig
+    train: Split
+    split: SplitName
+    held_out: Split  # as the data set has it
+    device: torch.device
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def seen(self, split: Split) -> Split:
+        """The split as the model takes it: grey, or the bits that stand for it."""
+        return binarized(split) if self.config.binarize != "none" else split
+
+    def posteriors(self, split: Split) -> Posteriors:
+        return encode_split(self.model, eval_dataloader(self.seen(split), self.device))
+
+
+def likelihood(subject: Subject, options: EvaluateOptions) -> dict[str, Any]:
+    """Bounds in nats per image, between what no model can reach and what needs none."""
+    model, held_out, device = subject.model, subject.seen(subject.held_out), subject.device
+    nats = split_nats(model, eval_dataloader(held_out, device), subject.seed)
+    bound_N = nats.recon_B + nats.kl_B
+    grey = subject.config.binarize == "none"
+    pixels = "grey pixels" if grey else f"binarised once, SHA-256 {held_out.digest}"
+    report: dict[str, Any] = {
+        "unit": "nats per image, lower is better",
+        "protocol": f"one posterior sample per image, {pixels}, beta = 1, "
+        f"{model.likelihood} likelihood, {subject.config.prior} prior",
+        "bound": mean_and_error(bound_N)._asdict(),
+        "recon_loss": mean_and_error(nats.recon_B)._asdict(),
+        "KL_divergence": mean_and_error(nats.kl_B)._asdict(),
+    }
+    if model.likelihood == "bernoulli":  # the others are densities or of levels
+        report |= _anchors(subject.train, held_out, bound_N.mean().item())
+    if options.iwae_samples:
+        first = held_out.first(options.iwae_images)
+        iwae_N = iwae_nats(
+            model, eval_dataloader(first, device), subject.seed, options.iwae_samples
+        )
+        report["iwae"] = {
+            **mean_and_error(iwae_N)._asdict(),
+            "num_samples": options.iwae_samples,
+            "num_images": len(first),
+            "bound_of_these_images": bound_N[: len(first)].mean().item(),
+        }
+    return report
+
+
+def _anchors(train: Split, held_out: Split, bound: float) -> dict[str, float]:
+    """What no model can go below, and what one gives that has learned nothing of single images."""
+    x_NCHW = held_out.pixels(slice(None))
+    floor = entropy_floor(x_NCHW)
+    mean_image = mean_image_nats(train.pixels(slice(None)), x_NCHW)
+    return {
+        "entropy_floor": floor,
+        "nats_above_floor": bound - floor,
+        "mean_image": mean_image,
+        "share_of_gap": (mean_image - bound) / (mean_image - floor),
+    }
+
+
+def latent_space(subject: Subject) -> dict[str, Any]:
+    """How many dimensions are used, what each says, and what can be read off the means."""
+    train, held_out = subject.train, subject.held_out
+    posteriors = subject.posteriors(held_out)
+    active = active_units(posteriors)
+    report = {
+        "protocol": "posterior means; probes trained on all images of the training split: logistic "
+        "regression on standardised values, majority of the 10 nearest neighbours; active: "
+        f"variance of the mean above {ACTIVE_VARIANCE}; mutual information of z and the number of "
+        "the image, at most log N",
+        "latent_dim": subject.model.latent_dim,
+        "active_units": active,
+        "collapsed": active == 0,
+        "kl_by_dimension": [kl._asdict() for kl in kl_by_dimension(posteriors)],
+        "mutual_information": mutual_information(
+            posteriors, posteriors.draw(subject.seed)
+        )._asdict(),
+        **_probes(train, held_out, subject.posteriors(train).mu_NZ, posteriors.mu_NZ),
+        "raw_pixels": _pixel_probes(train, held_out),
+    }
+    if subject.config.dataset == "drawn":
+        report["factors"] = _factors(subject, posteriors.mu_NZ)
+    return report
+
+
+def _probes(
+    train: Split, held_out: Split, train_PF: Tensor, held_out_NF: Tensor
+) -> dict[str, dict[str, float]]:
+    return {
+        name: probe(train_PF, train.labels_N, held_out_NF, held_out.labels_N)._asdict()
+        for name, probe in (("linear_probe", linear_probe), ("knn_probe", knn_probe))
+    }
+
+
+@per_split
+def _pixel_probes(train: Split, held_out: Split) -> dict[str, dict[str, float]]:
+    flat = (split.pixels(slice(None)).flatten(1) for split in (train, held_out))
+    return _probes(train, held_out, *flat)
+
+
+def _factors(subject: Subject, mu_NZ: Tensor) -> dict[str, Any]:
+    """How cleanly the dimensions separate the factors that the split was drawn from."""
+    levels_NF = draw_factors(subject.split, len(mu_NZ))
+    return {
+        "names": [factor.name for factor in FACTORS],
+        "mig": mutual_information_gap(mu_NZ, levels_NF),
+        "factor_vae_score": factor_vae_score(mu_NZ, levels_NF, subject.seed),
+        "dci": dci_disentanglement(mu_NZ, levels_NF, subject.seed),
+    }
+
+
+def generated_images(
+    subject: Subject, options: EvaluateOptions, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """FID, precision, recall, density, coverage and copying of what the model makes."""
+    model, held_out, train = subject.model, subject.held_out, subject.train
+    num = options.num_generated or len(held_out)
+    say("features of the real images")
+    real_NF, train_PF = (split_features(split, subject.device) for split in (held_out, train))
+    chosen = torch.randperm(len(train), generator=generator(subject.seed, "real"))[:num]
+
+    def compare(features_MF: Tensor) -> dict[str, Measured]:
+        fid = frechet_distance(real_NF, features_MF, subject.seed)
+        return {"fid": fid, **manifold_measures(real_NF, features_MF)}
+
+    def judge(images_NCHW: Tensor) -> dict[str, Measured]:
+        features_MF = image_features(images_NCHW, subject.device)
+        return compare(features_MF) | copying(features_MF, real_NF, train_PF)
+
+    rows = {
+        "real": compare(train_PF[chosen]),
+        "reconstructions": judge(decode_bytes(model, subject.posteriors(held_out).mu_NZ)),
+    }
+    for name in options.samplers:
+        sampler = get_sampler(name, subject.ckpt, lambda: train, options.sampler, say)
+        say(f"images from the {name}")
+        rows[name] = judge(generate(model, sampler, num, subject.seed))
+    return {
+        "protocol": f"features of a Fashion-MNIST classifier (SHA-256 {WEIGHTS_SHA256[:12]}), "
+        f"{num:,} generated images as bytes against the {len(held_out):,} images of the split; "
+        "reconstructions of the same split from posterior means; real: as many images of the "
+        "training split; 5 nearest neighbours; errors of FID by bootstrap",
+        "num_generated": num,
+        **{
+            name: {key: value._asdict() for key, value in row.items()} for name, row in rows.items()
+        },
+    }
