@@ -17,11 +17,12 @@ FLOORS = [
     "errors", "config", "randomness", "drawn", "idx", "data", "download", "likelihoods", "model",
     "objective",
     "features", "distances", "bounds", "checkpoint", "process", "state", "tracking", "training",
-    "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring", "evaluation",
+    "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring",
+    "evaluation", "study",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
-    "draws", "worker", "tuning", "search", "figures", "search_figures", "report",
-    "options", "ckpt_commands", "search_command", "main_job", "train_vae", "beta_vae_tsb",
-    "__init__",
+    "draws", "worker", "tuning", "search", "figures", "search_figures", "study_figures", "report",
+    "options", "ckpt_commands", "search_command", "study_command", "main_job", "train_vae",
+    "beta_vae_tsb", "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
 ALONE = {
@@ -30,9 +31,9 @@ ALONE = {
     "pyarrow": {"storage"},
     "sklearn": {"latents", "disentanglement", "samplers"},
     "safetensors": {"features"},
-    "tyro": {"options", "ckpt_commands", "search_command", "train_vae"},
+    "tyro": {"options", "ckpt_commands", "search_command", "study_command", "train_vae"},
     "pooch": {"download"},
-    "matplotlib": {"figures", "search_figures"},
+    "matplotlib": {"figures", "search_figures", "study_figures"},
     "tensorboard": {"tracking"},
 }
 

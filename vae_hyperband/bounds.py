@@ -10,15 +10,15 @@ K importance samples.
 
 import math
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vae_hyperband.data import Split, get_dataloader
-from vae_hyperband.distances import Moments, frechet, moments
-from vae_hyperband.features import image_features
+from vae_hyperband.data import Split, SplitBatches, get_dataloader
+from vae_hyperband.distances import frechet, moments
+from vae_hyperband.features import image_features, split_features
 from vae_hyperband.likelihoods import reconstruction_nats
 from vae_hyperband.model import VAE, log_normal, reparameterize
 from vae_hyperband.objective import Nats, nats_per_image
@@ -111,18 +111,12 @@ def _with_noise(
         start += len(x_BCHW)
 
 
-#: Moments of the features of a loader's images, which every validation of a run needs.
-_REAL: WeakKeyDictionary[Dataset, Moments] = WeakKeyDictionary()
-
-
 def prior_fid(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> float:
     """FID of images decoded from draws of the prior against the loader's images."""
     device = next(model.parameters()).device
-    if loader.dataset not in _REAL:
-        images_NCHW = torch.cat([x_BCHW for x_BCHW, _ in loader])
-        _REAL[loader.dataset] = moments(image_features(images_NCHW, device))
+    real_NF = split_features(cast(SplitBatches, loader.dataset).split, device)
     generated_NCHW = model.sample(num_samples, generator(seed, "fid"))
-    return frechet(_REAL[loader.dataset], moments(image_features(generated_NCHW, device)))
+    return frechet(moments(real_NF), moments(image_features(generated_NCHW, device)))
 
 
 def eval_epoch(

@@ -93,7 +93,7 @@ def evaluate_once(
     options: EvaluateOptions,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The report in ``path`` if it is of this checkpoint and was asked for in this way, or a new one.
+    """The report in ``path`` if it is of this checkpoint and this question, or a new one.
 
     So a number of the test split is taken once.
     """

@@ -32,6 +32,7 @@ from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import stop_flag
 from vae_hyperband.report import say_trained, stopped
+from vae_hyperband.study_command import study_command
 from vae_hyperband.training import fit, train_epoch
 
 __all__ = ["eval_epoch", "get_dataloader", "main", "save_ckpt", "train_epoch"]
@@ -109,6 +110,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate_ckpt,
     "sample": sample,
+    "study": study_command,
     "data": data,
 }
 
@@ -119,6 +121,7 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   train     train one VAE or beta-VAE, or go on training it
   evaluate  what a checkpoint is worth: bounds, latent space, FID ..., with standard errors
   sample    draw images from a checkpoint
+  study     a grid of betas and latent sizes, trained and judged: the rate-distortion picture
   data      find or fetch Fashion-MNIST and check it
 
 "vae-hyperband COMMAND --help" explains each. Hyphens and underscores in options are the same.

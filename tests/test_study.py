@@ -1,0 +1,163 @@
+"""Studies: a grid trained and judged once, in one table and one picture."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+from vae_hyperband import study_figures, train_vae
+from vae_hyperband.config import Places, TrainConfig
+from vae_hyperband.evaluation_config import EvaluateOptions
+from vae_hyperband.samplers import SamplerConfig
+from vae_hyperband.study import grouped, over_seeds, row_of, run_study, value_of
+from vae_hyperband.study_command import StudyArgs, table
+
+QUICK = EvaluateOptions(
+    iwae_samples=2,
+    samplers=("prior", "mixture"),
+    sampler=SamplerConfig(components=1, flow_epochs=1, flow_width=8, flow_depth=1),
+)
+
+
+@pytest.fixture
+def places(tmp_path, small_data):
+    return Places(
+        run="small",
+        device="cpu",
+        data_dir=small_data,
+        checkpoints_dir=tmp_path / "checkpoints",
+        logs_dir=tmp_path / "logs",
+    )
+
+
+def configs(seeds=(0, 1), betas=(0.5, 2.0)):
+    return {
+        f"b{beta:g}-s{seed}": TrainConfig(
+            dataset="custom", latent_dim=3, batch_size=64, epochs=1, beta=beta, seed=seed
+        )
+        for beta in betas
+        for seed in seeds
+    }
+
+
+def test_a_study_trains_judges_and_remembers(places, monkeypatch):
+    rows = run_study(configs(), places, "validation", QUICK)
+    assert [row["name"] for row in rows] == ["b0.5-s0", "b0.5-s1", "b2-s0", "b2-s1"]
+    for row in rows:
+        for measure in ("bound", "iwae", "linear_probe", "raw_linear_probe", "fid_prior",
+                        "fid_mixture", "fid_reconstructions", "coverage_real"):  # fmt: skip
+            assert row[measure]["standard_error"] >= 0
+            assert math.isfinite(value_of(row, measure))
+        assert 0 <= row["active_units"] <= 3
+        assert "mig" not in row
+        assert math.isnan(value_of(row, "mig"))
+    content = json.loads((places.log_folder / "study.json").read_text())
+    assert content == {"split": "validation", "rows": rows}
+    assert "b0.5" in table(rows) or "0.5" in table(rows)
+    assert len(table(rows).splitlines()) == 3  # a head and two betas
+
+    # nothing is trained or judged a second time
+    from vae_hyperband import evaluation, training
+
+    def never(*at, **named):
+        raise AssertionError("a second time")
+
+    monkeypatch.setattr(training, "train_epoch", never)
+    monkeypatch.setattr(evaluation, "evaluate", never)
+    assert run_study(configs(), places, "validation", QUICK) == rows
+
+
+def test_another_question_is_answered_anew(places):
+    [first] = run_study(configs((0,), (1.0,)), places, "validation", QUICK)
+    [test] = run_study(configs((0,), (1.0,)), places, "test", QUICK)
+    assert first["bound"] != test["bound"]
+    more = EvaluateOptions(parts=("likelihood",), iwae_samples=4)
+    [third] = run_study(configs((0,), (1.0,)), places, "validation", more)
+    assert third["bound"] == first["bound"]
+    assert third["iwae"] != first["iwae"]
+
+
+def test_a_stopped_study_goes_on(places):
+    asked = iter([False] * 7 + [True] * 1000)
+    assert run_study(configs(), places, "validation", QUICK, lambda: next(asked)) is None
+    rows = run_study(configs(), places, "validation", QUICK)
+    fresh = run_study(
+        configs(),
+        Places(
+            run="fresh", device="cpu", data_dir=places.data_dir,
+            checkpoints_dir=places.checkpoints_dir, logs_dir=places.logs_dir,
+        ),
+        "validation",
+        QUICK,
+    )  # fmt: skip
+    assert rows == fresh
+
+
+def fake_row(beta, seed, bound, **more):
+    config = TrainConfig(beta=beta, seed=seed).to_dict()
+    return {"name": "x", "config": config, "bound": {"mean": bound, "standard_error": 1.0}, **more}
+
+
+def test_means_over_seeds_have_student_s_interval():
+    rows = [fake_row(1.0, seed, bound) for seed, bound in enumerate([240.0, 241.0, 245.0])]
+    [group] = grouped(rows)
+    found = over_seeds(group, "bound")
+    assert found["mean"] == 242
+    spread = statistics.stdev([240, 241, 245])
+    assert found["half_interval"] == pytest.approx(4.3027 * spread / math.sqrt(3), rel=1e-4)
+    assert found["n"] == 3
+    assert math.isnan(over_seeds(rows[:1], "bound")["half_interval"])
+    assert len(grouped([*rows, fake_row(2.0, 0, 250.0)])) == 2
+
+
+def test_a_row_takes_what_the_report_has():
+    report = {
+        "config": {"beta": 1.0},
+        "bound": {"mean": 1.0, "standard_error": 0.1},
+        "iwae": {"mean": 0.9, "standard_error": 0.1, "num_samples": 5},
+        "latents": {"active_units": 7, "factors": {"mig": 0.2, "dci": {"disentanglement": 0.4}}},
+    }
+    row = row_of("r", report)
+    assert row["iwae"] == {"mean": 0.9, "standard_error": 0.1}
+    assert (row["active_units"], row["mig"], row["dci"]) == (7, 0.2, 0.4)
+    assert "fid_prior" not in row
+    assert value_of(row, "mig") == 0.2
+
+
+def test_the_command_trains_the_grid_on_drawn_garments(tmp_path, monkeypatch, capsys):
+    """The whole way, with the measures that need factors."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["study", "--run", "d", "--dataset", "drawn", "--betas", "1", "4", "--epochs", "1"]
+    arguments += ["--latent-dims", "4", "--parts", "likelihood", "latents", "--iwae-samples", "0"]
+    assert train_vae.main([*arguments, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "run 2 of 2: z4-b4-s0" in said
+    assert "MIG" in said
+    rows = json.loads((tmp_path / "logs/d/study.json").read_text())["rows"]
+    assert [row["config"]["beta"] for row in rows] == [1, 4]
+    assert all(0 <= row["mig"] <= 1 for row in rows)
+    picture = tmp_path / "logs/d/rate_distortion.png"
+    assert picture.stat().st_size > 20_000
+    assert str(picture.relative_to(tmp_path)) in said
+
+
+def test_the_picture_shows_whatever_was_measured(tmp_path):
+    measures = {
+        name: {"mean": 0.5, "standard_error": 0.1}
+        for name in ("recon_loss", "KL_divergence", "linear_probe", "knn_probe", "raw_linear_probe",
+                     "raw_knn_probe", "fid_prior", "fid_mixture", "fid_reconstructions")
+    }  # fmt: skip
+    rows = [
+        fake_row(beta, seed, 240.0, active_units=9, **measures)
+        for beta in (0.1, 1.0, 8.0)
+        for seed in (0, 1)
+    ]
+    assert study_figures.rate_distortion(rows, tmp_path / "p.png").stat().st_size > 20_000
+
+
+def test_the_grid_is_every_combination():
+    args = StudyArgs(betas=(0.5, 1), latent_dims=(16, 32), seeds=(0, 1, 2), epochs=3)
+    found = args.configs()
+    assert len(found) == 12
+    assert found["z16-b0.5-s2"] == TrainConfig(latent_dim=16, beta=0.5, seed=2, epochs=3)

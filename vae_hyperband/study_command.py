@@ -1,0 +1,92 @@
+"""The command ``study``: a grid of configurations, trained, judged and drawn."""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+from vae_hyperband import study_figures
+from vae_hyperband.config import Dataset, Places, TrainConfig
+from vae_hyperband.evaluation_config import EvaluateOptions
+from vae_hyperband.options import parse_options
+from vae_hyperband.process import stop_flag
+from vae_hyperband.report import say, stopped
+from vae_hyperband.study import Row, grouped, over_seeds, run_study
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyArgs(Places):
+    """Train and judge a grid of betas, latent sizes and seeds: the rate-distortion picture.
+
+    vae-hyperband study --run rd --betas 0.03 0.1 0.3 1 2 4 8 --epochs 10
+
+    The same command goes on after a stop; what is trained and judged stays so.
+    """
+
+    run: str = "study"
+    """Name of the study, and what its runs' names begin with."""
+    betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0)
+    """KL weights."""
+    latent_dims: tuple[int, ...] = (32,)
+    """Latent dimensions."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; with several, the spread over them is shown."""
+    epochs: int = 10
+    """Passes over the training split, per run."""
+    dataset: Dataset = "fashion-mnist"
+    """fashion-mnist; drawn makes garments of known factors; custom takes those of --data-dir."""
+    split: Literal["validation", "test"] = "validation"
+    """Which images judge; choose on validation, publish test."""
+    options: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
+
+    def configs(self) -> dict[str, TrainConfig]:
+        """The grid, by the names of its runs."""
+        return {
+            f"z{latent_dim}-b{beta:g}-s{seed}": TrainConfig(
+                latent_dim=latent_dim,
+                beta=beta,
+                seed=seed,
+                epochs=self.epochs,
+                dataset=self.dataset,
+            )
+            for latent_dim, beta, seed in itertools.product(
+                self.latent_dims, self.betas, self.seeds
+            )
+        }
+
+
+def study_command(argv: list[str]) -> int:
+    args = parse_options(StudyArgs, argv, "vae-hyperband study")
+    with stop_flag() as should_stop:
+        rows = run_study(args.configs(), args, args.split, args.options, should_stop, say)
+    if rows is None:
+        return stopped("study", argv)
+    print(table(rows))
+    print(study_figures.rate_distortion(rows, args.log_folder / "rate_distortion.png"))
+    return 0
+
+
+COLUMNS = {
+    "bound": ("bound", 2), "KL_divergence": ("KL", 1), "linear_probe": ("linear", 3),
+    "active_units": ("active", 1), "fid_reconstructions": ("FID recon", 2),
+    "fid_prior": ("FID prior", 2), "fid_mixture": ("FID mixture", 2), "fid_flow": ("FID flow", 2),
+    "mig": ("MIG", 3),
+}  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """One line per configuration: means over seeds, +- half of the 95% interval if several."""
+    shown = {name: column for name, column in COLUMNS.items() if name in rows[0]}
+    head = "".join(f"{title:>16}" for title, _ in shown.values())
+    lines = [f"{'latent':>6}{'beta':>7}{'n':>3}{head}"]
+    for group in grouped(rows):
+        config, cells = group[0]["config"], ""
+        for name, (_, digits) in shown.items():
+            found = over_seeds(group, name)
+            cell = f"{found['mean']:.{digits}f}"
+            if found["n"] > 1:
+                cell += f" +- {found['half_interval']:.{digits}f}"
+            cells += f"{cell:>16}"
+        lines.append(f"{config['latent_dim']:>6}{config['beta']:>7g}{len(group):>3}{cells}")
+    return "\n".join(lines)
