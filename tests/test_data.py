@@ -12,13 +12,34 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from vae_hyperband import data, download, idx
-from vae_hyperband.data import get_dataloader, load_split
+from vae_hyperband.data import Split, get_dataloader, load_split, per_split
 from vae_hyperband.errors import ConfigError, DataError
 from vae_hyperband.idx import read_idx
 
 
 def custom(folder, split="train"):
     return load_split(split, folder, "custom")
+
+
+def test_results_kept_per_split_are_not_mixed_up():
+    """Splits of one file have one digest, and may have one length."""
+    calls = []
+
+    @per_split
+    def brightness(split, offset):
+        calls.append(offset)
+        return split.images_NCHW.double().mean().item() + offset
+
+    pictures = torch.tensor([0, 9], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)
+    dark, bright = (Split(pictures[i : i + 1], torch.zeros(1).long(), "file") for i in range(2))
+    assert [brightness(dark, 0), brightness(bright, 0), brightness(dark, 1)] == [0, 9, 1]
+    assert [brightness(dark, 0), brightness(bright, 0), brightness(dark, 1)] == [0, 9, 1]
+    assert calls == [0, 0, 1]
+    for offset in range(2, 9):
+        brightness(dark, offset)
+    assert len(calls) == 10
+    brightness(dark, 0)  # long forgotten
+    assert len(calls) == 11
 
 
 def test_plain_and_gzipped_files_give_the_same_arrays(tmp_path, small_data):
