@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run demo test faults slurm-test lint notebook clean
+.PHONY: help setup data run demo test faults slurm-test lint reproduce best notebook clean
 
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
@@ -17,6 +17,8 @@ help:  ## Show this list
 	@echo "make lint    check format, style and types"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
 	@echo "make notebook  execute model.ipynb and store its outputs"
+	@echo "make reproduce  train and judge every model of the README's results table (two hours)"
+	@echo "make best    train the best generator found, and write 10,000 of its images"
 	@echo "make clean   remove caches and build files; your runs and the environment stay"
 	@echo
 	@echo "VENV=$(VENV)   the virtual environment to use or make"
@@ -59,6 +61,14 @@ lint: $(READY)  ## Format, style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+reproduce: $(READY)  ## Every number of the README's results table
+	$(BIN)/python benchmarks/reproduce.py
+
+best: $(READY)  ## The best generator found, and 10,000 of its images
+	$(BIN)/vae-hyperband train --run best --latent-dim 64 --beta 0.02 --epochs 25
+	$(BIN)/vae-hyperband sample checkpoints/best/best.pt --sampler mixture --components 40 --num-samples 10000 --out best.npy
+	$(BIN)/vae-hyperband sample checkpoints/best/best.pt --sampler mixture --components 40 --num-samples 100 --out best.png
 
 notebook: $(READY)  ## Execute model.ipynb in place
 	$(BIN)/vae-hyperband data --install

@@ -6,18 +6,21 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import NAMES, command_line, write_idx_folder
 
 from vae_hyperband import train_vae
 from vae_hyperband.checkpoint import load_ckpt, save_ckpt
+from vae_hyperband.ckpt_commands import label_number
 from vae_hyperband.config import RunOptions, TrainConfig, check_run_name
-from vae_hyperband.data import load_split
+from vae_hyperband.data import CLASS_NAMES, load_split
 from vae_hyperband.errors import ConfigError, DeviceError, VAEHyperbandError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.process import pick_device
+from vae_hyperband.samplers import sampler_file
 from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.training import fit
 
@@ -89,6 +92,46 @@ def test_sample_writes_the_same_picture_for_the_same_seed(trained, tmp_path):
         assert train_vae.main([*arguments, "--out", name, "--device", "cpu"]) == 0
     a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
     assert a == b != c
+
+
+def test_sample_asks_a_fitted_sampler_for_one_label_and_writes_bytes(trained, small_data, tmp_path):
+    arguments = ["sample", str(trained.best), "--data-dir", str(small_data), "--device", "cpu"]
+    arguments += ["--num-samples", "7", "--components", "2", "--flow-epochs", "1"]
+    for sampler in ("mixture", "flow"):
+        found = []
+        for label in ("3", "4"):
+            out = f"{sampler}{label}.npy"
+            more = ["--sampler", sampler, "--label", label, "--out", out]
+            assert train_vae.main([*arguments, *more]) == 0
+            found.append(np.load(tmp_path / out, allow_pickle=False))
+        assert found[0].shape == (7, 1, 8, 8)
+        assert found[0].dtype == np.uint8
+        assert not np.array_equal(*found)
+        assert sampler_file(trained.best, sampler).is_file()
+    picture = [*arguments, "--sampler", "mixture", "--label", "3", "--out", "three.png"]
+    assert train_vae.main(picture) == 0
+    assert (tmp_path / "three.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("asked", "number"),
+    [("sneaker", 7), ("Ankle boot", 9), ("ankle-boot", 9), ("t-shirt", 0), ("top", 0), ("5", 5),
+     ("shirt", 6), ("", None)],
+)  # fmt: skip
+def test_a_label_is_known_by_its_name_or_number(asked, number):
+    assert label_number(asked, CLASS_NAMES) == number
+
+
+@pytest.mark.parametrize("asked", ["s", "boots", "hat", "10"])
+def test_a_label_that_is_none_or_several_is_refused(asked):
+    with pytest.raises(ConfigError, match="must be one of T-shirt/top, Trouser"):
+        label_number(asked, CLASS_NAMES)
+
+
+def test_labels_without_names_are_numbers():
+    assert label_number("10", ()) == 10
+    with pytest.raises(ConfigError, match="must be one of a number"):
+        label_number("hat", ())
 
 
 def test_data_says_what_it_found(small_data, capsys):
@@ -182,6 +225,13 @@ MISTAKES = {
     "no samples": ("sample {ckpt} --num-samples 0", "--num-samples is 0"),
     "sample to a text file": ("sample {ckpt} --out a.txt", "must end in .png or .npy"),
     "sample to an unwritable place": ("sample {ckpt} --out /proc/a.png", "/proc"),
+    "sample a label from the prior": ("sample {ckpt} --label 3", "The prior knows no labels"),
+    "sample by an unknown sampler": ("sample {ckpt} --sampler gan", "gan"),
+    "evaluate an unknown part": ("evaluate {ckpt} --parts fid", "fid"),
+    "evaluate few images": ("evaluate {ckpt} --num-generated 2", "--num-generated is 2"),
+    "study of no epochs": ("study --epochs 0", "--epochs is 0"),
+    "study of a wrong run": ("study --run a/b", "--run is 'a/b'"),
+    "train two schedules": ("train --kl-cycles 2 --kl-warmup-epochs 1", "give one"),
     "search of nothing": ("search --num-trials 0", "--num-trials is 0"),
     "search on an unknown device": ("search --device tpu9", "must be auto, cpu or cuda"),
     "search on a CPU with GPUs": ("search --device cpu --gpus-per-trial 1", "contradict"),

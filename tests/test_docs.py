@@ -1,5 +1,6 @@
 """The README says what was measured, and names only what exists."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -61,6 +62,20 @@ def test_the_numbers_of_the_evaluation_page_are_those_of_the_raw_files():
     page = (ROOT / "docs/evaluation.md").read_text()
     net = json.loads((ROOT / "benchmarks/feature_net.json").read_text())
     assert f"<!--feature_accuracy-->{net['test_accuracy']:.3f}<!--/-->" in page
+
+
+def test_the_results_table_of_the_readme_is_that_of_the_raw_file():
+    path = ROOT / "benchmarks/reproduce.py"
+    spec = importlib.util.spec_from_file_location("reproduce", path)
+    reproduce = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reproduce)
+    results = json.loads((ROOT / "docs/results.json").read_text())
+    assert reproduce.between_markers(README, reproduce.markdown(results)) == README
+    assert reproduce.between_markers(README, "other") != README
+    every = {"table", "sweep", "variants", "drawn", "bound", "sharp"}
+    assert set(results) <= every
+    row = results["sweep"]["rows"][0]
+    assert row["config"] == reproduce.sweep_configs()[row["name"]].to_dict()
 
 
 def commands() -> list[str]:

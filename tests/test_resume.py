@@ -27,6 +27,15 @@ OTHER_VALUES = {
     "schedule": "constant",
     "batch_size": 16,
     "seed": 9,
+    "kl_cycles": 2,
+    "objective": "capacity",
+    "free_bits": 0.2,
+    "capacity": 5.0,
+    "train_samples": 7,
+    "prior": "vamp",
+    "pseudo_inputs": 9,
+    "likelihood": "continuous-bernoulli",
+    "binarize": "dynamic",
     "dataset": "fashion-mnist",
 }
 

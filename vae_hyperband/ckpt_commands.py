@@ -122,7 +122,7 @@ def label_number(label: str, names: Sequence[str]) -> int | None:
     """The class that a user means by its number, its name, or an unambiguous part of it."""
     if not label:
         return None
-    if label.isdecimal():
+    if label.isdecimal() and (not names or int(label) < len(names)):
         return int(label)
     asked = label.lower().replace("_", " ").replace("-", " ")
     exact = [i for i, name in enumerate(names) if name.lower().replace("-", " ") == asked]

@@ -26,8 +26,8 @@ def program(name: str) -> str:
 
 
 def say(text: str) -> None:
-    """Tell who waits what is being done."""
-    print(text, flush=True)
+    """Tell who waits what is being done; stdout is for what comes of it."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def stopped(command: str, argv: list[str]) -> int:

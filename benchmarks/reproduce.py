@@ -1,0 +1,224 @@
+"""Claims: every number of the README's results table, and its central picture.
+
+Trains and judges, on Fashion-MNIST with the mission's network, every configuration of the table:
+VAE and beta-VAE with latent 16, 32, 64 and three seeds; betas from 0.03 to 8; the other objectives,
+priors and likelihoods; on drawn garments beta against disentanglement; and what gives the best
+bound and the best images. What is chosen (the best generator's sampler) is chosen on the validation
+split; numbers are of the test split.
+
+Run: make reproduce, or python benchmarks/reproduce.py [--only table sweep ...]. About two hours on
+2 CPU cores; the same command goes on after a stop. Writes docs/results.json, the table between the
+markers in README.md, and docs/rate_distortion.png and docs/disentanglement.png.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vae_hyperband import study_figures
+from vae_hyperband.checkpoint import write_text
+from vae_hyperband.config import Places, TrainConfig
+from vae_hyperband.evaluation_config import EvaluateOptions
+from vae_hyperband.process import EXIT_STOPPED, environment, pick_device, stop_flag
+from vae_hyperband.report import say
+from vae_hyperband.samplers import SamplerConfig
+from vae_hyperband.study import Row, grouped, over_seeds, run_study, value_of
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs/results.json"
+SEEDS = (0, 1, 2)
+#: Candidates for the best images; validation FID decides, the sampler included.
+SHARP = {"latent_dim": 64, "epochs": 25}
+BEST_SAMPLER = SamplerConfig(components=40)
+
+
+def name_of(config: TrainConfig) -> str:
+    return f"z{config.latent_dim}-b{config.beta:g}-s{config.seed}"
+
+
+def by_name(configs: list[TrainConfig]) -> dict[str, TrainConfig]:
+    return {name_of(config): config for config in configs}
+
+
+def table_configs() -> dict[str, TrainConfig]:
+    return by_name(
+        [
+            TrainConfig(latent_dim=latent_dim, beta=beta, seed=seed)
+            for latent_dim in (16, 32, 64)
+            for beta in (1.0, 0.05)
+            for seed in SEEDS
+        ]
+    )
+
+
+def sweep_configs() -> dict[str, TrainConfig]:
+    return by_name([TrainConfig(beta=beta) for beta in (0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0)])
+
+
+def variant_configs() -> dict[str, TrainConfig]:
+    return {
+        "elbo": TrainConfig(),
+        "warm-up": TrainConfig(kl_warmup_epochs=3),
+        "cycles": TrainConfig(kl_cycles=4),
+        "free-bits": TrainConfig(objective="free-bits", free_bits=0.1),
+        "capacity": TrainConfig(objective="capacity", capacity=25, beta=10),
+        "beta-tc": TrainConfig(objective="beta-tc", beta=4),
+        "iwae": TrainConfig(objective="iwae", train_samples=5),
+        "vamp": TrainConfig(prior="vamp"),
+        "continuous-bernoulli": TrainConfig(likelihood="continuous-bernoulli"),
+        "discretized-logistic": TrainConfig(likelihood="discretized-logistic"),
+    }
+
+
+def drawn_configs() -> dict[str, TrainConfig]:
+    return by_name(
+        [
+            TrainConfig(dataset="drawn", latent_dim=10, beta=beta, seed=seed, epochs=30)
+            for beta in (0.3, 1.0, 2.0, 4.0, 8.0)
+            for seed in SEEDS
+        ]
+    )
+
+
+def sharp_configs() -> dict[str, TrainConfig]:
+    return {
+        "b0.02": TrainConfig(beta=0.02, **SHARP),
+        "b0.01": TrainConfig(beta=0.01, **SHARP),
+        "b0.02-vamp": TrainConfig(beta=0.02, prior="vamp", **SHARP),
+    }
+
+
+def bound_configs() -> dict[str, TrainConfig]:
+    return {"vamp-40-epochs": TrainConfig(prior="vamp", epochs=40)}
+
+
+EVERYTHING = EvaluateOptions()
+NO_IMAGES = EvaluateOptions(parts=("likelihood", "latents"))
+SHARP_OPTIONS = EvaluateOptions(sampler=BEST_SAMPLER)
+
+
+def best_of(rows: list[Row]) -> str:
+    """The run with the lowest FID of any fitted sampler."""
+    return min(rows, key=lambda row: best_sampler(row)[1])["name"]
+
+
+def best_sampler(row: Row) -> tuple[str, float]:
+    found = {name: value_of(row, f"fid_{name}") for name in ("mixture", "flow")}
+    name = min(found, key=lambda key: found[key])
+    return name, found[name]
+
+
+def reproduce(part: str, places: Places, should_stop: Callable[[], bool]) -> dict | None:
+    """One part's rows, on the test split; None if told to stop."""
+    if part == "sharp":
+        return _sharp(replace(places, run="reproduce-sharp"), should_stop)
+    configs, options = {
+        "table": (table_configs(), EVERYTHING),
+        "sweep": (sweep_configs(), EVERYTHING),
+        "variants": (variant_configs(), EVERYTHING),
+        "drawn": (drawn_configs(), NO_IMAGES),
+        "bound": (bound_configs(), EVERYTHING),
+    }[part]
+    # runs that the table and the sweep share are trained and judged once
+    run = "reproduce-" + ("table" if part == "sweep" else part)
+    rows = run_study(configs, replace(places, run=run), "test", options, should_stop, say)
+    return None if rows is None else {"rows": rows}
+
+
+def _sharp(places: Places, should_stop: Callable[[], bool]) -> dict | None:
+    """Model and sampler with the lowest FID on the validation split, judged on the test split."""
+    candidates = sharp_configs()
+    judged = run_study(candidates, places, "validation", SHARP_OPTIONS, should_stop, say)
+    if judged is None:
+        return None
+    name = best_of(judged)
+    row = next(row for row in judged if row["name"] == name)
+    chosen = {name: candidates[name]}
+    rows = run_study(chosen, places, "test", SHARP_OPTIONS, should_stop, say)
+    if rows is None:
+        return None
+    return {"rows": rows, "validation": judged, "sampler": best_sampler(row)[0]}
+
+
+def markdown(results: dict) -> str:
+    """The README's table: means over seeds, +- half of the 95% interval where there are several."""
+    lines = [
+        "| model | test bound | linear probe | FID recon. | FID prior | FID mixture | FID flow |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group in grouped(rows_of(results, "table")):
+        config = group[0]["config"]
+        kind = "VAE" if config["beta"] == 1 else f"beta-VAE, beta {config['beta']:g}"
+        lines.append(f"| {kind}, latent {config['latent_dim']} {_cells(group)}")
+    for row in rows_of(results, "bound"):
+        lines.append(f"| VAE, latent 32, VampPrior, 40 epochs {_cells([row])}")
+    for row in rows_of(results, "sharp"):
+        config = row["config"]
+        prior = ", VampPrior" if config["prior"] == "vamp" else ""
+        lines.append(
+            f"| best images: latent {config['latent_dim']}, beta {config['beta']:g}{prior}, "
+            f"{config['epochs']} epochs {_cells([row])}"
+        )
+    return "\n".join(lines)
+
+
+def rows_of(results: dict, part: str) -> list[Row]:
+    """The part's rows, if it has been run."""
+    return results[part]["rows"] if part in results else []
+
+
+def _cells(group: list[Row]) -> str:
+    columns = {
+        "bound": 2, "linear_probe": 3, "fid_reconstructions": 2, "fid_prior": 2, "fid_mixture": 2,
+        "fid_flow": 2,
+    }  # fmt: skip
+    cells = []
+    for measure, digits in columns.items():
+        found = over_seeds(group, measure)
+        cell = f"{found['mean']:.{digits}f}"
+        cells.append(cell + (f" +- {found['half_interval']:.{digits}f}" if found["n"] > 1 else ""))
+    return "| " + " | ".join(cells) + " |"
+
+
+def between_markers(text: str, table: str) -> str:
+    start, end = "<!--results-->\n", "\n<!--/results-->"
+    head, rest = text.split(start)
+    return head + start + table + end + rest.split(end)[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = ["table", "sweep", "variants", "drawn", "bound", "sharp"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    if torch.get_num_threads() > 4:  # the network is small: more threads only wait for each other
+        torch.set_num_threads(4)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with stop_flag() as should_stop:
+        for part in args.only:
+            found = reproduce(part, Places(device=args.device), should_stop)
+            if found is None:
+                print("stopped and saved; the same command goes on")
+                return EXIT_STOPPED
+            where = environment(pick_device(args.device))
+            results[part] = {**found, "environment": where}
+            write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    write_text(readme, between_markers(readme.read_text(), markdown(results)))
+    for part, picture in (("sweep", "rate_distortion"), ("drawn", "disentanglement")):
+        if part in results:
+            print(
+                study_figures.rate_distortion(rows_of(results, part), ROOT / f"docs/{picture}.png")
+            )
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
