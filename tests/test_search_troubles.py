@@ -62,7 +62,7 @@ def test_a_search_by_tpe_on_the_iwae_bound_gives_what_it_says(tmp_path, small_da
     )  # fmt: skip
     result = read_result(tmp_path / "checkpoints/s")
     assert len(result.trials) == 10
-    assert "(validation IWAE bound)" in done.stdout
+    assert "(validation IWAE bound, nats/image)" in done.stdout
     assert "What mattered (share of the variance): " in done.stdout
     assert result.importance is not None
     assert set(result.importance) == {"latent_dim", "learning_rate", "batch_size", "beta"}
@@ -134,6 +134,23 @@ def test_a_trial_that_hangs_is_ended_and_named_and_the_search_goes_on(tmp_path):
         assert f"{trial.name} failed: hung" in done.stdout
         where = tmp_path / f"logs/s/{trial.name}/last_hang.txt"
         assert "training.py" in where.read_text()  # what it was doing
+
+
+@pytest.mark.faults
+def test_a_search_by_fid_compares_what_the_prior_draws(tmp_path, small_data):
+    done = run(
+        search_command(
+            small_data, "--metric", "fid", "--scheduler", "none", "--num-trials", 3,
+            "--max-epochs", 2, "--batch-sizes", 32, 64,
+        ),
+        tmp_path,
+    )  # fmt: skip
+    result = read_result(tmp_path / "checkpoints/s")
+    assert "(validation FID, z ~ N(0, I))" in done.stdout
+    scores = [trial.best_row["fid"] for trial in result.trials]
+    assert result.best_score == min(scores)
+    assert len(set(scores)) == 3
+    assert (tmp_path / "logs/s/best_config.png").exists()
 
 
 @pytest.mark.faults
