@@ -78,7 +78,7 @@ def variant_configs() -> dict[str, TrainConfig]:
 def drawn_configs() -> dict[str, TrainConfig]:
     return by_name(
         [
-            TrainConfig(dataset="drawn", latent_dim=10, beta=beta, seed=seed, epochs=30)
+            TrainConfig(dataset="drawn", latent_dim=10, beta=beta, seed=seed, epochs=20)
             for beta in (0.3, 1.0, 2.0, 4.0, 8.0)
             for seed in SEEDS
         ]
