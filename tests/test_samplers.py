@@ -117,6 +117,16 @@ def test_a_label_without_images_is_never_drawn():
             mixture.draw(5, generator(0, "test"), label)
 
 
+def test_a_label_with_a_single_image_is_never_drawn_from_a_mixture():
+    z_PZ = torch.randn(61, 2, generator=generator(0, "test"))
+    label_P = torch.tensor([0, 1] * 30 + [2])
+    mixture = Mixture.fit(z_PZ, label_P, components=3, seed=0)
+    assert mixture.shares_L.tolist() == [0.5, 0.5, 0]
+    assert mixture.draw(200, generator(0, "test")).isfinite().all()
+    with pytest.raises(ConfigError, match="No label has two training images"):
+        Mixture.fit(z_PZ[:3], torch.tensor([0, 1, 2]), components=1, seed=0)
+
+
 def test_the_prior_is_standard_normal_and_knows_no_labels():
     model = VAE(latent_dim=3, image_size=8)
     z_NZ = Prior(model).draw(50_000, generator(0, "test"))

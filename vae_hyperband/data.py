@@ -117,6 +117,11 @@ def binarized(split: Split) -> Split:
     return Split(bits_NCHW, split.labels_N, hashlib.sha256(bits_NCHW.numpy().tobytes()).hexdigest())
 
 
+def as_trained(split: Split, config: dict[str, Any]) -> Split:
+    """The split as models of that configuration take it: grey, or the bits that stand for it."""
+    return binarized(split) if config.get("binarize", "none") != "none" else split
+
+
 def load_split(
     split: SplitName, data_dir: Path | None = None, dataset: str = "fashion-mnist"
 ) -> Split:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vae_hyperband.bounds import eval_dataloader, iwae_nats, split_nats
 from vae_hyperband.config import TrainConfig
-from vae_hyperband.data import Split, SplitName, binarized, per_split
+from vae_hyperband.data import Split, SplitName, as_trained, per_split
 from vae_hyperband.disentanglement import (
     dci_disentanglement,
     factor_vae_score,
@@ -68,8 +68,7 @@ class Subject:
         return self.config.seed
 
     def seen(self, split: Split) -> Split:
-        """The split as the model takes it: grey, or the bits that stand for it."""
-        return binarized(split) if self.config.binarize != "none" else split
+        return as_trained(split, self.config.to_dict())
 
     def posteriors(self, split: Split) -> Posteriors:
         return encode_split(self.model, eval_dataloader(self.seen(split), self.device))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vae_hyperband.bounds import EVAL_BATCH_SIZE, eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, load_pt, model_from_ckpt, save_pt
-from vae_hyperband.config import check_types, require_number
-from vae_hyperband.data import Split
+from vae_hyperband.config import check_types, require, require_number
+from vae_hyperband.data import Split, as_trained
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.flow import Flow, fit_flow
 from vae_hyperband.latents import Posteriors, encode_split
@@ -88,8 +88,13 @@ class Mixture:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
 
-        shares_L = _shares(label_P)
-        components = min(components, int(label_P.bincount()[shares_L > 0].min()))
+        counts_L = label_P.bincount()
+        counts_L[counts_L < 2] = 0  # a single image has no covariance: its label is never drawn
+        require(
+            counts_L.sum() > 0, "No label has two training images, so no mixture can be fitted."
+        )
+        shares_L = counts_L.double() / counts_L.sum()
+        components = min(components, int(counts_L[counts_L > 0].min()))
         num_labels, latent_dim = len(shares_L), z_PZ.shape[1]
         weights_LK = torch.zeros(num_labels, components, dtype=torch.float64)
         means_LKZ = torch.zeros(num_labels, components, latent_dim, dtype=torch.float64)
@@ -170,7 +175,7 @@ def get_sampler(
             return _from_tensors(name, found["tensors"], config)
     say(f"fitting the {name} to the training split's latents")
     train = load_train()
-    posteriors = encode_split(model, eval_dataloader(train))
+    posteriors = encode_split(model, eval_dataloader(as_trained(train, content["config"])))
     seed = content["config"]["seed"]
     sampler = fit_sampler(name, posteriors, train.labels_N, seed, config, say)
     save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, VERSION)

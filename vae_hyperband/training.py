@@ -25,7 +25,7 @@ from vae_hyperband.data import (
     EpochOrder,
     Split,
     SplitBatches,
-    binarized,
+    as_trained,
     get_dataloader,
     load_split,
 )
@@ -176,8 +176,7 @@ def fit(
         train_loader = get_dataloader(
             train, config.batch_size, seed=config.seed, shuffle=True, device=device
         )
-        if config.binarize != "none":
-            held_out = binarized(held_out)
+        held_out = as_trained(held_out, config.to_dict())
         validation_loader = eval_dataloader(held_out, device)
         state = first_state(config, options, train, device, quiet)
         last_saved = time.monotonic()
