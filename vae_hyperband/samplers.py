@@ -90,9 +90,7 @@ class Mixture:
 
         counts_L = label_P.bincount()
         counts_L[counts_L < 2] = 0  # a single image has no covariance: its label is never drawn
-        require(
-            counts_L.sum() > 0, "No label has two training images, so no mixture can be fitted."
-        )
+        require(bool(counts_L.any()), "No label has two training images: no mixture can be fitted.")
         shares_L = counts_L.double() / counts_L.sum()
         components = min(components, int(counts_L[counts_L > 0].min()))
         num_labels, latent_dim = len(shares_L), z_PZ.shape[1]
