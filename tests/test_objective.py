@@ -300,3 +300,17 @@ def test_importance_weights_are_those_of_the_evaluation(pseudo_inputs, small_dat
 def test_objectives_without_sense_are_refused(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         TrainConfig(**changes)
+
+
+def test_total_correlation_weighs_the_own_image_and_the_others_as_the_data_set_does():
+    """By hand: 1/N for the image that z came from, the rest of the batch for the other N - 1."""
+    passed, num_images = random_pass(num=3), 100
+    z, mu, std = passed.z_BZ, passed.mu_BZ, (0.5 * passed.logvar_BZ).exp()
+    total = 0.0
+    for i in range(3):
+        share = [1 / num_images if j == i else 99 / (num_images * 2) for j in range(3)]
+        density = [Normal(mu[j], std[j]).log_prob(z[i]).exp() for j in range(3)]  # per dimension
+        joint = sum(share[j] * density[j].prod() for j in range(3))
+        marginals = sum(share[j] * density[j] for j in range(3))
+        total += (joint.log() - marginals.log().sum()).item() / 3
+    assert total_correlation(passed, num_images).item() == pytest.approx(total, rel=1e-9)
