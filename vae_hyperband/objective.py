@@ -100,7 +100,7 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
         + math.log(2 * math.pi)
     )
     others = max(num_images - 1, 1) / (num_images * max(num - 1, 1))
-    log_share_BB = torch.full((num, num), math.log(others), device=log_q_BBZ.device)
+    log_share_BB = log_q_BBZ.new_full((num, num), math.log(others))
     log_share_BB.fill_diagonal_(-math.log(num_images))
     joint_B = (log_q_BBZ.sum(dim=2) + log_share_BB).logsumexp(dim=1)
     marginals_BZ = (log_q_BBZ + log_share_BB[:, :, None]).logsumexp(dim=1)
