@@ -17,7 +17,7 @@ help:  ## Show this list
 	@echo "make lint    check format, style and types"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
 	@echo "make notebook  execute model.ipynb and store its outputs"
-	@echo "make reproduce  train and judge every model of the README's results table (two hours)"
+	@echo "make reproduce  train and judge many models, for docs/results.json (hours)"
 	@echo "make best    train the best generator found, and write 10,000 of its images"
 	@echo "make clean   remove caches and build files; your runs and the environment stay"
 	@echo
@@ -62,7 +62,7 @@ lint: $(READY)  ## Format, style, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-reproduce: $(READY)  ## Every number of the README's results table
+reproduce: $(READY)  ## Train and judge every model of docs/results.json
 	$(BIN)/python benchmarks/reproduce.py
 
 best: $(READY)  ## The best generator found, and 10,000 of its images

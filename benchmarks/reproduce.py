@@ -1,4 +1,4 @@
-"""Claims: every number of the README's results table, and its central picture.
+"""Measures models against each other: the results table and the rate-distortion picture.
 
 Trains and judges, on Fashion-MNIST with the mission's network, every configuration of the table:
 VAE and beta-VAE with latent 16, 32, 64 and three seeds; betas from 0.03 to 8; the other objectives,
@@ -7,8 +7,9 @@ bound and the best images. What is chosen (the best generator's sampler) is chos
 split; numbers are of the test split.
 
 Run: make reproduce, or python benchmarks/reproduce.py [--only table sweep ...]. About two hours on
-2 CPU cores; the same command goes on after a stop. Writes docs/results.json, the table between the
-markers in README.md, and docs/rate_distortion.png and docs/disentanglement.png.
+2 CPU cores (an estimate from single runs; it has not been run as a whole yet); the same command
+goes on after a stop. Writes docs/results.json, the table between the markers in README.md where
+there are any, and docs/rate_distortion.png and docs/disentanglement.png.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from vae_hyperband.study import Row, grouped, over_seeds, run_study, value_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results.json"
+PAGE = ROOT / "README.md"
 SEEDS = (0, 1, 2)
 #: Candidates for the best images; validation FID decides, the sampler included.
 SHARP = {"latent_dim": 64, "epochs": 25}
@@ -151,7 +153,10 @@ def markdown(results: dict) -> str:
         "| model | test bound | linear probe | FID recon. | FID prior | FID mixture | FID flow |",
         "|---|---|---|---|---|---|---|",
     ]
-    for group in grouped(rows_of(results, "table")):
+    table = rows_of(results, "table")
+    there = {row["name"] for row in table}
+    others = [row for row in rows_of(results, "sweep") if row["name"] not in there]
+    for group in grouped(table + others):
         config = group[0]["config"]
         kind = "VAE" if config["beta"] == 1 else f"beta-VAE, beta {config['beta']:g}"
         lines.append(f"| {kind}, latent {config['latent_dim']} {_cells(group)}")
@@ -209,8 +214,8 @@ def main() -> int:
             where = environment(pick_device(args.device))
             results[part] = {**found, "environment": where}
             write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-    readme = ROOT / "README.md"
-    write_text(readme, between_markers(readme.read_text(), markdown(results)))
+    if "<!--results-->" in PAGE.read_text():
+        write_text(PAGE, between_markers(PAGE.read_text(), markdown(results)))
     for part, picture in (("sweep", "rate_distortion"), ("drawn", "disentanglement")):
         if part in results:
             print(

@@ -64,18 +64,31 @@ def test_the_numbers_of_the_evaluation_page_are_those_of_the_raw_files():
     assert f"<!--feature_accuracy-->{net['test_accuracy']:.3f}<!--/-->" in page
 
 
-def test_the_results_table_of_the_readme_is_that_of_the_raw_file():
+def test_reproduce_writes_its_table_between_the_markers_and_nowhere_else():
     path = ROOT / "benchmarks/reproduce.py"
     spec = importlib.util.spec_from_file_location("reproduce", path)
     reproduce = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reproduce)
-    results = json.loads((ROOT / "docs/results.json").read_text())
-    assert reproduce.between_markers(README, reproduce.markdown(results)) == README
-    assert reproduce.between_markers(README, "other") != README
-    every = {"table", "sweep", "variants", "drawn", "bound", "sharp"}
-    assert set(results) <= every
-    row = results["sweep"]["rows"][0]
-    assert row["config"] == reproduce.sweep_configs()[row["name"]].to_dict()
+
+    def row(config, bound):
+        measures = ("linear_probe", "fid_reconstructions", "fid_prior", "fid_mixture", "fid_flow")
+        values = {name: {"mean": 0.5, "standard_error": 0.1} for name in ("bound", *measures)}
+        values["bound"] = {"mean": bound, "standard_error": 1.0}
+        return {"name": reproduce.name_of(config), "config": config.to_dict(), **values}
+
+    table = [row(config, 240.0 + config.seed) for config in reproduce.table_configs().values()]
+    sweep = [row(config, 250.0) for config in reproduce.sweep_configs().values()]
+    sharp = [row(config, 300.0) for config in reproduce.sharp_configs().values()]
+    sharp[1]["fid_flow"]["mean"] = 0.1
+    assert reproduce.best_of(sharp) == sharp[1]["name"]
+    assert reproduce.best_sampler(sharp[1]) == ("flow", 0.1)
+    text = reproduce.markdown({"table": {"rows": table}, "sweep": {"rows": sweep}})
+    lines = text.splitlines()
+    # a head of two, 3 latent sizes x 2 betas, and the sweep's 7 without beta 1, which is there
+    assert len(lines) == 2 + 6 + 6
+    assert "| VAE, latent 16 | 241.00 +- 2.48 |" in lines[2]
+    page = "head\n<!--results-->\nold\n<!--/results-->\nfoot"
+    assert reproduce.between_markers(page, text) == page.replace("old", text)
 
 
 def commands() -> list[str]:

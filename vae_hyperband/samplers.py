@@ -87,6 +87,7 @@ class Mixture:
         # scikit-learn takes a second to import, and every worker of a search imports this
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits
 
         counts_L = label_P.bincount()
         counts_L[counts_L < 2] = 0  # a single image has no covariance: its label is never drawn
@@ -99,7 +100,9 @@ class Mixture:
         roots_LKZZ = torch.eye(latent_dim, dtype=torch.float64).repeat(num_labels, components, 1, 1)
         for label in shares_L.nonzero()[:, 0].tolist():
             model = GaussianMixture(components, reg_covar=1e-4, random_state=seed & 0xFFFFFFFF)
-            with warnings.catch_warnings():  # 100 rounds that have not converged are a fit, too
+            # its matrices are small: two threads take two to four times as long as one
+            with warnings.catch_warnings(), threadpool_limits(1):
+                # 100 rounds that have not converged are a fit, too
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(z_PZ[label_P == label].double().numpy())
             weights_LK[label] = torch.from_numpy(model.weights_)
