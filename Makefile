@@ -10,7 +10,7 @@ READY := $(VENV)/.vae-hyperband-ready
 
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
-	@echo "make demo    the same on garments that are drawn, without any download, in two minutes"
+	@echo "make demo    the same on garments that are drawn, without any download, in some minutes"
 	@echo "make test    set up, run the tests"
 	@echo "make faults  run the slow tests, most of which kill real processes"
 	@echo "make slurm-test  run slurm_job.sh on a real Slurm on this machine; root may install it"

@@ -266,18 +266,31 @@ def test_the_kl_to_a_vamp_prior_is_right_on_average():
 
 
 @pytest.mark.parametrize("pseudo_inputs", [0, 4])
-def test_importance_weights_are_those_of_the_evaluation(pseudo_inputs, small_data):
-    """Two ways to the same number: the training's, in one go, and the evaluation's."""
+def test_importance_weights_are_ratios_of_densities(pseudo_inputs, small_data):
+    """p(x|z) p(z) / q(z|x) with torch's own distributions, and the bound of six of them."""
     model = initialized_vae(4, 8, 1, seed=2, pseudo_inputs=pseudo_inputs)
     split = load_split("validation", small_data, "custom")
+    x = split.pixels(slice(None))
     noise = torch.stack(
         [torch.randn(60, 4, generator=generator(3, "iwae", sample)) for sample in range(6)]
     )
     with torch.no_grad():
-        log_weights_KB, passed = log_weights(model, split.pixels(slice(None)), noise)
-    ours = math.log(6) - log_weights_KB.double().logsumexp(dim=0)
-    theirs = iwae_nats(model, eval_dataloader(split), 3, 6)
-    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+        mu, logvar = model.encode(x)
+        found, passed = log_weights(model, x, mu, logvar, noise)
+        q = Independent(Normal(mu, (0.5 * logvar).exp()), 1)
+        p = Independent(Normal(torch.zeros(4), torch.ones(4)), 1)
+        if pseudo_inputs:
+            mu_K, logvar_K = model.encode(model.vamp.images_KCHW)
+            parts = Independent(Normal(mu_K, (0.5 * logvar_K).exp()), 1)
+            p = MixtureSameFamily(Categorical(torch.ones(pseudo_inputs)), parts)
+        for sample in range(6):
+            z = mu + (0.5 * logvar).exp() * noise[sample]
+            pixels = Bernoulli(logits=model.decode(z), validate_args=False)
+            likelihood = pixels.log_prob(x).flatten(1).sum(dim=1)
+            by_hand = likelihood + p.log_prob(z) - q.log_prob(z)
+            torch.testing.assert_close(found[sample], by_hand, atol=2e-4, rtol=0)
+    bound = math.log(6) - found.double().logsumexp(dim=0)
+    torch.testing.assert_close(bound, iwae_nats(model, eval_dataloader(split), 3, 6))
     assert passed.nats.kl_B.shape == (60,)
 
 

@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader
 from vae_hyperband.data import Split, SplitBatches, get_dataloader
 from vae_hyperband.distances import frechet, moments
 from vae_hyperband.features import image_features, split_features
-from vae_hyperband.likelihoods import reconstruction_nats
-from vae_hyperband.model import VAE, log_normal, reparameterize
-from vae_hyperband.objective import Nats, nats_per_image
+from vae_hyperband.model import VAE
+from vae_hyperband.objective import Nats, log_weights, nats_per_image
 from vae_hyperband.randomness import generator
 
 EVAL_BATCH_SIZE = 500
@@ -74,28 +73,13 @@ def iwae_nats(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> Te
     for sample in range(num_samples):
         noise_NZ = standard_normal(seed, "iwae", sample, num_images, model, device)
         noises = noise_NZ.split([len(x_BCHW) for x_BCHW, *_ in batches])
-        log_weight_N = torch.cat(
-            [
-                _log_weight(model, *batch, noise)
-                for batch, noise in zip(batches, noises, strict=True)
-            ]
-        )
-        log_sum_N = torch.logaddexp(log_sum_N, log_weight_N.cpu())
+        weights = [
+            log_weights(model, *batch, noise_BZ[None])[0][0].double()
+            for batch, noise_BZ in zip(batches, noises, strict=True)
+        ]
+        log_sum_N = torch.logaddexp(log_sum_N, torch.cat(weights).cpu())
     model.train(training)
     return math.log(num_samples) - log_sum_N
-
-
-def _log_weight(
-    model: VAE, x_BCHW: Tensor, mu_BZ: Tensor, logvar_BZ: Tensor, noise_BZ: Tensor
-) -> Tensor:
-    """log p(x|z) + log p(z) - log q(z|x) for one z per image, float64, shape (B,)."""
-    z_BZ = reparameterize(mu_BZ, logvar_BZ, noise_BZ)
-    recon_B = reconstruction_nats(model.decode(z_BZ), x_BCHW, model.likelihood, model.log_scale)
-    if model.vamp is None:  # the terms with log(2 pi) of the two Gaussians cancel
-        difference_B = 0.5 * (noise_BZ.square() + logvar_BZ - z_BZ.square()).sum(dim=1)
-    else:
-        difference_B = model.log_prior(z_BZ) - log_normal(z_BZ, mu_BZ, logvar_BZ)
-    return difference_B.double() - recon_B.double()
 
 
 def _with_noise(

@@ -70,12 +70,14 @@ def nats_per_image(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Nats:
     return forward_pass(model, x_BCHW, noise_BZ).nats
 
 
-def log_weights(model: VAE, x_BCHW: Tensor, noise_KBZ: Tensor) -> tuple[Tensor, Pass]:
+def log_weights(
+    model: VAE, x_BCHW: Tensor, mu_BZ: Tensor, logvar_BZ: Tensor, noise_KBZ: Tensor
+) -> tuple[Tensor, Pass]:
     """log p(x, z) - log q(z|x) for K samples of z per image, shape (K, B), and the pass.
 
-    Burda, Grosse & Salakhutdinov 2016, section 3: the importance weights.
+    Burda, Grosse & Salakhutdinov 2016, section 3: the importance weights. ``mu_BZ`` and
+    ``logvar_BZ`` are the images' posteriors, which every sample shares.
     """
-    mu_BZ, logvar_BZ = model.encode(x_BCHW)
     z_KBZ = reparameterize(mu_BZ, logvar_BZ, noise_KBZ)
     logits = model.decode(z_KBZ.flatten(0, 1))
     x = x_BCHW.repeat(len(noise_KBZ), 1, 1, 1)

@@ -104,7 +104,9 @@ def _objective(
     samples = config.train_samples if config.objective == "iwae" else 1
     noise = standard_normal(config.seed, "noise", state.step, samples * num, model, x_BCHW.device)
     if config.objective == "iwae":
-        log_weights_KB, passed = log_weights(model, x_BCHW, noise.view(samples, num, -1))
+        log_weights_KB, passed = log_weights(
+            model, x_BCHW, *model.encode(x_BCHW), noise.view(samples, num, -1)
+        )
         return passed.nats, math.log(samples) - log_weights_KB.logsumexp(dim=0).mean()
     passed = forward_pass(model, x_BCHW, noise)
     share_done = state.step / state.num_steps
