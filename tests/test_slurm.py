@@ -74,6 +74,15 @@ class Job:
     def wait(self, done: str = "", seconds: float = 300) -> None:
         wait_for(self.id, self.log, done, seconds)
 
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def driver(self) -> int:
+        """Process id of this job's "vae-hyperband search"."""
+        mark = b"\0".join([b"search", b"--run", self.run.encode(), b"--address"])
+        [found] = [pid for pid, line in command_lines() if mark in line]
+        return found
+
     def signal_usr1(self) -> None:
         """What Slurm sends to the batch script before the time limit."""
         subprocess.run(["scancel", "-b", "-s", "USR1", self.id], check=True)
@@ -84,30 +93,31 @@ class Job:
 
     def raylets(self) -> list[int]:
         """Process ids of Ray's node processes of this job."""
-        found = []
-        for child in descendants(1):
-            try:
-                words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            ours = f"vae-ray-{self.id}".encode() in b" ".join(words)
-            if words[0].endswith(b"/raylet") and ours:
-                found.append(child)
-        return found
+        mark = f"vae-ray-{self.id}".encode()
+        return [
+            pid
+            for pid, line in command_lines()
+            if line.split(b"\0")[0].endswith(b"/raylet") and mark in line
+        ]
+
+
+def command_lines(root: int = 1) -> list[tuple[int, bytes]]:
+    """Process id and command line, its words ended by zero bytes, of all that root started."""
+    found = []
+    for pid in descendants(root):
+        try:
+            found.append((pid, Path(f"/proc/{pid}/cmdline").read_bytes()))
+        except OSError:  # it has just ended
+            continue
+    return found
 
 
 def num_training(raylets: list[int]) -> int:
     """On how many of these Ray nodes a trial is being trained."""
-    busy = 0
-    for raylet in raylets:
-        titles = []
-        for child in descendants(raylet):
-            try:
-                titles.append(Path(f"/proc/{child}/cmdline").read_bytes())
-            except OSError:
-                continue
-        busy += any(title.startswith(b"ray::ImplicitFunc") for title in titles)
-    return busy
+    return sum(
+        any(title.startswith(b"ray::ImplicitFunc") for _, title in command_lines(raylet))
+        for raylet in raylets
+    )
 
 
 def test_two_nodes_share_one_search(project, data, undisturbed):
@@ -156,8 +166,19 @@ def test_a_node_whose_ray_is_killed_comes_back_and_loses_nothing(project, data, 
 
 
 def test_the_time_limit_is_no_end(project, data, undisturbed):
-    """One minute, of which Slurm's signal takes half and the start most of the rest."""
+    """One minute, of which Slurm's signal may take all. The search waits for it, however fast it is
+    here: its driver is held from the first epoch until the signal has come."""
     job = Job(project, data, "--nodes=2", "--cpus-per-task=1", "--time=1", "--signal=B:USR1@20")
+    held, deadline = None, time.monotonic() + 300
+    while "time is nearly up" not in (said := job.said()):
+        assert time.monotonic() < deadline, said
+        assert facts(job.id)["JobState"] in ("PENDING", "RUNNING"), said
+        if held is None and "epoch 1/9" in said:
+            held = job.driver()
+            os.kill(held, signal.SIGSTOP)
+        time.sleep(0.2)
+    if held is not None:
+        os.kill(held, signal.SIGCONT)
     job.wait("back to the queue")
     subprocess.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=10"], check=True)
     job.wait()
