@@ -119,6 +119,20 @@ def test_the_same_command_again_repeats_nothing_and_another_space_is_refused(sea
     assert "other settings (seed: 0 -> 1)" in done.stderr
 
 
+def test_all_trials_share_the_settings_that_are_not_searched(tmp_path, small_data):
+    command = search_command(
+        small_data, "s", "--prior", "vamp", "--pseudo-inputs", 4, "--likelihood",
+        "discretized-logistic", "--kl-warmup-epochs", 1, "--num-trials", 2, "--max-epochs", 2,
+    )  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    shared = {
+        "prior": "vamp", "pseudo_inputs": 4, "likelihood": "discretized-logistic",
+        "kl_warmup_epochs": 1.0,
+    }  # fmt: skip
+    assert load_ckpt(tmp_path / "checkpoints/s/winner.pt")["config"].items() >= shared.items()
+    assert read_result(tmp_path / "checkpoints/s").best_config.to_dict().items() >= shared.items()
+
+
 def test_hyperband_runs_to_its_end(tmp_path, small_data):
     command = search_command(
         small_data, "h", "--scheduler", "hyperband", "--num-trials", 6, "--max-epochs", 4,
@@ -198,6 +212,9 @@ def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, s
         ({"betas": (-1.0,)}, "--beta is -1"),
         ({"learning_rates": (1e-2, 1e-3)}, "0 < lowest < highest"),
         ({"scheduler": "bohb"}, "must be one of"),
+        ({"objective": "iwae", "betas": (1.0, 2.0)}, "no KL term to weigh"),
+        ({"objective": "beta-tc", "prior": "vamp"}, "splits the KL by dimension"),
+        ({"metric": "fid", "binarize": "dynamic"}, "FID compares grey images"),
     ],
 )
 def test_impossible_searches_are_refused(wrong, message):

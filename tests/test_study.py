@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from vae_hyperband import study_figures, train_vae
-from vae_hyperband.config import Places, TrainConfig
+from vae_hyperband.config import CommonConfig, Places, TrainConfig
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.samplers import SamplerConfig
 from vae_hyperband.study import grouped, over_seeds, row_of, run_study, value_of
@@ -157,7 +157,12 @@ def test_the_picture_shows_whatever_was_measured(tmp_path):
 
 
 def test_the_grid_is_every_combination():
-    args = StudyArgs(betas=(0.5, 1), latent_dims=(16, 32), seeds=(0, 1, 2), epochs=3)
+    args = StudyArgs(
+        betas=(0.5, 1), latent_dims=(16, 32), seeds=(0, 1, 2), epochs=3,
+        shared=CommonConfig(prior="vamp", dataset="drawn"),
+    )  # fmt: skip
     found = args.configs()
     assert len(found) == 12
-    assert found["z16-b0.5-s2"] == TrainConfig(latent_dim=16, beta=0.5, seed=2, epochs=3)
+    assert found["z16-b0.5-s2"] == TrainConfig(
+        latent_dim=16, beta=0.5, seed=2, epochs=3, prior="vamp", dataset="drawn"
+    )

@@ -1,7 +1,8 @@
 """Every knob of a run, once. Command line, JSON files, checkpoints and searches derive from here.
 
 ``TrainConfig`` decides what a run computes: two runs with equal ones end in equal weights (on one
-machine class). ``RunOptions`` says where and how it is computed, and never changes the result.
+machine class); what searches and studies share with it is ``CommonConfig``. ``RunOptions`` says
+where and how a run is computed, and never changes the result.
 """
 
 import dataclasses
@@ -35,17 +36,14 @@ def require_number(name: str, value: float, lowest: float, highest: float = math
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What is trained. Losses are in nats per image: sums over pixels and latent dimensions."""
+class CommonConfig:
+    """What a run may be told, and all runs of a search or a study alike."""
 
-    latent_dim: int = 32
-    """Number of latent dimensions of z."""
-    beta: float = 1.0
-    """Weight of the KL term; 1 is the VAE, more is the beta-VAE of Higgins et al. 2017."""
-    kl_warmup_epochs: float = 0.0
-    """Raise the KL weight linearly from 0 to beta over this many epochs."""
-    kl_cycles: int = 0
-    """Raise it this many times over the training instead, each time from 0; 0: do not."""
+    dataset: Dataset = "fashion-mnist"
+    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir; drawn
+    makes garments of known factors."""
+    binarize: Literal["none", "dynamic"] = "none"
+    """dynamic draws every pixel black or white anew at each step, as papers on likelihoods do."""
     objective: Literal["elbo", "free-bits", "capacity", "beta-tc", "iwae"] = "elbo"
     """What is minimised: the beta-weighted bound, or a variant of it (docs/objectives.md)."""
     free_bits: float = 0.1
@@ -54,16 +52,55 @@ class TrainConfig:
     """capacity: nats of KL that are aimed at in the end."""
     train_samples: int = 5
     """iwae: importance samples per image and step."""
+    kl_warmup_epochs: float = 0.0
+    """Raise the KL weight linearly from 0 to beta over this many epochs."""
+    kl_cycles: int = 0
+    """Raise it this many times over the training instead, each time from 0; 0: do not."""
     prior: Literal["normal", "vamp"] = "normal"
     """p(z): standard normal, or the VampPrior of Tomczak & Welling 2018."""
     pseudo_inputs: int = 100
     """vamp: learned images whose posteriors are the prior's components."""
     likelihood: Literal["bernoulli", "continuous-bernoulli", "discretized-logistic"] = "bernoulli"
     """p(x|z) of a pixel; the bounds of different likelihoods cannot be compared."""
-    learning_rate: float = 4e-3
-    """Peak learning rate of AdamW."""
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
     """one-cycle warms up, then anneals to nearly 0 at the last epoch; constant stays."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_number("kl_warmup_epochs", self.kl_warmup_epochs, 0)
+        require_number("kl_cycles", self.kl_cycles, 0)
+        require_number("free_bits", self.free_bits, 0)
+        require_number("capacity", self.capacity, 0)
+        require_number("train_samples", self.train_samples, 1)
+        require_number("pseudo_inputs", self.pseudo_inputs, 1)
+        require(
+            not (self.kl_cycles and self.kl_warmup_epochs),
+            "--kl-cycles and --kl-warmup-epochs both say how the KL weight rises: give one.",
+        )
+        require(
+            self.objective not in ("free-bits", "beta-tc") or self.prior == "normal",
+            f"--objective {self.objective} splits the KL by dimension, which only --prior normal "
+            "allows.",
+        )
+
+    def common(self) -> dict[str, Any]:
+        """These settings alone, for a configuration that shares them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(CommonConfig)}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(CommonConfig):
+    """What is trained. Losses are in nats per image: sums over pixels and latent dimensions."""
+
+    latent_dim: int = 32
+    """Number of latent dimensions of z."""
+    beta: float = 1.0
+    """Weight of the KL term; 1 is the VAE, more is the beta-VAE of Higgins et al. 2017."""
+    learning_rate: float = 4e-3
+    """Peak learning rate of AdamW."""
     batch_size: int = 128
     """Images per step; the last batch of an epoch may be smaller."""
     epochs: int = 10
@@ -76,23 +113,11 @@ class TrainConfig:
     """At each validation measure the FID, too, of this many draws of the prior; 0: do not."""
     seed: int = 0
     """Decides initialisation, order and noise."""
-    binarize: Literal["none", "dynamic"] = "none"
-    """dynamic draws every pixel black or white anew at each step, as papers on likelihoods do."""
-    dataset: Dataset = "fashion-mnist"
-    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir; drawn
-    makes garments of known factors."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require_number("latent_dim", self.latent_dim, 1, 4096)
         require_number("beta", self.beta, 0)
-        require_number("kl_warmup_epochs", self.kl_warmup_epochs, 0)
-        require_number("kl_cycles", self.kl_cycles, 0)
-        require_number("free_bits", self.free_bits, 0)
-        require_number("capacity", self.capacity, 0)
-        require_number("train_samples", self.train_samples, 1)
-        require_number("pseudo_inputs", self.pseudo_inputs, 1)
-        self._check_composition()
         require(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
             f"--learning-rate is {self.learning_rate!r}, but must be greater than 0.",
@@ -101,26 +126,14 @@ class TrainConfig:
         require_number("epochs", self.epochs, 1)
         require_number("val_interval", self.val_interval, 1)
         require_number("iwae_samples", self.iwae_samples, 0)
+        require_number("seed", self.seed, 0, 2**63 - 1)
         require(
             self.fid_samples == 0 or self.fid_samples >= 2,
             f"--fid-samples is {self.fid_samples}, but must be 0 or at least 2.",
         )
         require(
             not self.fid_samples or self.binarize == "none",
-            "--fid-samples compares grey images: leave out --binarize or use evaluate afterwards.",
-        )
-        require_number("seed", self.seed, 0, 2**63 - 1)
-
-    def _check_composition(self) -> None:
-        """Refuse what cannot be meant together."""
-        require(
-            not (self.kl_cycles and self.kl_warmup_epochs),
-            "--kl-cycles and --kl-warmup-epochs both say how the KL weight rises: give one.",
-        )
-        require(
-            self.objective not in ("free-bits", "beta-tc") or self.prior == "normal",
-            f"--objective {self.objective} splits the KL by dimension, which only --prior normal "
-            "allows.",
+            "FID compares grey images: leave out --fid-samples, or --binarize.",
         )
         weight_given = self.beta != 1 or self.kl_cycles or self.kl_warmup_epochs
         require(
@@ -139,9 +152,6 @@ class TrainConfig:
             not unknown, f"{source} has settings that this version lacks: {', '.join(unknown)}."
         )
         return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

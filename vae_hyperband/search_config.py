@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vae_hyperband.config import Dataset, Places, TrainConfig, check_types, require, require_number
+from vae_hyperband.config import CommonConfig, Places, TrainConfig, require, require_number
 
 #: Importance samples of a trial's IWAE bound where that is the metric.
 IWAE_SAMPLES = 10
@@ -26,8 +26,9 @@ METRICS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """The space that is searched, and how. Trial 0 is the default configuration (grid: none is)."""
+class SearchConfig(CommonConfig):
+    """The space that is searched, how, and what all its trials share. Trial 0 has the default
+    configuration's values, where the space has them (a grid: none has to)."""
 
     num_trials: int = 12
     """Configurations to try (a grid tries all of its own)."""
@@ -55,12 +56,9 @@ class SearchConfig:
     """KL weights to choose from; trials are always compared at beta = 1."""
     seed: int = 0
     """Decides the configurations drawn, and the seed that every trial trains with."""
-    dataset: Dataset = "fashion-mnist"
-    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir; drawn
-    makes garments of known factors."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for name in ("num_trials", "max_epochs", "grace_period"):
             require_number(name, getattr(self, name), 1)
         require_number("reduction_factor", self.reduction_factor, 2)
@@ -124,17 +122,14 @@ class SearchConfig:
     def trial_config(self, drawn: dict[str, Any]) -> TrainConfig:
         """The full configuration of the trial whose hyperparameters were ``drawn``."""
         return TrainConfig(
+            **self.common(),
             **drawn,
             epochs=self.max_epochs,
             seed=self.seed,
-            dataset=self.dataset,
             val_interval=1,
             iwae_samples=IWAE_SAMPLES if self.metric == "iwae" else 0,
             fid_samples=FID_SAMPLES if self.metric == "fid" else 0,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from vae_hyperband import study_figures
-from vae_hyperband.config import Dataset, Places, TrainConfig
+from vae_hyperband.config import CommonConfig, Places, TrainConfig
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import stop_flag
@@ -34,21 +34,20 @@ class StudyArgs(Places):
     """Seeds; with several, the spread over them is shown."""
     epochs: int = 10
     """Passes over the training split, per run."""
-    dataset: Dataset = "fashion-mnist"
-    """fashion-mnist; drawn makes garments of known factors; custom takes those of --data-dir."""
     split: Literal["validation", "test"] = "validation"
     """Which images judge; choose on validation, publish test."""
+    shared: tyro.conf.OmitArgPrefixes[CommonConfig] = field(default_factory=CommonConfig)
     options: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
 
     def configs(self) -> dict[str, TrainConfig]:
         """The grid, by the names of its runs."""
         return {
             f"z{latent_dim}-b{beta:g}-s{seed}": TrainConfig(
+                **self.shared.common(),
                 latent_dim=latent_dim,
                 beta=beta,
                 seed=seed,
                 epochs=self.epochs,
-                dataset=self.dataset,
             )
             for latent_dim, beta, seed in itertools.product(
                 self.latent_dims, self.betas, self.seeds
