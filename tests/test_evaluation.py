@@ -21,7 +21,7 @@ from vae_hyperband.features import image_features, load_feature_net
 from vae_hyperband.objective import entropy_floor, mean_image_nats, reconstruction_nats
 from vae_hyperband.randomness import generator
 from vae_hyperband.report import table_of
-from vae_hyperband.samplers import SamplerConfig
+from vae_hyperband.samplers import Prior, SamplerConfig, generate
 from vae_hyperband.training import fit
 
 QUICK = SamplerConfig(components=2, flow_epochs=2, flow_width=16, flow_depth=1)
@@ -67,6 +67,66 @@ def test_every_part_says_its_protocol_and_every_estimate_its_error(trained, smal
     text = table_of(report)
     for word in ("IWAE-5 bound", "active units", "linear probe", "FID", "reconstructions", "flow"):
         assert word in text
+
+
+class Inception(torch.nn.Module):
+    """With the interface of inception-2015-12-05.pt: bytes in, features if asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 5)
+        self.classify = torch.nn.Linear(6, 10)
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert img.dtype == torch.uint8
+        features = self.conv(img.float() / 255).amax(dim=[2, 3])
+        return features if return_features else self.classify(features)
+
+
+@pytest.fixture
+def inception(tmp_path):
+    """The network, and a TorchScript file of it."""
+    torch.manual_seed(0)
+    net = Inception().requires_grad_(False)
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        torch.jit.script(net).save(tmp_path / "inception.pt")
+    return net, tmp_path / "inception.pt"
+
+
+def test_fid_in_the_features_of_inception_for_who_has_it(trained, small_data, inception):
+    net, weights = inception
+    options = EvaluateOptions(
+        parts=("images",), samplers=("prior",), num_generated=200, inception=weights
+    )
+    report = evaluate(trained.best, "test", small_data, "cpu", options)
+    found = {name: row["inception_fid"]["mean"] for name, row in images_of(report)}
+    real = load_split("test", small_data, "custom").images_NCHW
+    model = load_model(trained.best)
+    drawn = generate(model, Prior(model), 200, trained.state.config.seed)
+    one, other = (
+        moments(net(x.expand(-1, 3, -1, -1), return_features=True)) for x in (real, drawn)
+    )
+    assert found["prior"] == pytest.approx(frechet(one, other), rel=1e-4)
+    assert found["real"] < found["prior"]
+    assert "inception.pt" in report["images"]["protocol"]
+    assert "Inception FID" in table_of(report)
+    json.dumps(report)
+
+
+def images_of(report):
+    return [(name, row) for name, row in report["images"].items() if isinstance(row, dict)]
+
+
+def test_a_file_that_is_no_inception_is_named(trained, small_data, tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        EvaluateOptions(inception=tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        torch.jit.script(torch.nn.ReLU()).save(tmp_path / "relu.pt")
+    for name, message in (("text.pt", "no TorchScript file"), ("relu.pt", "cannot be called")):
+        options = EvaluateOptions(parts=("images",), inception=tmp_path / name)
+        with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
+            evaluate(trained.best, "test", small_data, "cpu", options)
 
 
 def test_only_the_parts_asked_for_are_there(trained, small_data):
@@ -215,5 +275,5 @@ def test_a_model_of_bits_trains_on_new_ones_and_is_judged_on_fixed_ones(
     one, two, three = (x.state.model.state_dict()[weight] for x in (trained, again, grey))
     assert torch.equal(one, two)
     assert not torch.equal(one, three)
-    with pytest.raises(ConfigError, match="--fid-samples compares grey images"):
+    with pytest.raises(ConfigError, match="FID compares grey images"):
         TrainConfig(binarize="dynamic", fid_samples=100)

@@ -114,4 +114,4 @@ def evaluate_once(
 
 def plain(options: EvaluateOptions) -> dict[str, Any]:
     """The options as JSON has them."""
-    return json.loads(json.dumps(dataclasses.asdict(options)))
+    return json.loads(json.dumps(dataclasses.asdict(options), default=str))

@@ -1,6 +1,7 @@
 """Every setting of an evaluation, once. What is looked at, and how closely."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 from vae_hyperband.config import check_types, require, require_number
@@ -24,6 +25,9 @@ class EvaluateOptions:
     """Where z comes from for generated images; what is not fitted yet is fitted first."""
     num_generated: int | None = None
     """Images to generate per sampler (default: as many as the split has); FID depends on it."""
+    inception: Path | None = None
+    """Measure FID in Inception's features, too: its weights as TorchScript, which you have to have
+    (inception-2015-12-05.pt of StyleGAN2-ADA; docs/evaluation.md)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
@@ -31,5 +35,9 @@ class EvaluateOptions:
         require(len(self.parts) > 0, "--parts names no part: give at least one.")
         require_number("iwae_samples", self.iwae_samples, 0)
         require_number("iwae_images", self.iwae_images, 1)
+        require(
+            self.inception is None or self.inception.is_file(),
+            f"--inception is {str(self.inception)!r}, but there is no such file.",
+        )
         if self.num_generated is not None:
             require_number("num_generated", self.num_generated, 10)

@@ -3,13 +3,15 @@
 Inception, which papers on natural images use, was trained on 299x299 photographs; a 28x28 garment
 blown up to that size lies far from anything it has seen. So the features here are those of a small
 classifier of Fashion-MNIST itself, trained on the training split alone and shipped with its digest.
-Its distances can be compared with each other, never with FIDs in Inception's features.
+Its distances can be compared with each other, never with FIDs in Inception's features; who has
+Inception's weights can have those, too (:func:`inception_features`).
 
 Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, F features.
 """
 
 import functools
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -101,3 +103,36 @@ def image_features(x_NCHW: Tensor, device: torch.device | str = "cpu") -> Tensor
 def split_features(split: Split, device: torch.device | str = "cpu") -> Tensor:
     """Features of a whole split, which is looked at again and again."""
     return image_features(split.images_NCHW, device)
+
+
+@torch.no_grad()
+def inception_features(
+    images_NCHW: Tensor, weights: Path, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Inception's 2048 features of images as bytes: float32 on the CPU, shape (N, F).
+
+    ``weights`` is the TorchScript translation of the network of Heusel et al. 2017 that
+    StyleGAN2-ADA published as inception-2015-12-05.pt and clean-fid uses: called with bytes
+    (B, 3, H, W) and ``return_features=True``, it resizes to 299x299 itself. Other networks that
+    can be called like this will do, too. Raises :class:`CheckpointError` for any other file.
+    """
+    with warnings.catch_warnings():
+        # torch.jit is deprecated, but the file that everyone compares with is in its format
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            net = torch.jit.load(weights, map_location=device).eval()
+        except (OSError, RuntimeError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{weights} is no TorchScript file: {why}") from error
+    parts = []
+    for x_BCHW in images_NCHW.split(BATCH_SIZE):
+        rgb_BCHW = x_BCHW.expand(-1, 3, -1, -1).contiguous().to(device)
+        try:
+            features_BF = net(rgb_BCHW, return_features=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{weights} cannot be called with bytes (B, 3, H, W) and return_features=True, as "
+                "inception-2015-12-05.pt can."
+            ) from error
+        parts.append(features_BF.float().cpu())
+    return torch.cat(parts)

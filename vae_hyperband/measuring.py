@@ -5,6 +5,7 @@ Each states its protocol, and each estimate its standard error.
 Shape suffixes: N images of a split, P training images, M generated images, Z latents, F features.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,12 @@ from vae_hyperband.distances import (
 )
 from vae_hyperband.drawn import FACTORS, draw_factors
 from vae_hyperband.evaluation_config import EvaluateOptions
-from vae_hyperband.features import WEIGHTS_SHA256, image_features, split_features
+from vae_hyperband.features import (
+    WEIGHTS_SHA256,
+    image_features,
+    inception_features,
+    split_features,
+)
 from vae_hyperband.latents import (
     ACTIVE_VARIANCE,
     Posteriors,
@@ -178,30 +184,51 @@ def generated_images(
     say("features of the real images")
     real_NF, train_PF = (split_features(split, subject.device) for split in (held_out, train))
     chosen = torch.randperm(len(train), generator=generator(subject.seed, "real"))[:num]
+    inception_fid = _inception_fid(subject, options)
 
-    def compare(features_MF: Tensor) -> dict[str, Measured]:
+    def compare(features_MF: Tensor, images_NCHW: Tensor) -> dict[str, Measured]:
         fid = frechet_distance(real_NF, features_MF, subject.seed)
-        return {"fid": fid, **manifold_measures(real_NF, features_MF)}
+        return {"fid": fid, **manifold_measures(real_NF, features_MF), **inception_fid(images_NCHW)}
 
     def judge(images_NCHW: Tensor) -> dict[str, Measured]:
         features_MF = image_features(images_NCHW, subject.device)
-        return compare(features_MF) | copying(features_MF, real_NF, train_PF)
+        return compare(features_MF, images_NCHW) | copying(features_MF, real_NF, train_PF)
 
     rows = {
-        "real": compare(train_PF[chosen]),
+        "real": compare(train_PF[chosen], train.images_NCHW[chosen]),
         "reconstructions": judge(decode_bytes(model, subject.posteriors(held_out).mu_NZ)),
     }
     for name in options.samplers:
         sampler = get_sampler(name, subject.ckpt, lambda: train, options.sampler, say)
         say(f"images from the {name}")
         rows[name] = judge(generate(model, sampler, num, subject.seed))
+    inception = ""
+    if options.inception:
+        digest = hashlib.sha256(options.inception.read_bytes()).hexdigest()
+        inception = f"; inception_fid: in the features of {options.inception.name} ({digest[:12]})"
     return {
         "protocol": f"features of a Fashion-MNIST classifier (SHA-256 {WEIGHTS_SHA256[:12]}), "
         f"{num:,} generated images as bytes against the {len(held_out):,} images of the split; "
         "reconstructions of the same split from posterior means; real: as many images of the "
-        "training split; 5 nearest neighbours; errors of FID by bootstrap",
+        f"training split; 5 nearest neighbours; errors of FID by bootstrap{inception}",
         "num_generated": num,
         **{
             name: {key: value._asdict() for key, value in row.items()} for name, row in rows.items()
         },
     }
+
+
+def _inception_fid(
+    subject: Subject, options: EvaluateOptions
+) -> Callable[[Tensor], dict[str, Measured]]:
+    """FID in Inception's features, against the split, of images as bytes; nothing if not asked."""
+    if options.inception is None:
+        return lambda images_NCHW: {}
+    weights, device = options.inception, subject.device
+    real_NF = inception_features(subject.held_out.images_NCHW, weights, device)
+
+    def measure(images_NCHW: Tensor) -> dict[str, Measured]:
+        features_MF = inception_features(images_NCHW, weights, device)
+        return {"inception_fid": frechet_distance(real_NF, features_MF, subject.seed)}
+
+    return measure

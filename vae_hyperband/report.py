@@ -128,9 +128,13 @@ def _latent_lines(latents: dict[str, Any]) -> list[str]:
 
 
 def _image_lines(images: dict[str, Any]) -> list[str]:
-    columns = ("fid", "precision", "recall", "density", "coverage", "closer_than_held_out")
-    titles = ("FID", *columns[1:5], "copying")
-    head = " ".join(f"{title:>15}" for title in titles)
+    columns = {
+        "fid": "FID", "precision": "precision", "recall": "recall", "density": "density",
+        "coverage": "coverage", "closer_than_held_out": "copying",
+    }  # fmt: skip
+    if "inception_fid" in images["real"]:
+        columns["inception_fid"] = "Inception FID"
+    head = " ".join(f"{title:>15}" for title in columns.values())
     lines = [
         "",
         f"images: {images['num_generated']:,} per row against the split, as a classifier sees them",
@@ -139,7 +143,7 @@ def _image_lines(images: dict[str, Any]) -> list[str]:
     for name, row in images.items():
         if isinstance(row, dict):
             cells = (
-                with_error(row[key], 2 if key == "fid" else 3) if key in row else ""
+                with_error(row[key], 2 if "fid" in key else 3) if key in row else ""
                 for key in columns
             )
             lines.append(f"  {name:18}" + " ".join(f"{cell:>15}" for cell in cells))
