@@ -99,8 +99,16 @@ def bound_configs() -> dict[str, TrainConfig]:
     return {"vamp-40-epochs": TrainConfig(prior="vamp", epochs=40)}
 
 
+def bits_configs() -> dict[str, TrainConfig]:
+    """The papers' likelihood protocol: pixels black or white, drawn anew at each step."""
+    bits = TrainConfig(binarize="dynamic", epochs=40)
+    return {"normal": bits, "vamp": replace(bits, prior="vamp")}
+
+
 EVERYTHING = EvaluateOptions()
+NO_FLOW = EvaluateOptions(samplers=("prior", "mixture"))
 NO_IMAGES = EvaluateOptions(parts=("likelihood", "latents"))
+IWAE_5000 = EvaluateOptions(parts=("likelihood",), iwae_samples=5000, iwae_images=1000)
 SHARP_OPTIONS = EvaluateOptions(sampler=BEST_SAMPLER)
 
 
@@ -122,9 +130,10 @@ def reproduce(part: str, places: Places, should_stop: Callable[[], bool]) -> dic
     configs, options = {
         "table": (table_configs(), EVERYTHING),
         "sweep": (sweep_configs(), EVERYTHING),
-        "variants": (variant_configs(), EVERYTHING),
+        "variants": (variant_configs(), NO_FLOW),
         "drawn": (drawn_configs(), NO_IMAGES),
         "bound": (bound_configs(), EVERYTHING),
+        "bits": (bits_configs(), IWAE_5000),
     }[part]
     # runs that the table and the sweep share are trained and judged once
     run = "reproduce-" + ("table" if part == "sweep" else part)
@@ -198,7 +207,7 @@ def between_markers(text: str, table: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = ["table", "sweep", "variants", "drawn", "bound", "sharp"]
+    parts = ["table", "sweep", "variants", "drawn", "bound", "bits", "sharp"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()

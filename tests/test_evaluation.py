@@ -13,11 +13,12 @@ from vae_hyperband.bounds import eval_dataloader, eval_epoch, prior_fid
 from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, binarized, load_split
-from vae_hyperband.distances import frechet, moments
+from vae_hyperband.distances import frechet, mean_and_error, moments
 from vae_hyperband.errors import CheckpointError, ConfigError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.features import image_features, load_feature_net
+from vae_hyperband.measuring import of_whole_split
 from vae_hyperband.objective import entropy_floor, mean_image_nats, reconstruction_nats
 from vae_hyperband.randomness import generator
 from vae_hyperband.report import table_of
@@ -49,6 +50,8 @@ def test_every_part_says_its_protocol_and_every_estimate_its_error(trained, smal
         assert len(part["protocol"]) > 20
     assert report["iwae"]["num_samples"] == 5
     assert report["iwae"]["num_images"] == 20
+    gain = report["iwae"]["gain_on_these_images"]["mean"]
+    assert report["iwae"]["mean"] == pytest.approx(report["bound"]["mean"] - gain)
     assert report["entropy_floor"] < report["bound"]["mean"]
     assert report["share_of_gap"] == pytest.approx(
         1 - report["nats_above_floor"] / (report["mean_image"] - report["entropy_floor"])
@@ -127,6 +130,22 @@ def test_a_file_that_is_no_inception_is_named(trained, small_data, tmp_path):
         options = EvaluateOptions(parts=("images",), inception=tmp_path / name)
         with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
             evaluate(trained.best, "test", small_data, "cpu", options)
+
+
+def test_the_iwae_bound_of_a_split_from_what_some_images_gain():
+    stream = generator(0, "test")
+    found, errors = [], []
+    for _ in range(1000):
+        bound_N = 240 + 80 * torch.randn(500, generator=stream)
+        gain_n = 3 + 0.02 * (bound_N[:50] - 240) + torch.randn(50, generator=stream)
+        mean, error = of_whole_split(bound_N, bound_N[:50] - gain_n)
+        found.append(mean)
+        errors.append(error)
+    assert sum(found) / 1000 == pytest.approx(237, abs=4 * 3.6 / math.sqrt(1000))
+    assert sum(errors) / 1000 == pytest.approx(torch.tensor(found).std().item(), rel=0.08)
+    iwae_N = bound_N - torch.rand(500, generator=stream)  # of all images: a plain mean
+    plain = mean_and_error(iwae_N)
+    assert of_whole_split(bound_N, iwae_N) == pytest.approx(plain, rel=1e-5)
 
 
 def test_only_the_parts_asked_for_are_there(trained, small_data):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch.distributions import Normal
 
 from vae_hyperband.bounds import eval_dataloader, split_nats
@@ -97,6 +98,51 @@ def test_the_linear_probe_does_not_depend_on_the_scale_of_a_dimension():
     scale = torch.logspace(-2, 2, 10)
     plain = linear_probe(train, labels, held_out, expected)
     assert linear_probe(train * scale, labels, held_out * scale, expected) == plain
+
+
+def correlated(num, seed):
+    """Two features whose small difference is the label: it takes large weights to see it."""
+    stream = generator(seed, "test")
+    labels_N = torch.randint(2, (num,), generator=stream)
+    shared_N = torch.randn(num, generator=stream)
+    small_N = labels_N - 0.5 + 0.2 * torch.randn(num, generator=stream)
+    return torch.stack((shared_N, shared_N + 0.02 * small_N), dim=1), labels_N
+
+
+def mislabelled(num, seed):
+    """Ten features of 300 say something, a fifth of the training labels is wrong: large weights
+    learn those by heart."""
+    stream = generator(seed, "test")
+    labels_N = torch.randint(2, (num,), generator=stream)
+    features_NF = torch.randn(num, 300, generator=stream)
+    features_NF[:, :10] += 2 * labels_N[:, None]
+    wrong_N = torch.rand(num, generator=stream) < (0.2 if seed == 1 else 0)
+    return features_NF, torch.where(wrong_N, 1 - labels_N, labels_N)
+
+
+@pytest.mark.parametrize(
+    ("made", "better", "worse"), [(correlated, 1, 0.01), (mislabelled, 0.01, 1)]
+)
+def test_the_linear_probe_chooses_its_ridge_on_training_images(made, better, worse):
+    (train, labels), (held_out, expected) = made(1000, 1), made(3000, 2)
+    mean, std = train.mean(dim=0), train.std(dim=0)
+    accuracy = {
+        ridge: LogisticRegression(C=ridge, max_iter=200)
+        .fit(((train - mean) / std).numpy(), labels.numpy())
+        .score(((held_out - mean) / std).numpy(), expected.numpy())
+        for ridge in (0.01, 1)
+    }
+    assert accuracy[better] > accuracy[worse] + 0.1
+    assert linear_probe(train, labels, held_out, expected).mean == pytest.approx(accuracy[better])
+
+
+def test_a_data_set_of_one_class_has_probes_too():
+    features_NF, labels_N = torch.randn(30, 2), torch.full((30,), 3)
+    expected_N = torch.tensor([3, 3, 3, 1])
+    for probe in (linear_probe, knn_probe):
+        assert probe(features_NF, labels_N, features_NF[:4], expected_N).mean == 0.75
+    rare_N = torch.tensor([3] * 29 + [1])
+    assert linear_probe(features_NF, rare_N, features_NF[:4], torch.full((4,), 3)).mean == 1
 
 
 def test_the_knn_probe_asks_ten_neighbours():

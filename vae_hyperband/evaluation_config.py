@@ -20,7 +20,7 @@ class EvaluateOptions:
     iwae_samples: int = 100
     """Importance samples per image of the IWAE bound; 0: leave it out."""
     iwae_images: int = 1000
-    """Images of the split, from its first on, for the IWAE bound."""
+    """Images, from the split's first on, on which what the IWAE bound gains is measured."""
     samplers: tuple[SamplerName, ...] = SAMPLERS
     """Where z comes from for generated images; what is not fitted yet is fitted first."""
     num_generated: int | None = None

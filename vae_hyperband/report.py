@@ -92,9 +92,9 @@ def _likelihood_lines(report: dict[str, Any]) -> list[str]:
         "  KL divergence": with_error(report["KL_divergence"]),
     }
     if iwae := report.get("iwae"):
+        gain = with_error(iwae["gain_on_these_images"])
         rows[f"IWAE-{iwae['num_samples']} bound"] = (
-            f"{with_error(iwae)}  (first {iwae['num_images']:,} images, whose bound is "
-            f"{iwae['bound_of_these_images']:.2f})"
+            f"{with_error(iwae)}  (the bound less {gain}, from {iwae['num_images']:,} images)"
         )
     if "entropy_floor" in report:
         rows |= {
