@@ -9,7 +9,7 @@ from conftest import write_idx_folder
 
 from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.data import load_split
-from vae_hyperband.errors import CheckpointError, ConfigError
+from vae_hyperband.errors import ConfigError
 from vae_hyperband.flow import Flow, fit_flow, matching_loss
 from vae_hyperband.latents import Posteriors
 from vae_hyperband.model import VAE
@@ -172,20 +172,34 @@ def test_a_sampler_is_kept_beside_its_checkpoint_and_read_again(trained, small_d
     assert len(loads) == 4
 
 
-def test_a_damaged_sampler_is_refused(trained, small_data):
+@pytest.mark.parametrize("damage", ["one bit of a weight", "another file", "a newer version"])
+def test_a_damaged_sampler_is_fitted_anew(trained, small_data, damage):
+    said = []
+
     def get():
         return get_sampler(
-            "mixture", trained.best, lambda: load_split("train", small_data, "custom"), QUICK
+            "mixture",
+            trained.best,
+            lambda: load_split("train", small_data, "custom"),
+            QUICK,
+            said.append,
         )
 
-    get()
-    path = sampler_file(trained.best, "mixture")
-    content = bytearray(path.read_bytes())
-    at = content.index(load_ckpt_bytes(path))
-    content[at + 6] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged"):
-        get()
+    first, path = get(), sampler_file(trained.best, "mixture")
+    intact = path.read_bytes()
+    if damage == "one bit of a weight":
+        content = bytearray(intact)
+        content[content.index(load_ckpt_bytes(path)) + 6] ^= 1
+        path.write_bytes(content)
+    elif damage == "another file":
+        path.write_text("no sampler")
+    else:
+        torch.save({**torch.load(path, weights_only=True), "version": 999}, path)
+    said.clear()
+    again = get()
+    assert any("damaged or of another version" in text for text in said)
+    assert torch.equal(again.means_LKZ, first.means_LKZ)
+    assert path.read_bytes() == intact
 
 
 def load_ckpt_bytes(path):

@@ -22,7 +22,7 @@ from vae_hyperband.bounds import EVAL_BATCH_SIZE, eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, load_pt, model_from_ckpt, save_pt
 from vae_hyperband.config import check_types, require, require_number
 from vae_hyperband.data import Split, as_trained
-from vae_hyperband.errors import ConfigError
+from vae_hyperband.errors import CheckpointError, ConfigError
 from vae_hyperband.flow import Flow, fit_flow
 from vae_hyperband.latents import Posteriors, encode_split
 from vae_hyperband.model import VAE
@@ -160,8 +160,8 @@ def get_sampler(
 ) -> Sampler:
     """The sampler of a checkpoint: read from beside it, or fitted and kept there.
 
-    One that was fitted to another checkpoint or in another way is fitted anew. ``load_train`` gives
-    the training split, where it is needed.
+    One that is damaged, or was fitted to another checkpoint or in another way, is fitted anew: it
+    is a function of these. ``load_train`` gives the training split, where it is needed.
     """
     config = config or SamplerConfig()
     content = load_ckpt(ckpt)
@@ -171,9 +171,13 @@ def get_sampler(
     path = sampler_file(ckpt, name)
     facts = {"checkpoint": content["digest"], "sampler": name, "fitted": config.of(name)}
     if path.exists():
-        found = load_pt(path, KEYS, FORMAT, VERSION)
-        if {key: found[key] for key in facts} == facts:
-            return _from_tensors(name, found["tensors"], config)
+        try:
+            found = load_pt(path, KEYS, FORMAT, VERSION)
+        except CheckpointError:
+            say(f"{path} is damaged or of another version: fitted anew")
+        else:
+            if {key: found[key] for key in facts} == facts:
+                return _from_tensors(name, found["tensors"], config)
     say(f"fitting the {name} to the training split's latents")
     train = load_train()
     posteriors = encode_split(model, eval_dataloader(as_trained(train, content["config"])))
