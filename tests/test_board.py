@@ -10,6 +10,7 @@ from vae_hyperband.board import COLLAPSED_NATS, Board
 from vae_hyperband.errors import RunFolderError, SearchError
 from vae_hyperband.journal import Journal, read_events
 from vae_hyperband.search_config import SearchConfig
+from vae_hyperband.trials import TrialRecord
 
 CONFIGS = {
     name: SearchConfig(num_trials=11, max_epochs=9, scheduler=name)
@@ -28,7 +29,11 @@ def row(number: int, epoch: int) -> dict:
     if number == 4 and epoch == 3:
         bound = math.nan
     kl = 1e-4 if number == 6 else 12.0
-    return {"epoch": epoch, "step": 100 * epoch, "bound": bound - epoch, "KL_divergence": kl}
+    value = bound - epoch
+    return {
+        "epoch": epoch, "step": 100 * epoch, "bound": value, "total_loss": value,
+        "KL_divergence": kl,
+    }  # fmt: skip
 
 
 def work(board: Board, random: np.random.Generator, num_reports: int = 10**6) -> bool:
@@ -177,3 +182,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path, monkeypatc
         with pytest.raises(RunFolderError, match=r"No space left.*the same command goes on"):
             journal.append("draw", trial=1, drawn={})
     assert [json.loads(line)["trial"] for line in path.read_text().splitlines()] == [0]
+
+
+def test_a_trial_counts_by_the_bound_of_its_best_checkpoint():
+    """With a low beta that is not the checkpoint with the lowest bound."""
+    rows = [
+        {"epoch": 1, "bound": 10.0, "total_loss": 9.0},
+        {"epoch": 2, "bound": 12.0, "total_loss": 8.0},
+    ]
+    trial = TrialRecord(0, {}, rows)
+    assert trial.best_row == rows[1]
+    assert trial.score("bound") == 12

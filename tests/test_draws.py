@@ -33,7 +33,9 @@ def searched(config: SearchConfig, num_trials: int) -> list[TrialRecord]:
         drawn = draw(config, number, trials)
         epochs = 2 if number % 2 else config.max_epochs
         rows = [
-            {"epoch": epoch, "bound": bound(drawn) + 9 - epoch} for epoch in range(1, epochs + 1)
+            {"epoch": epoch, "bound": value, "total_loss": value}
+            for epoch in range(1, epochs + 1)
+            for value in [bound(drawn) + 9 - epoch]
         ]
         trials.append(TrialRecord(number, drawn, rows, "stopped" if number % 2 else "finished"))
     return trials

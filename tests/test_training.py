@@ -95,6 +95,36 @@ def test_training_lowers_the_bound(options, small_config):
     assert result.state.best["bound"] == min(bounds)
 
 
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ({"beta": 0.01}, lambda recon, kl: recon + 0.01 * kl),
+        (
+            {"objective": "capacity", "capacity": 8.0, "beta": 10.0},
+            lambda recon, kl: recon + 10 * abs(kl - 8),
+        ),
+    ],
+)
+def test_the_best_checkpoint_is_the_best_by_its_own_objective(
+    options, small_config, settings, loss
+):
+    config = dataclasses.replace(
+        small_config, latent_dim=4, epochs=12, learning_rate=5e-3, **settings
+    )
+    result = fit(config, options(), quiet=True)
+    rows = [
+        row
+        for row in read_rows(result.log_folder / "metrics.jsonl")
+        if row["split"] == "validation"
+    ]
+    best = min(rows, key=lambda row: loss(row["recon_loss"], row["KL_divergence"]))
+    for row in rows:
+        assert row["total_loss"] == loss(row["recon_loss"], row["KL_divergence"])
+    assert best["epoch"] > min(rows, key=lambda row: row["bound"])["epoch"]  # another one
+    assert {name: best[name] for name in result.state.best} == result.state.best
+    assert load_ckpt(result.best)["step"] == best["step"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 60])
 def test_evaluation_does_not_depend_on_the_batch_size(state, small_data, batch_size):
     split = load_split("validation", small_data, "custom")

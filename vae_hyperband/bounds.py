@@ -110,12 +110,14 @@ def eval_epoch(
     beta: float = 1.0,
     iwae_samples: int = 0,
     fid_samples: int = 0,
+    capacity: float | None = None,
 ) -> Losses:
     """Average losses of a split in nats per image, exact per image whatever the batch size.
 
     ``loader`` gives the split in file order; in another order the images meet each other's noise,
     which is another draw of the same estimate. "bound" is reconstruction + KL, the number that
-    models are compared by; "total_loss" weighs the KL by ``beta``; "iwae" and "fid" (of the prior's
+    models are compared by; "total_loss" weighs the KL, or its distance from ``capacity``, by
+    ``beta``: what checkpoints of one run are compared by; "iwae" and "fid" (of the prior's
     draws) are there if ``iwae_samples`` and ``fid_samples`` say with how many.
     """
     nats = split_nats(model, loader, seed)
@@ -123,7 +125,7 @@ def eval_epoch(
     losses = {
         "recon_loss": recon,
         "KL_divergence": kl,
-        "total_loss": recon + beta * kl,
+        "total_loss": recon + beta * (kl if capacity is None else abs(kl - capacity)),
         "bound": recon + kl,
     }
     if iwae_samples:

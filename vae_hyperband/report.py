@@ -41,8 +41,8 @@ def say_trained(trained: FitResult, where: RunOptions) -> None:
     """The end of a training: its best checkpoint and its pictures."""
     best = trained.state.best
     print(
-        f"best validation bound {best['bound']:.2f} nats/image (beta = 1) after epoch "
-        f"{best['epoch']}: {trained.best}"
+        f"best after epoch {best['epoch']}, validation bound {best['bound']:.2f} nats/image "
+        f"(beta = 1): {trained.best}"
     )
     for path in draw_run(trained, trained.state.config, where.data_dir):
         print(f"picture: {path}")

@@ -29,6 +29,8 @@ from vae_hyperband.process import environment
 
 ADAM_BETAS = (0.9, 0.99)  # 0.99, not 0.999: under 4,000 steps a longer memory lags the schedule
 
+NO_BEST = {"total_loss": math.inf, "bound": math.inf, "step": 0, "epoch": 0}
+
 
 @dataclass
 class TrainState:
@@ -42,9 +44,7 @@ class TrainState:
     #: Running sums of (reconstruction, KL, total, images): row 0 since the epoch began, row 1 since
     #: the last row of the log. float64, on the model's device.
     sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
-    best: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"bound": math.inf, "step": 0, "epoch": 0}
-    )
+    best: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(NO_BEST))
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the last validation
     resumed_from: str | None = None  # digest of the checkpoint given by --resume_ckpt
 
@@ -124,7 +124,7 @@ def first_state(
     )
     state.optimizer.load_state_dict(content["optimizer"])
     state.step, state.sums = content["step"], content["sums"].to(device)
-    state.best, state.metrics = content["best"], content["metrics"]
+    state.best, state.metrics = NO_BEST | content["best"], content["metrics"]
     state.resumed_from = content["digest"] if given else content["resumed_from"]
     if state.step > state.num_steps:
         raise ResumeError(
@@ -189,4 +189,4 @@ def _bring_best_along(state: TrainState, given: Path, folder: Path) -> None:
     for candidate in (given, given.parent / BEST):
         if candidate.exists() and load_ckpt(candidate)["step"] == state.best["step"]:
             return copy_ckpt(candidate, folder / BEST)
-    state.best = {"bound": math.inf, "step": 0, "epoch": 0}
+    state.best = dict(NO_BEST)

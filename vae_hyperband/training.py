@@ -40,7 +40,7 @@ from vae_hyperband.objective import (
 )
 from vae_hyperband.process import cpu_threads, only_writer, pick_device
 from vae_hyperband.randomness import generator
-from vae_hyperband.state import TrainState, ckpt_content, first_state
+from vae_hyperband.state import NO_BEST, TrainState, ckpt_content, first_state
 from vae_hyperband.tracking import Progress, Tracker
 
 NUM_PICTURES = 32  # held-out images whose reconstructions TensorBoard shows
@@ -147,7 +147,7 @@ class FitResult:
     finished: bool  # False: stopped on request; the same call goes on
     state: TrainState
     latest: Path
-    best: Path  # the checkpoint with the lowest validation bound
+    best: Path  # the checkpoint with the lowest validation total_loss
     log_folder: Path
 
 
@@ -243,10 +243,21 @@ def fit(
 
 
 def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
-    """Evaluate, log and remember; whether this is the best bound so far."""
+    """Evaluate, log and remember; whether this is the best model so far.
+
+    The best is the one with the lowest total_loss, which for beta = 1 is the bound. With a low beta
+    the bound would choose a model that has not learned to reconstruct yet, since learning to do so
+    costs KL.
+    """
     config = state.config
     losses = eval_epoch(
-        state.model, loader, config.seed, config.beta, config.iwae_samples, config.fid_samples
+        state.model,
+        loader,
+        config.seed,
+        config.beta,
+        config.iwae_samples,
+        config.fid_samples,
+        config.capacity if config.objective == "capacity" else None,
     )
     if not math.isfinite(losses["bound"]):
         raise DivergedError(
@@ -254,9 +265,9 @@ def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
             "--learning-rate."
         )
     state.metrics = {"step": state.step, "epoch": state.epoch, **losses}
-    improved = losses["bound"] < state.best["bound"]
+    improved = losses["total_loss"] < state.best["total_loss"]
     if improved:
-        state.best = {"bound": losses["bound"], "step": state.step, "epoch": state.epoch}
+        state.best = {name: state.metrics[name] for name in NO_BEST}
     tracker.scalars("validation", state.step, state.epoch, losses)
     images_BCHW = cast(SplitBatches, loader.dataset).split.pixels(slice(NUM_PICTURES))
     tracker.pictures(

@@ -44,10 +44,10 @@ class TrialRecord:
 
     @property
     def best_row(self) -> Row | None:
-        """The validation with the lowest bound: what the trial's best.pt holds."""
+        """The validation with the lowest total_loss: what the trial's best.pt holds."""
         if self.outcome == "failed" or not self.rows:
             return None
-        return min(self.rows, key=lambda row: row["bound"])
+        return min(self.rows, key=lambda row: row["total_loss"])
 
     def score(self, metric: str) -> float:
         """What the trial is ranked by, lower is better; infinity if it failed."""
