@@ -104,36 +104,33 @@ def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, M
     # the nearest of a set's own vectors is itself
     radius_N = nearest(reference_NF, reference_NF, NEAREST + 1)[0][:, -1]
     radius_M = nearest(generated_MF, generated_MF, NEAREST + 1)[0][:, -1]
-    balls_M, inside_generated_N, covered_N = (
-        [],
-        [],
-        torch.zeros(len(reference_NF), dtype=torch.bool),
-    )
-    for distances_BN in _distances(generated_MF, reference_NF):
+    balls_M = []
+    recalled_N, covered_N = torch.zeros(2, len(reference_NF), dtype=torch.bool)
+    for distances_BN, radius_B in zip(
+        _distances(generated_MF, reference_NF), radius_M.split(CHUNK), strict=True
+    ):
         inside_BN = distances_BN < radius_N
         balls_M.append(inside_BN.sum(dim=1))
         covered_N |= inside_BN.any(dim=0)
-    for distances_BM in _distances(reference_NF, generated_MF):
-        inside_generated_N.append((distances_BM < radius_M).any(dim=1))
+        recalled_N |= (distances_BN < radius_B[:, None]).any(dim=0)
     balls = torch.cat(balls_M)
     return {
         "precision": mean_and_error(balls > 0),
-        "recall": mean_and_error(torch.cat(inside_generated_N)),
+        "recall": mean_and_error(recalled_N),
         "density": mean_and_error(balls / NEAREST),
         "coverage": mean_and_error(covered_N),
     }
 
 
-def copying(generated_MF: Tensor, held_out_NF: Tensor, train_PF: Tensor) -> dict[str, Measured]:
+def copying(generated_M: Tensor, held_out_N: Tensor) -> dict[str, Measured]:
     """Whether generated images lie closer to training images than unseen real ones do.
 
+    Takes the distance of each to its nearest training image.
     ``closer_than_held_out`` is the probability that a generated image's nearest training image is
     nearer than a held-out image's: 0.5 where the model generalises, towards 1 where it copies (or
     where it makes only ordinary garments), after Meehan et al. 2020. Its error is that of the
     Mann-Whitney statistic (Hanley & McNeil 1982 with placement values, DeLong et al. 1988).
     """
-    generated_M = nearest(generated_MF, train_PF, 1)[0][:, 0]
-    held_out_N = nearest(held_out_NF, train_PF, 1)[0][:, 0]
     return {
         "nearest_training_image": mean_and_error(generated_M),
         "nearest_training_image_of_held_out": mean_and_error(held_out_N),

@@ -29,6 +29,7 @@ from vae_hyperband.distances import (
     frechet_distance,
     manifold_measures,
     mean_and_error,
+    nearest,
 )
 from vae_hyperband.drawn import FACTORS, draw_factors
 from vae_hyperband.evaluation_config import EvaluateOptions
@@ -200,6 +201,7 @@ def generated_images(
     num = options.num_generated or len(held_out)
     say("features of the real images")
     real_NF, train_PF = (split_features(split, subject.device) for split in (held_out, train))
+    held_out_N = nearest(real_NF, train_PF, 1)[0][:, 0]
     chosen = torch.randperm(len(train), generator=generator(subject.seed, "real"))[:num]
     inception_fid = _inception_fid(subject, options)
 
@@ -209,7 +211,8 @@ def generated_images(
 
     def judge(images_NCHW: Tensor) -> dict[str, Measured]:
         features_MF = image_features(images_NCHW, subject.device)
-        return compare(features_MF, images_NCHW) | copying(features_MF, real_NF, train_PF)
+        nearest_M = nearest(features_MF, train_PF, 1)[0][:, 0]
+        return compare(features_MF, images_NCHW) | copying(nearest_M, held_out_N)
 
     rows = {
         "real": compare(train_PF[chosen], train.images_NCHW[chosen]),
