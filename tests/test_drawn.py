@@ -25,7 +25,7 @@ def test_drawn_splits_are_always_the_same_and_never_share_an_order():
         assert split.labels_N.unique().tolist() == [0, 1, 2]
     assert len({split.digest for split in splits}) == 3
     # bytes that a later version must still draw
-    assert splits[2].digest.startswith("e27397e5cc923454")
+    assert splits[2].digest.startswith("696c707f16587593")
 
 
 def test_any_number_of_garments_begins_with_the_same_ones():
@@ -33,6 +33,18 @@ def test_any_number_of_garments_begins_with_the_same_ones():
     assert len(many) == 1200
     assert torch.equal(many.images_NCHW[:700], few.images_NCHW)
     assert torch.equal(draw_factors("train", 10), draw_factors("train", 20)[:10])
+    assert torch.equal(draw_factors("test", 3600)[3500:], draw_factors("test", 100))
+
+
+def test_no_held_out_garment_is_a_training_garment():
+    images = {
+        name: {image.numpy().tobytes() for image in drawn_split(name).images_NCHW}
+        for name in NUM_DRAWN
+    }
+    assert [len(found) for found in images.values()] == list(NUM_DRAWN.values())
+    assert not images["train"] & images["validation"]
+    assert not images["train"] & images["test"]
+    assert not images["validation"] & images["test"]
 
 
 def test_factors_are_even_and_independent():

@@ -229,7 +229,7 @@ def test_the_shipped_features_classify_fashion_mnist(fashion_mnist):
 
 
 def test_features_of_training_images_have_variance_one(fashion_mnist):
-    features_NF = image_features(load_split("train").first(5000).images_NCHW)
+    features_NF = image_features(load_split("train").subset(torch.arange(5000)).images_NCHW)
     assert features_NF.shape == (5000, features.NUM_FEATURES)
     assert features_NF.var(dim=0).mean().item() == pytest.approx(1, abs=0.05)
 

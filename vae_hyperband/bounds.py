@@ -110,22 +110,22 @@ def eval_epoch(
     beta: float = 1.0,
     iwae_samples: int = 0,
     fid_samples: int = 0,
-    capacity: float | None = None,
+    capacity: float = 0.0,
 ) -> Losses:
     """Average losses of a split in nats per image, exact per image whatever the batch size.
 
     ``loader`` gives the split in file order; in another order the images meet each other's noise,
     which is another draw of the same estimate. "bound" is reconstruction + KL, the number that
-    models are compared by; "total_loss" weighs the KL, or its distance from ``capacity``, by
-    ``beta``: what checkpoints of one run are compared by; "iwae" and "fid" (of the prior's
-    draws) are there if ``iwae_samples`` and ``fid_samples`` say with how many.
+    models are compared by; "total_loss" weighs the KL's distance from ``capacity`` by ``beta``;
+    "iwae" and "fid" (of the prior's draws) are there if ``iwae_samples`` and ``fid_samples`` say
+    with how many.
     """
     nats = split_nats(model, loader, seed)
     recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
     losses = {
         "recon_loss": recon,
         "KL_divergence": kl,
-        "total_loss": recon + beta * (kl if capacity is None else abs(kl - capacity)),
+        "total_loss": recon + beta * abs(kl - capacity) if capacity else recon + beta * kl,
         "bound": recon + kl,
     }
     if iwae_samples:

@@ -78,9 +78,9 @@ class Split:
         found.update(self.labels_N.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
 
-    def first(self, num: int) -> Self:
-        """The first images of the split, all if there are fewer."""
-        return type(self)(self.images_NCHW[:num], self.labels_N[:num], self.digest)
+    def subset(self, index: Tensor) -> Self:
+        """Some images of the split, in the order of ``index``."""
+        return type(self)(self.images_NCHW[index], self.labels_N[index], self.digest)
 
     def pixels(self, index: Tensor | slice) -> Tensor:
         """The images at ``index`` as floats in [0, 1]."""

@@ -6,6 +6,7 @@ and position, each factor independent of the others. No download, any number, al
 Shape suffixes: N images, F factors, H height, W width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ SLOPE = 0.5**0.5
 KINDS = ("top", "dress", "coat")
 #: Images of the splits train, validation, test.
 NUM_DRAWN = {"train": 10_000, "validation": 2_000, "test": 2_000}
+
+#: How many of the 23,328 combinations of factors belong to each, in this order.
+NUM_COMBINATIONS = [16_328, 3_500, 3_500]
 
 
 class Factor(NamedTuple):
@@ -42,13 +46,15 @@ FACTORS = (
 def draw_factors(split: str, num: int) -> Tensor:
     """Levels of the factors of a split's images, int64, shape (N, F).
 
-    The first images are the same however many there are.
+    Every combination of levels belongs to one split alone, in a shuffled order, so that no held-out
+    image is a training image. The first images are the same however many there are; where a split
+    is asked for more than it has, they begin anew.
     """
-    columns = [
-        torch.randint(0, factor.levels, (num,), generator=generator(0, f"drawn {split}", at))
-        for at, factor in enumerate(FACTORS)
-    ]
-    return torch.stack(columns, dim=1)
+    sizes = [factor.levels for factor in FACTORS]
+    order = torch.randperm(math.prod(sizes), generator=generator(0, "drawn"))
+    shares = dict(zip(NUM_DRAWN, order.split(NUM_COMBINATIONS), strict=True))
+    combination_N = shares[split][torch.arange(num) % len(shares[split])]
+    return torch.stack(torch.unravel_index(combination_N, sizes), dim=1)
 
 
 def draw_garments(levels_NF: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from vae_hyperband.measuring import Subject, generated_images, latent_space, lik
 from vae_hyperband.process import environment, pick_device
 
 #: Of the report's layout and protocols.
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 
 
 def evaluate(

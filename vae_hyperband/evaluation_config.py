@@ -20,7 +20,7 @@ class EvaluateOptions:
     iwae_samples: int = 100
     """Importance samples per image of the IWAE bound; 0: leave it out."""
     iwae_images: int = 1000
-    """Images, from the split's first on, on which what the IWAE bound gains is measured."""
+    """Images of the split, at random, on which what the IWAE bound gains is measured."""
     samplers: tuple[SamplerName, ...] = SAMPLERS
     """Where z comes from for generated images; what is not fitted yet is fitted first."""
     num_generated: int | None = None
@@ -34,7 +34,7 @@ class EvaluateOptions:
         check_types(self)
         require(len(self.parts) > 0, "--parts names no part: give at least one.")
         require_number("iwae_samples", self.iwae_samples, 0)
-        require_number("iwae_images", self.iwae_images, 1)
+        require_number("iwae_images", self.iwae_images, 2)
         require(
             self.inception is None or self.inception.is_file(),
             f"--inception is {str(self.inception)!r}, but there is no such file.",

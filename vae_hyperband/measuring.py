@@ -100,15 +100,15 @@ def likelihood(subject: Subject, options: EvaluateOptions) -> dict[str, Any]:
     if model.likelihood == "bernoulli":  # the others are densities or of levels
         report |= _anchors(subject.train, held_out, bound_N.mean().item())
     if options.iwae_samples:
-        first = held_out.first(options.iwae_images)
-        iwae_N = iwae_nats(
-            model, eval_dataloader(first, device), subject.seed, options.iwae_samples
-        )
+        order_N = torch.randperm(len(held_out), generator=generator(subject.seed, "iwae images"))
+        some = held_out.subset(order_N[: options.iwae_images])
+        iwae_n = iwae_nats(model, eval_dataloader(some, device), subject.seed, options.iwae_samples)
+        bound_N = bound_N[order_N]
         report["iwae"] = {
-            **of_whole_split(bound_N, iwae_N)._asdict(),
+            **of_whole_split(bound_N, iwae_n)._asdict(),
             "num_samples": options.iwae_samples,
-            "num_images": len(first),
-            "gain_on_these_images": mean_and_error(bound_N[: len(first)] - iwae_N)._asdict(),
+            "num_images": len(some),
+            "gain_on_these_images": mean_and_error(bound_N[: len(some)] - iwae_n)._asdict(),
         }
     return report
 

@@ -132,6 +132,17 @@ def training_total(
     return (recon_B + beta * kl_B).mean()
 
 
+def held_out_weights(config: TrainConfig) -> tuple[float, float]:
+    """beta and C of reconstruction + beta * |KL - C|, by which a run's checkpoints are compared.
+
+    The objective at its end, as far as the bound's two parts say it: for beta-tc without the total
+    correlation, for iwae with one sample, for free-bits with nothing free.
+    """
+    if config.objective == "beta-tc":
+        return 1.0, 0.0
+    return config.beta, config.capacity if config.objective == "capacity" else 0.0
+
+
 def beta_at(
     step: int, beta: float, warmup_steps: float, num_steps: int = 1, cycles: int = 0
 ) -> float:

@@ -34,6 +34,7 @@ from vae_hyperband.objective import (
     Nats,
     beta_at,
     forward_pass,
+    held_out_weights,
     learning_rate_at,
     log_weights,
     training_total,
@@ -250,14 +251,9 @@ def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
     costs KL.
     """
     config = state.config
+    beta, capacity = held_out_weights(config)
     losses = eval_epoch(
-        state.model,
-        loader,
-        config.seed,
-        config.beta,
-        config.iwae_samples,
-        config.fid_samples,
-        config.capacity if config.objective == "capacity" else None,
+        state.model, loader, config.seed, beta, config.iwae_samples, config.fid_samples, capacity
     )
     if not math.isfinite(losses["bound"]):
         raise DivergedError(
