@@ -140,6 +140,25 @@ def test_measures_are_high_where_factors_are_apart_and_low_where_they_are_mixed(
     assert measure_of(*nothing) < 0.25
 
 
+def test_the_factor_vae_score_does_not_depend_on_scales_nor_on_its_own_votes():
+    mu_NZ, levels_NF = separate()
+    scales = torch.tensor([1.0, 100.0, 0.5, 20.0, 3.0, 7.0, 1.0])
+    assert factor_vae_score(mu_NZ * scales, levels_NF) > 0.95
+    noise_NZ = torch.randn(4000, 80, generator=generator(1, "test"))  # ten votes a dimension
+    assert factor_vae_score(noise_NZ, levels_NF) < 0.22  # 1/6; on its own votes about 0.35
+
+
+def test_a_factor_in_two_dimensions_is_incomplete_not_entangled():
+    mu_NZ, levels_NF = separate()
+    stream = generator(2, "test")
+    half_N = torch.rand(len(mu_NZ), generator=stream) < 0.5  # each says it half of the time
+    width_N = mu_NZ[:, 1]
+    two_N2 = torch.stack((torch.where(half_N, width_N, -1), torch.where(half_N, -1, width_N)), 1)
+    found = dci_disentanglement(torch.cat((mu_NZ[:, [0, 2, 3, 4, 5]], two_N2), dim=1), levels_NF)
+    assert found["disentanglement"] > 0.95
+    assert found["completeness"] < 0.95
+
+
 def test_informativeness_does_not_mind_a_rotation_as_much():
     assert dci_disentanglement(*separate())["informativeness"] > 0.99
     assert dci_disentanglement(*mixed())["informativeness"] > 0.4

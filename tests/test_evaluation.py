@@ -13,16 +13,37 @@ from vae_hyperband.bounds import eval_dataloader, eval_epoch, prior_fid
 from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, binarized, load_split
-from vae_hyperband.distances import frechet, mean_and_error, moments
+from vae_hyperband.disentanglement import (
+    dci_disentanglement,
+    factor_vae_score,
+    mutual_information_gap,
+)
+from vae_hyperband.distances import (
+    copying,
+    frechet,
+    frechet_distance,
+    manifold_measures,
+    mean_and_error,
+    moments,
+    nearest,
+)
+from vae_hyperband.drawn import draw_factors
 from vae_hyperband.errors import CheckpointError, ConfigError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.features import image_features, load_feature_net
+from vae_hyperband.latents import encode_split, knn_probe, linear_probe
 from vae_hyperband.measuring import of_whole_split
 from vae_hyperband.objective import entropy_floor, mean_image_nats, reconstruction_nats
 from vae_hyperband.randomness import generator
 from vae_hyperband.report import table_of
-from vae_hyperband.samplers import Prior, SamplerConfig, generate
+from vae_hyperband.samplers import (
+    Prior,
+    SamplerConfig,
+    decode_bytes,
+    generate,
+    get_sampler,
+)
 from vae_hyperband.training import fit
 
 QUICK = SamplerConfig(components=2, flow_epochs=2, flow_width=16, flow_depth=1)
@@ -62,7 +83,7 @@ def test_every_part_says_its_protocol_and_every_estimate_its_error(trained, smal
     total = sum(kl["mean"] for kl in latents["kl_by_dimension"])
     assert total == pytest.approx(report["KL_divergence"]["mean"], rel=1e-5)
     images = report["images"]
-    assert images["num_generated"] == 60
+    assert {row["num_images"] for _, row in images_of(report)} == {60}
     for name in ("reconstructions", "prior", "mixture", "flow"):
         for measure in ("fid", "precision", "recall", "density", "coverage"):
             assert images[name][measure]["standard_error"] >= 0
@@ -148,6 +169,80 @@ def test_the_iwae_bound_of_a_split_from_what_some_images_gain():
     assert of_whole_split(bound_N, iwae_N) == pytest.approx(plain, rel=1e-5)
 
 
+def measures(report, name):
+    """The measures of a row of images, as pairs of mean and error."""
+    row = report["images"][name]
+    return {key: tuple(value.values()) for key, value in row.items() if key != "num_images"}
+
+
+def test_every_row_of_images_is_what_its_name_says(trained, small_data):
+    options = EvaluateOptions(parts=("images",), num_generated=40, sampler=QUICK)
+    report = evaluate(trained.best, "test", small_data, "cpu", options)
+    train, test = (load_split(name, small_data, "custom") for name in ("train", "test"))
+    model, seed = load_model(trained.best), trained.state.config.seed
+    train_PF, real_NF = (image_features(split.images_NCHW) for split in (train, test))
+    mu_NZ = encode_split(model, eval_dataloader(test)).mu_NZ
+
+    def drawn(name):
+        sampler = get_sampler(name, trained.best, lambda: train, QUICK)
+        return generate(model, sampler, 40, seed)
+
+    for name, images in {
+        "reconstructions": decode_bytes(model, mu_NZ[:40]),
+        **{name: drawn(name) for name in ("prior", "mixture", "flow")},
+    }.items():
+        features = image_features(images)
+        near = [nearest(x, train_PF, 1)[0][:, 0] for x in (features, real_NF)]
+        expected = {
+            "fid": frechet_distance(real_NF, features, seed),
+            **manifold_measures(real_NF, features),
+            **copying(*near),
+        }
+        assert measures(report, name) == {key: tuple(pair) for key, pair in expected.items()}
+        assert report["images"][name]["num_images"] == 40
+    assert measures(report, "prior") != measures(report, "flow")
+    more = EvaluateOptions(parts=("images",), num_generated=400, samplers=("prior",), sampler=QUICK)
+    rows = images_of(evaluate(trained.best, "test", small_data, "cpu", more))
+    assert {name: row["num_images"] for name, row in rows} == {
+        "real": 300, "reconstructions": 60, "prior": 400,
+    }  # fmt: skip
+
+
+def test_probes_are_of_the_posterior_means(trained, small_data):
+    options = EvaluateOptions(parts=("latents",))
+    report = evaluate(trained.best, "test", small_data, "cpu", options)["latents"]
+    train, test = (load_split(name, small_data, "custom") for name in ("train", "test"))
+    model = load_model(trained.best)
+    latents = [encode_split(model, eval_dataloader(split)).mu_NZ for split in (train, test)]
+    pixels = [split.pixels(slice(None)).flatten(1) for split in (train, test)]
+    for name, probe in (("linear_probe", linear_probe), ("knn_probe", knn_probe)):
+        for found, (x, y) in ((report, latents), (report["raw_pixels"], pixels)):
+            expected = probe(x, train.labels_N, y, test.labels_N)
+            assert tuple(found[name].values()) == expected
+
+
+def test_factors_are_those_of_the_split(options):
+    config = TrainConfig(dataset="drawn", latent_dim=3, epochs=1)
+    trained = fit(config, options(data_dir=None), quiet=True)
+    asked = EvaluateOptions(parts=("latents",))
+    found = evaluate(trained.best, "validation", None, "cpu", asked)["latents"]["factors"]
+    split = load_split("validation", None, "drawn")
+    mu_NZ = encode_split(load_model(trained.best), eval_dataloader(split)).mu_NZ
+    levels_NF = draw_factors("validation", len(split))
+    assert found["mig"] == mutual_information_gap(mu_NZ, levels_NF)
+    assert found["mig"] != mutual_information_gap(mu_NZ, draw_factors("train", len(split)))
+    assert found["factor_vae_score"] == factor_vae_score(mu_NZ, levels_NF, config.seed)
+    assert found["dci"] == dci_disentanglement(mu_NZ, levels_NF, config.seed)
+
+
+def test_training_images_say_nothing_of_probes_and_images(trained, small_data):
+    with pytest.raises(ConfigError, match="--split train says nothing of probes and images"):
+        evaluate(trained.best, "train", small_data, "cpu")
+    options = EvaluateOptions(parts=("likelihood",), iwae_samples=0)
+    report = evaluate(trained.best, "train", small_data, "cpu", options)
+    assert report["num_images"] == 300
+
+
 def test_only_the_parts_asked_for_are_there(trained, small_data):
     for part, names in {
         "likelihood": {"bound", "iwae"},
@@ -186,7 +281,7 @@ def test_a_collapsed_model_is_called_that(trained, small_data):
         ({"parts": ("fid",)}, "must be one of"),
         ({"num_generated": 3}, "--num-generated is 3"),
         ({"iwae_samples": -1}, "--iwae-samples is -1"),
-        ({"iwae_images": 0}, "--iwae-images is 0"),
+        ({"iwae_images": 1}, "--iwae-images is 1"),
         ({"samplers": ("gan",)}, "must be one of"),
     ],
 )

@@ -1,17 +1,20 @@
 """Where z comes from: the flow against what theory says, mixtures against moments, files."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 from conftest import write_idx_folder
 
+from vae_hyperband import samplers
+from vae_hyperband.bounds import eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
-from vae_hyperband.data import load_split
-from vae_hyperband.errors import ConfigError
+from vae_hyperband.data import as_trained, load_split
+from vae_hyperband.errors import CheckpointError, ConfigError, RunFolderError
 from vae_hyperband.flow import Flow, fit_flow, matching_loss
-from vae_hyperband.latents import Posteriors
+from vae_hyperband.latents import Posteriors, encode_split
 from vae_hyperband.model import VAE
 from vae_hyperband.randomness import generator
 from vae_hyperband.samplers import (
@@ -127,6 +130,14 @@ def test_a_label_with_a_single_image_is_never_drawn_from_a_mixture():
         Mixture.fit(z_PZ[:3], torch.tensor([0, 1, 2]), components=1, seed=0)
 
 
+def test_a_rare_label_does_not_make_the_others_poorer():
+    z_PZ = torch.randn(64, 2, generator=generator(0, "test"))
+    label_P = torch.tensor([0, 1] * 30 + [2] * 4)
+    mixture = Mixture.fit(z_PZ, label_P, components=6, seed=0)
+    assert (mixture.weights_LK > 0).sum(dim=1).tolist() == [6, 6, 4]
+    assert mixture.draw(200, generator(0, "test"), label=2).isfinite().all()
+
+
 def test_the_prior_is_standard_normal_and_knows_no_labels():
     model = VAE(latent_dim=3, image_size=8)
     z_NZ = Prior(model).draw(50_000, generator(0, "test"))
@@ -200,6 +211,41 @@ def test_a_damaged_sampler_is_fitted_anew(trained, small_data, damage):
     assert any("damaged or of another version" in text for text in said)
     assert torch.equal(again.means_LKZ, first.means_LKZ)
     assert path.read_bytes() == intact
+
+
+def test_other_training_images_are_refused(trained, tmp_path):
+    other = write_idx_folder(tmp_path / "other", num_train=420)
+    with pytest.raises(CheckpointError, match="was trained on other images than these"):
+        get_sampler("flow", trained.best, lambda: load_split("train", other, "custom"), QUICK)
+    assert not sampler_file(trained.best, "flow").exists()
+
+
+def test_a_sampler_that_cannot_be_kept_is_used_all_the_same(trained, small_data, monkeypatch):
+    def full_disk(path, *content):
+        raise RunFolderError(f"{path} cannot be written: no space left.")
+
+    said = []
+    load_train = functools.partial(load_split, "train", small_data, "custom")
+    monkeypatch.setattr(samplers, "save_pt", full_disk)
+    once = get_sampler("mixture", trained.best, load_train, QUICK, said.append)
+    assert "the mixture is not kept" in said[-1]
+    monkeypatch.undo()
+    again = get_sampler("mixture", trained.best, load_train, QUICK)
+    assert torch.equal(once.means_LKZ, again.means_LKZ)
+
+
+def test_models_of_bits_have_samplers_of_bits(options, small_config, small_data):
+    """A mixture of one is the mean of the posteriors' draws: of the bits, not of grey images."""
+    config = dataclasses.replace(small_config, binarize="dynamic")
+    trained = fit(config, options(), quiet=True)
+    train = load_split("train", small_data, "custom")
+    one = dataclasses.replace(QUICK, components=1)
+    mixture = get_sampler("mixture", trained.best, lambda: train, one)
+    loader = eval_dataloader(as_trained(train, config.to_dict()))
+    z_PZ = encode_split(load_model(trained.best), loader).draw(config.seed).double()
+    for label in range(10):
+        expected = z_PZ[train.labels_N == label].mean(dim=0)
+        assert torch.allclose(mixture.means_LKZ[label, 0], expected, atol=1e-6)
 
 
 def load_ckpt_bytes(path):

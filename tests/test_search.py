@@ -213,8 +213,10 @@ def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, s
         ({"learning_rates": (1e-2, 1e-3)}, "0 < lowest < highest"),
         ({"scheduler": "bohb"}, "must be one of"),
         ({"objective": "iwae", "betas": (1.0, 2.0)}, "no KL term to weigh"),
-        ({"objective": "beta-tc", "prior": "vamp"}, "splits the KL by dimension"),
+        ({"objective": "beta-tc", "betas": (4.0,), "prior": "vamp"}, "splits the KL by dimension"),
         ({"metric": "fid", "binarize": "dynamic"}, "FID compares grey images"),
+        ({"objective": "beta-tc"}, "with a beta of 1 is the ELBO"),
+        ({"likelihood": "continuous-bernoulli", "binarize": "dynamic"}, "is of grey pixels"),
     ],
 )
 def test_impossible_searches_are_refused(wrong, message):

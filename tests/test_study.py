@@ -1,10 +1,14 @@
 """Studies: a grid trained and judged once, in one table and one picture."""
 
+import dataclasses
 import json
 import math
+import shutil
 import statistics
 
 import pytest
+from conftest import NAMES, write_idx_folder
+from matplotlib.figure import Figure
 
 from vae_hyperband import study_figures, train_vae
 from vae_hyperband.config import CommonConfig, Places, TrainConfig
@@ -54,8 +58,10 @@ def test_a_study_trains_judges_and_remembers(places, monkeypatch):
         assert math.isnan(value_of(row, "mig"))
     content = json.loads((places.log_folder / "study.json").read_text())
     assert content == {"split": "validation", "rows": rows}
-    assert "b0.5" in table(rows) or "0.5" in table(rows)
-    assert len(table(rows).splitlines()) == 3  # a head and two betas
+    head, *lines = table(rows).splitlines()
+    assert head.split()[:4] == ["latent", "beta", "n", "bound"]
+    assert [line.split()[:3] for line in lines] == [["3", "0.5", "2"], ["3", "2", "2"]]
+    assert lines[1].split()[3] == f"{over_seeds(rows[2:], 'bound')['mean']:.2f}"
 
     # nothing is trained or judged a second time
     from vae_hyperband import evaluation, training
@@ -76,6 +82,16 @@ def test_another_question_is_answered_anew(places):
     [third] = run_study(configs((0,), (1.0,)), places, "validation", more)
     assert third["bound"] == first["bound"]
     assert third["iwae"] != first["iwae"]
+
+
+def test_other_data_are_judged_anew(places, tmp_path):
+    [first] = run_study(configs((0,), (1.0,)), places, "test", QUICK)
+    folder = write_idx_folder(tmp_path / "other", num_test=59)
+    for name in NAMES[:2]:  # the same training images, another test split
+        shutil.copy2(places.data_dir / name, folder / name)
+    there = dataclasses.replace(places, data_dir=folder)
+    [other] = run_study(configs((0,), (1.0,)), there, "test", QUICK)
+    assert other["bound"] != first["bound"]
 
 
 def test_a_stopped_study_goes_on(places):
@@ -154,6 +170,25 @@ def test_the_picture_shows_whatever_was_measured(tmp_path):
         for seed in (0, 1)
     ]
     assert study_figures.rate_distortion(rows, tmp_path / "p.png").stat().st_size > 20_000
+
+
+def test_the_picture_has_a_line_for_each_latent_size():
+    rows = [
+        {**fake_row(beta, 0, 240.0), "config": TrainConfig(beta=beta, latent_dim=size).to_dict(),
+         "KL_divergence": {"mean": size + beta}, "recon_loss": {"mean": 200.0 - beta}}
+        for beta in (0.5, 1.0, 2.0)
+        for size in (32, 16)
+    ]  # fmt: skip
+    lines = study_figures.families_of(rows)
+    assert [[group[0]["config"]["beta"] for group in groups] for _, groups in lines] == [
+        [0.5, 1.0, 2.0]
+    ] * 2
+    axes = Figure().subplots()
+    study_figures.plane(axes, lines)
+    assert [line.get_xdata().tolist() for line in axes.lines] == [
+        [16.5, 17.0, 18.0], [32.5, 33.0, 34.0],
+    ]  # fmt: skip
+    assert [text.get_text() for text in axes.get_legend().texts] == ["latent 16", "latent 32"]
 
 
 def test_the_grid_is_every_combination():

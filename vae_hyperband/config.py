@@ -78,6 +78,10 @@ class CommonConfig:
             "--kl-cycles and --kl-warmup-epochs both say how the KL weight rises: give one.",
         )
         require(
+            self.binarize == "none" or self.likelihood == "bernoulli",
+            f"--likelihood {self.likelihood} is of grey pixels: leave out --binarize.",
+        )
+        require(
             self.objective not in ("free-bits", "beta-tc") or self.prior == "normal",
             f"--objective {self.objective} splits the KL by dimension, which only --prior normal "
             "allows.",
@@ -134,6 +138,11 @@ class TrainConfig(CommonConfig):
         require(
             not self.fid_samples or self.binarize == "none",
             "FID compares grey images: leave out --fid-samples, or --binarize.",
+        )
+        require(
+            self.objective != "beta-tc" or self.beta != 1,
+            "--objective beta-tc with a beta of 1 is the ELBO: give another --beta (a search: "
+            "--betas).",
         )
         weight_given = self.beta != 1 or self.kl_cycles or self.kl_warmup_epochs
         require(

@@ -50,7 +50,7 @@ def mutual_information_gap(mu_NZ: Tensor, levels_NF: Tensor) -> float:
 
 
 def factor_vae_score(mu_NZ: Tensor, levels_NF: Tensor, seed: int = 0) -> float:
-    """Kim & Mnih 2018, section 3: which dimension varies least where one factor is held fixed?
+    """Kim & Mnih 2018, section 4: which dimension varies least where one factor is held fixed?
 
     Accuracy of the majority vote from that dimension to the factor, on 800 votes after 800 more
     that decided the majority; dimensions that carry nothing do not vote.

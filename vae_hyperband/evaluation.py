@@ -7,6 +7,7 @@ per number that is published.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from vae_hyperband.measuring import Subject, generated_images, latent_space, lik
 from vae_hyperband.process import environment, pick_device
 
 #: Of the report's layout and protocols.
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 
 
 def evaluate(
@@ -38,6 +39,11 @@ def evaluate(
     and, for a sampler, :func:`get_sampler`.
     """
     options = options or EvaluateOptions()
+    if split == "train" and options.parts != ("likelihood",):
+        raise ConfigError(
+            "--split train says nothing of probes and images, which are measured against the "
+            "training images: give --parts likelihood."
+        )
     target = pick_device(device)
     content = load_ckpt(ckpt)
     config = TrainConfig.from_dict(content["config"], str(ckpt))
@@ -97,10 +103,12 @@ def evaluate_once(
 
     So a number of the test split is taken once.
     """
+    content = load_ckpt(ckpt)
     asked = {
         "version": REPORT_VERSION,
-        "checkpoint_digest": load_ckpt(ckpt)["digest"],
+        "checkpoint_digest": content["digest"],
         "split": split,
+        "data_digest": load_split(split, data_dir, content["config"]["dataset"]).digest,
         "options": plain(options),
     }
     with contextlib.suppress(ConfigError):  # no such file yet, or a broken one
@@ -113,5 +121,9 @@ def evaluate_once(
 
 
 def plain(options: EvaluateOptions) -> dict[str, Any]:
-    """The options as JSON has them."""
-    return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    """The options as JSON has them; a file is its SHA-256."""
+
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    return json.loads(json.dumps(dataclasses.asdict(options), default=digest))

@@ -124,7 +124,7 @@ def images(images_NCHW: Tensor, title: str, path: Path) -> Path:
 def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Path:
     """A grid of images decoded from draws of the prior."""
     drawn_NCHW = model.sample(num_samples, generator(seed, "sample")).cpu()
-    return images(drawn_NCHW, f"{num_samples} samples, z ~ N(0, I), seed {seed}", path)
+    return images(drawn_NCHW, f"{num_samples} samples, z from the prior, seed {seed}", path)
 
 
 @styled

@@ -214,26 +214,33 @@ def generated_images(
         nearest_M = nearest(features_MF, train_PF, 1)[0][:, 0]
         return compare(features_MF, images_NCHW) | copying(nearest_M, held_out_N)
 
+    mu_NZ = subject.posteriors(held_out).mu_NZ[:num]
     rows = {
         "real": compare(train_PF[chosen], train.images_NCHW[chosen]),
-        "reconstructions": judge(decode_bytes(model, subject.posteriors(held_out).mu_NZ)),
+        "reconstructions": judge(decode_bytes(model, mu_NZ)),
     }
+    counts = {"real": len(chosen), "reconstructions": len(mu_NZ)}
     for name in options.samplers:
         sampler = get_sampler(name, subject.ckpt, lambda: train, options.sampler, say)
         say(f"images from the {name}")
-        rows[name] = judge(generate(model, sampler, num, subject.seed))
-    inception = ""
+        rows[name], counts[name] = judge(generate(model, sampler, num, subject.seed)), num
+    bits = inception = ""
+    if subject.config.binarize != "none":
+        bits = ", grey ones, although the model was trained on bits"
     if options.inception:
         digest = hashlib.sha256(options.inception.read_bytes()).hexdigest()
         inception = f"; inception_fid: in the features of {options.inception.name} ({digest[:12]})"
     return {
         "protocol": f"features of a Fashion-MNIST classifier (SHA-256 {WEIGHTS_SHA256[:12]}), "
-        f"{num:,} generated images as bytes against the {len(held_out):,} images of the split; "
-        "reconstructions of the same split from posterior means; real: as many images of the "
+        f"images as bytes against all {len(held_out):,} images of the split{bits}; "
+        "reconstructions of the split's first images from posterior means; real: images of the "
         f"training split; 5 nearest neighbours; errors of FID by bootstrap{inception}",
-        "num_generated": num,
         **{
-            name: {key: value._asdict() for key, value in row.items()} for name, row in rows.items()
+            name: {
+                "num_images": counts[name],
+                **{key: value._asdict() for key, value in row.items()},
+            }
+            for name, row in rows.items()
         },
     }
 

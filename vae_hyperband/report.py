@@ -10,7 +10,7 @@ from typing import Any
 from vae_hyperband import figures
 from vae_hyperband.checkpoint import load_model
 from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.data import load_split
+from vae_hyperband.data import as_trained, load_split
 from vae_hyperband.process import EXIT_STOPPED
 from vae_hyperband.search_config import METRICS
 from vae_hyperband.training import FitResult
@@ -134,18 +134,14 @@ def _image_lines(images: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     if "inception_fid" in images["real"]:
         columns["inception_fid"] = "Inception FID"
-    head = " ".join(f"{title:>15}" for title in columns.values())
-    lines = [
-        "",
-        f"images: {images['num_generated']:,} per row against the split, as a classifier sees them",
-        f"  {'':18}{head}",
-    ]
+    head = " ".join(f"{title:>15}" for title in ("images", *columns.values()))
+    lines = ["", "images against the split's, as a classifier sees them", f"  {'':18}{head}"]
     for name, row in images.items():
         if isinstance(row, dict):
-            cells = (
+            cells = [f"{row['num_images']:,}"] + [
                 with_error(row[key], 2 if "fid" in key else 3) if key in row else ""
                 for key in columns
-            )
+            ]
             lines.append(f"  {name:18}" + " ".join(f"{cell:>15}" for cell in cells))
     return lines
 
@@ -165,7 +161,8 @@ def with_error(value: dict[str, float], digits: int = 2) -> str:
 def draw_run(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> list[Path]:
     """The pictures of a trained run, beside its logs; made from validation images."""
     folder, model = trained.log_folder, load_model(trained.best)
-    images = load_split("validation", data_dir, config.dataset).pixels(slice(1000))
+    split = as_trained(load_split("validation", data_dir, config.dataset), config.to_dict())
+    images = split.pixels(slice(1000))
     draw: dict[str, Callable[[Path], Path]] = {
         "curves.png": lambda path: figures.curves(folder, path),
         "reconstructions.png": lambda path: figures.reconstructions(model, images[:36], path),

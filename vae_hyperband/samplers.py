@@ -22,7 +22,7 @@ from vae_hyperband.bounds import EVAL_BATCH_SIZE, eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, load_pt, model_from_ckpt, save_pt
 from vae_hyperband.config import check_types, require, require_number
 from vae_hyperband.data import Split, as_trained
-from vae_hyperband.errors import CheckpointError, ConfigError
+from vae_hyperband.errors import CheckpointError, ConfigError, RunFolderError
 from vae_hyperband.flow import Flow, fit_flow
 from vae_hyperband.latents import Posteriors, encode_split
 from vae_hyperband.model import VAE
@@ -75,7 +75,7 @@ class Prior:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Gaussians with full covariances, as many for each label. float64."""
+    """Gaussians with full covariances, up to K for each label. float64."""
 
     shares_L: Tensor  # of the labels in the training split
     weights_LK: Tensor
@@ -93,21 +93,21 @@ class Mixture:
         counts_L[counts_L < 2] = 0  # a single image has no covariance: its label is never drawn
         require(bool(counts_L.any()), "No label has two training images: no mixture can be fitted.")
         shares_L = counts_L.double() / counts_L.sum()
-        components = min(components, int(counts_L[counts_L > 0].min()))
         num_labels, latent_dim = len(shares_L), z_PZ.shape[1]
         weights_LK = torch.zeros(num_labels, components, dtype=torch.float64)
         means_LKZ = torch.zeros(num_labels, components, latent_dim, dtype=torch.float64)
         roots_LKZZ = torch.eye(latent_dim, dtype=torch.float64).repeat(num_labels, components, 1, 1)
         for label in shares_L.nonzero()[:, 0].tolist():
-            model = GaussianMixture(components, reg_covar=1e-4, random_state=seed & 0xFFFFFFFF)
+            num = min(components, int(counts_L[label]))  # of a rare label, fewer
+            model = GaussianMixture(num, reg_covar=1e-4, random_state=seed & 0xFFFFFFFF)
             # its matrices are small: two threads take two to four times as long as one
             with warnings.catch_warnings(), threadpool_limits(1):
                 # 100 rounds that have not converged are a fit, too
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(z_PZ[label_P == label].double().numpy())
-            weights_LK[label] = torch.from_numpy(model.weights_)
-            means_LKZ[label] = torch.from_numpy(model.means_)
-            roots_LKZZ[label] = torch.linalg.cholesky(torch.from_numpy(model.covariances_))
+            weights_LK[label, :num] = torch.from_numpy(model.weights_)
+            means_LKZ[label, :num] = torch.from_numpy(model.means_)
+            roots_LKZZ[label, :num] = torch.linalg.cholesky(torch.from_numpy(model.covariances_))
         return cls(shares_L, weights_LK, means_LKZ, roots_LKZZ)
 
     def draw(self, num: int, stream: torch.Generator, label: int | None = None) -> Tensor:
@@ -180,10 +180,18 @@ def get_sampler(
                 return _from_tensors(name, found["tensors"], config)
     say(f"fitting the {name} to the training split's latents")
     train = load_train()
+    if train.digest != content["data"]["digest"]:
+        raise CheckpointError(
+            f"{ckpt} was trained on other images than these, to which no {name} can be fitted: "
+            "give the --data-dir it was trained on, or leave the sampler out."
+        )
     posteriors = encode_split(model, eval_dataloader(as_trained(train, content["config"])))
     seed = content["config"]["seed"]
     sampler = fit_sampler(name, posteriors, train.labels_N, seed, config, say)
-    save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, VERSION)
+    try:
+        save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, VERSION)
+    except RunFolderError as error:  # somebody else's checkpoint, perhaps
+        say(f"the {name} is not kept: {error}")
     return sampler
 
 

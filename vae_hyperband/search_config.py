@@ -21,7 +21,7 @@ FID_SAMPLES = 5000
 METRICS = {
     "bound": "validation bound at beta = 1, nats/image",
     "iwae": "validation IWAE bound, nats/image",
-    "fid": "validation FID, z ~ N(0, I)",
+    "fid": "validation FID, z from the prior",
 }
 
 

@@ -16,28 +16,35 @@ SOURCES = {
 }
 
 
+LINES = ("-", "--", ":", "-.")  # of latent sizes
+Family = tuple[str, list[list[Row]]]  # a kind of line, and groups of seeds by beta
+
+
 @styled
 def rate_distortion(rows: list[Row], path: Path) -> Path:
-    """Rate against distortion, and FID, probes and active units (or MIG) against beta."""
+    """Rate against distortion, and FID, probes and active units (or MIG, DCI) against beta.
+
+    A line per latent size. Bars are 95% intervals over seeds, where there are several.
+    """
     figure = Figure(figsize=(10, 6.4))
-    (plane, images), (probes, units) = figure.subplots(2, 2)
-    groups = sorted(grouped(rows), key=lambda group: group[0]["config"]["beta"])
-    _plane(plane, groups)
+    (rates, images), (probes, units) = figure.subplots(2, 2)
+    families = families_of(rows)
+    plane(rates, families)
     for source, (color, label) in SOURCES.items():
-        _against_beta(images, groups, f"fid_{source}", color, label)
+        _against_beta(images, families, f"fid_{source}", color, label)
     images.set(title="FID of images (lower is better)", yscale="log")
-    _against_beta(probes, groups, "linear_probe", BLUE, "linear")
-    _against_beta(probes, groups, "knn_probe", ORANGE, "10 nearest neighbours")
+    _against_beta(probes, families, "linear_probe", BLUE, "linear")
+    _against_beta(probes, families, "knn_probe", ORANGE, "10 nearest neighbours")
     for measure, color in (("raw_linear_probe", BLUE), ("raw_knn_probe", ORANGE)):
         level = value_of(rows[0], measure)
         probes.axhline(level, color=color, linestyle=":", linewidth=1)
     probes.set(title="probe accuracy (dotted: on raw pixels)")
     if "mig" in rows[0]:
-        _against_beta(units, groups, "mig", BLUE, "MIG")
-        _against_beta(units, groups, "dci", ORANGE, "DCI disentanglement")
+        _against_beta(units, families, "mig", BLUE, "MIG")
+        _against_beta(units, families, "dci", ORANGE, "DCI disentanglement")
         units.set(title="disentanglement")
     else:
-        _against_beta(units, groups, "active_units", BLUE, "active units")
+        _against_beta(units, families, "active_units", BLUE, "active units")
         units.set(title="active units", ylim=(0, None))
     for axes in (images, probes, units):
         axes.set(xlabel="beta", xscale="log")
@@ -46,22 +53,35 @@ def rate_distortion(rows: list[Row], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _plane(axes: Axes, groups: list[list[Row]]) -> None:
-    """One point per configuration: what z costs, and what is lost with it."""
-    points = [
-        [over_seeds(group, name)["mean"] for name in ("KL_divergence", "recon_loss")]
-        for group in groups
+def families_of(rows: list[Row]) -> list[Family]:
+    """The rows by latent size, from the smallest on; in each by beta."""
+    groups = sorted(grouped(rows), key=lambda group: group[0]["config"]["beta"])
+    sizes = sorted({group[0]["config"]["latent_dim"] for group in groups})
+    return [
+        (LINES[i % len(LINES)], [g for g in groups if g[0]["config"]["latent_dim"] == size])
+        for i, size in enumerate(sizes)
     ]
-    rates, distortions = zip(*points, strict=True)
-    axes.plot(
-        rates, distortions, color=GREY, linewidth=1, marker="o", markersize=5,
-        markerfacecolor=BLUE, markeredgecolor=BLUE,
-    )  # fmt: skip
-    for group, (rate, distortion) in zip(groups, points, strict=True):
-        beta = group[0]["config"]["beta"]
-        axes.annotate(
-            f"{beta:g}", (rate, distortion), xytext=(4, 4), textcoords="offset points", fontsize=8
-        )
+
+
+def plane(axes: Axes, families: list[Family]) -> None:
+    """One point per configuration: what z costs, and what is lost with it."""
+    for line, groups in families:
+        points = [
+            tuple(over_seeds(group, name)["mean"] for name in ("KL_divergence", "recon_loss"))
+            for group in groups
+        ]
+        axes.plot(
+            *zip(*points, strict=True), color=GREY, linewidth=1, linestyle=line, marker="o",
+            markersize=5, markerfacecolor=BLUE, markeredgecolor=BLUE,
+            label=f"latent {groups[0][0]['config']['latent_dim']}",
+        )  # fmt: skip
+        for group, point in zip(groups, points, strict=True):
+            axes.annotate(
+                f"{group[0]['config']['beta']:g}", (point[0], point[1]), xytext=(4, 4),
+                textcoords="offset points", fontsize=8,
+            )  # fmt: skip
+    if len(families) > 1:
+        axes.legend()
     axes.set(
         title="rate and distortion, labelled with beta",
         xlabel="rate: KL (nats/image)",
@@ -69,17 +89,17 @@ def _plane(axes: Axes, groups: list[list[Row]]) -> None:
     )
 
 
-def _against_beta(
-    axes: Axes, groups: list[list[Row]], measure: str, color: str, label: str
-) -> None:
-    """Means over seeds; bars are 95% intervals where there are several seeds."""
-    there = [group for group in groups if measure in group[0] and group[0]["config"]["beta"] > 0]
-    if not there:
-        return
-    found = [over_seeds(group, measure) for group in there]
-    axes.errorbar(
-        [group[0]["config"]["beta"] for group in there],
-        [value["mean"] for value in found],
-        yerr=[value["half_interval"] if value["n"] > 1 else 0.0 for value in found],
-        color=color, label=label, marker="o", markersize=4, capsize=2, linewidth=1.2,
-    )  # fmt: skip
+def _against_beta(axes: Axes, families: list[Family], measure: str, color: str, label: str) -> None:
+    """Means over seeds; the first family names the colour."""
+    for line, groups in families:
+        there = [g for g in groups if measure in g[0] and g[0]["config"]["beta"] > 0]
+        if not there:
+            continue
+        found = [over_seeds(group, measure) for group in there]
+        axes.errorbar(
+            [group[0]["config"]["beta"] for group in there],
+            [value["mean"] for value in found],
+            yerr=[value["half_interval"] if value["n"] > 1 else 0.0 for value in found],
+            color=color, label=label if line == LINES[0] else None, linestyle=line, marker="o",
+            markersize=4, capsize=2, linewidth=1.2,
+        )  # fmt: skip
