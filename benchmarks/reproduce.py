@@ -8,8 +8,8 @@ split; numbers are of the test split.
 
 Run: make reproduce, or python benchmarks/reproduce.py [--only table sweep ...]. About two hours on
 2 CPU cores (an estimate from single runs; it has not been run as a whole yet); the same command
-goes on after a stop. Writes docs/results.json, the table between the markers in README.md where
-there are any, and docs/rate_distortion.png and docs/disentanglement.png.
+goes on after a stop. Writes docs/results.json, and the tables and pictures made of it
+(results_pages.py).
 """
 
 import argparse
@@ -17,22 +17,18 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from results_pages import RESULTS, write_pages
 
-from vae_hyperband import study_figures
 from vae_hyperband.checkpoint import write_text
 from vae_hyperband.config import Places, TrainConfig
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.process import EXIT_STOPPED, environment, pick_device, stop_flag
 from vae_hyperband.report import say
 from vae_hyperband.samplers import SamplerConfig
-from vae_hyperband.study import Row, grouped, over_seeds, run_study, value_of
+from vae_hyperband.study import Row, run_study, value_of
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs/results.json"
-PAGE = ROOT / "README.md"
 SEEDS = (0, 1, 2)
 #: Candidates for the best images; validation FID decides, the sampler included.
 SHARP = {"latent_dim": 64, "epochs": 25}
@@ -155,55 +151,6 @@ def _sharp(places: Places, should_stop: Callable[[], bool]) -> dict | None:
     return {"rows": rows, "validation": judged, "sampler": best_sampler(row)[0]}
 
 
-def markdown(results: dict) -> str:
-    """The README's table: means over seeds, +- half of the 95% interval where there are several."""
-    lines = [
-        "| model | test bound | linear probe | FID recon. | FID prior | FID mixture | FID flow |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    table = rows_of(results, "table")
-    there = {row["name"] for row in table}
-    others = [row for row in rows_of(results, "sweep") if row["name"] not in there]
-    for group in grouped(table + others):
-        config = group[0]["config"]
-        kind = "VAE" if config["beta"] == 1 else f"beta-VAE, beta {config['beta']:g}"
-        lines.append(f"| {kind}, latent {config['latent_dim']} {_cells(group)}")
-    for row in rows_of(results, "bound"):
-        lines.append(f"| VAE, latent 32, VampPrior, 40 epochs {_cells([row])}")
-    for row in rows_of(results, "sharp"):
-        config = row["config"]
-        prior = ", VampPrior" if config["prior"] == "vamp" else ""
-        lines.append(
-            f"| best images: latent {config['latent_dim']}, beta {config['beta']:g}{prior}, "
-            f"{config['epochs']} epochs {_cells([row])}"
-        )
-    return "\n".join(lines)
-
-
-def rows_of(results: dict, part: str) -> list[Row]:
-    """The part's rows, if it has been run."""
-    return results[part]["rows"] if part in results else []
-
-
-def _cells(group: list[Row]) -> str:
-    columns = {
-        "bound": 2, "linear_probe": 3, "fid_reconstructions": 2, "fid_prior": 2, "fid_mixture": 2,
-        "fid_flow": 2,
-    }  # fmt: skip
-    cells = []
-    for measure, digits in columns.items():
-        found = over_seeds(group, measure)
-        cell = f"{found['mean']:.{digits}f}"
-        cells.append(cell + (f" +- {found['half_interval']:.{digits}f}" if found["n"] > 1 else ""))
-    return "| " + " | ".join(cells) + " |"
-
-
-def between_markers(text: str, table: str) -> str:
-    start, end = "<!--results-->\n", "\n<!--/results-->"
-    head, rest = text.split(start)
-    return head + start + table + end + rest.split(end)[1]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parts = ["table", "sweep", "variants", "drawn", "bound", "bits", "sharp"]
@@ -222,14 +169,7 @@ def main() -> int:
             where = environment(pick_device(args.device))
             results[part] = {**found, "environment": where}
             write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-    if "<!--results-->" in PAGE.read_text():
-        write_text(PAGE, between_markers(PAGE.read_text(), markdown(results)))
-    for part, picture in (("sweep", "rate_distortion"), ("drawn", "disentanglement")):
-        if part in results:
-            print(
-                study_figures.rate_distortion(rows_of(results, part), ROOT / f"docs/{picture}.png")
-            )
-    print(markdown(results))
+    write_pages(results)
     return 0
 
 

@@ -1,9 +1,9 @@
 """The README says what was measured, and names only what exists."""
 
-import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,31 +64,55 @@ def test_the_numbers_of_the_evaluation_page_are_those_of_the_raw_files():
     assert f"<!--feature_accuracy-->{net['test_accuracy']:.3f}<!--/-->" in page
 
 
-def test_reproduce_writes_its_table_between_the_markers_and_nowhere_else():
-    path = ROOT / "benchmarks/reproduce.py"
-    spec = importlib.util.spec_from_file_location("reproduce", path)
-    reproduce = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reproduce)
+@pytest.fixture(scope="module")
+def scripts():
+    """reproduce.py and results_pages.py, which lie outside of the package."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import reproduce
+    import results_pages
 
-    def row(config, bound):
-        measures = ("linear_probe", "fid_reconstructions", "fid_prior", "fid_mixture", "fid_flow")
-        values = {name: {"mean": 0.5, "standard_error": 0.1} for name in ("bound", *measures)}
-        values["bound"] = {"mean": bound, "standard_error": 1.0}
-        return {"name": reproduce.name_of(config), "config": config.to_dict(), **values}
+    yield reproduce, results_pages
+    sys.path.remove(str(ROOT / "benchmarks"))
 
-    table = [row(config, 240.0 + config.seed) for config in reproduce.table_configs().values()]
-    sweep = [row(config, 250.0) for config in reproduce.sweep_configs().values()]
-    sharp = [row(config, 300.0) for config in reproduce.sharp_configs().values()]
-    sharp[1]["fid_flow"]["mean"] = 0.1
-    assert reproduce.best_of(sharp) == sharp[1]["name"]
-    assert reproduce.best_sampler(sharp[1]) == ("flow", 0.1)
-    text = reproduce.markdown({"table": {"rows": table}, "sweep": {"rows": sweep}})
-    lines = text.splitlines()
-    # a head of two, 3 latent sizes x 2 betas, and the sweep's 7 without the two that are there
-    assert len(lines) == 2 + 6 + 5
-    assert "| VAE, latent 16 | 241.00 +- 2.48 |" in lines[2]
-    page = "head\n<!--results-->\nold\n<!--/results-->\nfoot"
-    assert reproduce.between_markers(page, text) == page.replace("old", text)
+
+def made_up(config, bound, **more):
+    names = ("linear_probe", "fid_reconstructions", "fid_prior", "fid_mixture", "fid_flow")
+    values = {name: {"mean": 0.5, "standard_error": 0.1} for name in names}
+    values["bound"] = {"mean": bound, "standard_error": 1.0}
+    return {"config": config.to_dict(), **values, **more}
+
+
+def test_tables_have_means_and_intervals_over_seeds(scripts):
+    reproduce, pages = scripts
+    results = {
+        part: {"rows": [made_up(c, bound + c.seed, name=name) for name, c in configs().items()]}
+        for part, configs, bound in (
+            ("table", reproduce.table_configs, 240.0), ("sweep", reproduce.sweep_configs, 250.0),
+            ("bound", reproduce.bound_configs, 236.0), ("variants", reproduce.variant_configs, 241),
+        )
+    }  # fmt: skip
+    head, _, *lines = pages.models(results).splitlines()
+    assert head.startswith("| model | test bound | linear probe |")
+    # 3 latent sizes x 2 betas, the sweep's 7 without the two that are there, the best bound
+    assert len(lines) == 6 + 5 + 1
+    assert lines[0] == (
+        "| VAE, latent 16 | 241.00 +- 2.48 | 0.500 +- 0.000 "
+        + "| 0.50 +- 0.00 " * 4 + "|"
+    )  # fmt: skip
+    assert lines[-1].startswith("| best bound: `--prior vamp --epochs 40` | 236.00 | 0.500 |")
+    _, _, default, first, *_ = pages.variants(results).splitlines()
+    assert default.startswith("| the default | 240.00 |  |")  # a KL that was not measured
+    assert first.startswith("| `--kl-warmup-epochs 3` | 241.00 |")
+    page = "head\n<!--models-->\nold\n<!--/models-->\nfoot"
+    assert pages.filled("README.md", page, results) == page.replace("old", pages.models(results))
+
+
+def test_the_best_images_are_those_with_the_lowest_validation_fid(scripts):
+    reproduce, _ = scripts
+    rows = [made_up(c, 300.0, name=name) for name, c in reproduce.sharp_configs().items()]
+    rows[1]["fid_flow"]["mean"] = 0.1
+    assert reproduce.best_of(rows) == rows[1]["name"]
+    assert reproduce.best_sampler(rows[1]) == ("flow", 0.1)
 
 
 def commands() -> list[str]:

@@ -217,10 +217,8 @@ def test_total_correlation_of_batches_estimates_that_of_the_whole():
 
 def test_beta_tc_weighs_the_total_correlation_alone():
     passed = random_pass()
-    config, bound = (
-        TrainConfig(objective="beta-tc", beta=3.0),
-        sum(part.mean() for part in passed.nats),
-    )
+    config = TrainConfig(objective="beta-tc", beta=3.0)
+    bound = sum(part.mean() for part in passed.nats)
     assert training_total(config, passed, 1.0, 1000, 0.0).item() == pytest.approx(bound.item())
     more = training_total(config, passed, 3.0, 1000, 0.0)
     expected = bound + 2 * total_correlation(passed, 1000)

@@ -1,0 +1,151 @@
+"""The tables of README.md and docs/, and their pictures, from docs/results.json.
+
+reproduce.py writes results.json and calls this; run it alone to write the pages again:
+python benchmarks/results_pages.py. A table stands between two comments with its name.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vae_hyperband import study_figures
+from vae_hyperband.checkpoint import write_text
+from vae_hyperband.config import TrainConfig
+from vae_hyperband.study import Row, grouped, over_seeds
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs/results.json"
+Results = dict[str, Any]
+
+#: Measures, the digits they are shown with, and their columns' titles.
+BOUND = ("bound", 2, "test bound")
+KL = ("KL_divergence", 1, "KL")
+ACTIVE = ("active_units", 1, "active units")
+LINEAR = ("linear_probe", 3, "linear probe")
+RECONSTRUCTIONS = ("fid_reconstructions", 2, "FID recon.")
+PRIOR = ("fid_prior", 2, "FID prior")
+MIXTURE = ("fid_mixture", 2, "FID mixture")
+FLOW = ("fid_flow", 2, "FID flow")
+MIG, DCI = ("mig", 3, "MIG"), ("dci", 3, "DCI disentanglement")
+FACTOR_VAE = ("factor_vae_score", 3, "FactorVAE score")
+Column = tuple[str, int, str]
+
+
+def models(results: Results) -> str:
+    """VAE and beta-VAE by latent size and beta, then the best bound and the best images."""
+    columns = [BOUND, LINEAR, RECONSTRUCTIONS, PRIOR, MIXTURE, FLOW]
+    there = {row["name"] for row in rows_of(results, "table")}
+    more = [row for row in rows_of(results, "sweep") if row["name"] not in there]
+    lines = []
+    for group in grouped(rows_of(results, "table") + more):
+        config = group[0]["config"]
+        kind = "VAE" if config["beta"] == 1 else f"beta-VAE, beta {config['beta']:g}"
+        lines.append([f"{kind}, latent {config['latent_dim']}", *cells(group, columns)])
+    for part, what in (("bound", "best bound"), ("sharp", "best images")):
+        for row in rows_of(results, part):
+            lines.append([f"{what}: `{options_of(row)}`", *cells([row], columns)])
+    return markdown("model", columns, lines)
+
+
+def variants(results: Results) -> str:
+    """One thing changed at a time, beside the default."""
+    columns = [BOUND, KL, ACTIVE, LINEAR, RECONSTRUCTIONS, PRIOR]
+    default = [row for row in rows_of(results, "table") if row["name"] == "z32-b1-s0"]
+    return markdown(
+        "`train` with",
+        columns,
+        [
+            [f"`{options_of(row)}`" if options_of(row) else "the default", *cells([row], columns)]
+            for row in default + rows_of(results, "variants")
+        ],
+    )
+
+
+def bits(results: Results) -> str:
+    """Binarised images: the bound and IWAE-5000, with standard errors over images."""
+    lines = []
+    for row in rows_of(results, "bits"):
+        pairs = [row["bound"], row["iwae"]]
+        numbers = [f"{pair['mean']:.2f} +- {pair['standard_error']:.2f}" for pair in pairs]
+        lines.append([f"`{options_of(row)}`", *numbers])
+    return markdown("`train` with", [BOUND, ("iwae", 2, "test IWAE-5000 bound")], lines)
+
+
+def disentanglement(results: Results) -> str:
+    """Drawn garments: how cleanly factors are separated, by beta."""
+    columns = [MIG, DCI, FACTOR_VAE, ACTIVE, BOUND]
+    groups = grouped(rows_of(results, "drawn"))
+    return markdown(
+        "beta",
+        columns,
+        [[f"{group[0]['config']['beta']:g}", *cells(group, columns)] for group in groups],
+    )
+
+
+#: The pages, and the tables on each.
+PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
+    "README.md": {"models": models},
+    "docs/objectives.md": {"variants": variants},
+    "docs/evaluation.md": {"bits": bits, "disentanglement": disentanglement},
+}
+PICTURES = {"sweep": "docs/rate_distortion.png", "drawn": "docs/disentanglement.png"}
+
+
+def rows_of(results: Results, part: str) -> list[Row]:
+    """The part's rows, if it has been run."""
+    return results[part]["rows"] if part in results else []
+
+
+def options_of(row: Row) -> str:
+    """How the run's configuration differs from the default, as options of ``train``."""
+    default = TrainConfig().to_dict()
+    changed = {name: value for name, value in row["config"].items() if value != default[name]}
+    return " ".join(
+        f"--{name.replace('_', '-')} {value:g}"
+        if isinstance(value, float)
+        else f"--{name.replace('_', '-')} {value}"
+        for name, value in changed.items()
+    )
+
+
+def cells(group: list[Row], columns: list[Column]) -> list[str]:
+    """Means over seeds, +- half of the 95% interval where there are several."""
+    found = []
+    for measure, digits, _ in columns:
+        value = over_seeds(group, measure)
+        cell = "" if math.isnan(value["mean"]) else f"{value['mean']:.{digits}f}"
+        several = cell and value["n"] > 1
+        found.append(cell + (f" +- {value['half_interval']:.{digits}f}" if several else ""))
+    return found
+
+
+def markdown(first: str, columns: list[Column], lines: list[list[str]]) -> str:
+    head = [first, *(title for *_, title in columns)]
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+
+
+def filled(page: str, text: str, results: Results) -> str:
+    """The page's text with its tables as the results have them."""
+    for name, table in PAGES[page].items():
+        start, end = f"<!--{name}-->\n", f"<!--/{name}-->"
+        before, rest = text.split(start)
+        text = before + start + table(results) + "\n" + end + rest.split(end)[1]
+    return text
+
+
+def write_pages(results: Results) -> None:
+    for page in PAGES:
+        path = ROOT / page
+        write_text(path, filled(page, path.read_text(), results))
+    for part, picture in PICTURES.items():
+        if rows := rows_of(results, part):
+            print(study_figures.rate_distortion(rows, ROOT / picture))
+
+
+if __name__ == "__main__":
+    write_pages(json.loads(RESULTS.read_text()))
+    sys.exit()
