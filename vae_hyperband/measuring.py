@@ -149,9 +149,9 @@ def latent_space(subject: Subject) -> dict[str, Any]:
     active = active_units(posteriors)
     report = {
         "protocol": "posterior means; probes trained on all images of the training split: logistic "
-        "regression on standardised values, majority of the 10 nearest neighbours; active: "
-        f"variance of the mean above {ACTIVE_VARIANCE}; mutual information of z and the number of "
-        "the image, at most log N",
+        "regression on standardised values (ridge chosen on a tenth of them), majority of the 10 "
+        f"nearest neighbours; active: variance of the mean above {ACTIVE_VARIANCE}; mutual "
+        "information of z and the number of the image, at most log N",
         "latent_dim": subject.model.latent_dim,
         "active_units": active,
         "collapsed": active == 0,
