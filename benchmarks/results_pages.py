@@ -37,10 +37,8 @@ Column = tuple[str, int, str]
 def models(results: Results) -> str:
     """VAE and beta-VAE by latent size and beta, then the best bound and the best images."""
     columns = [BOUND, LINEAR, RECONSTRUCTIONS, PRIOR, MIXTURE, FLOW]
-    there = {row["name"] for row in rows_of(results, "table")}
-    more = [row for row in rows_of(results, "sweep") if row["name"] not in there]
     lines = []
-    for group in grouped(rows_of(results, "table") + more):
+    for group in grouped(rows_of(results, "table") + rows_of(results, "sweep")):
         config = group[0]["config"]
         kind = "VAE" if config["beta"] == 1 else f"beta-VAE, beta {config['beta']:g}"
         lines.append([f"{kind}, latent {config['latent_dim']}", *cells(group, columns)])
@@ -91,12 +89,25 @@ PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
     "docs/objectives.md": {"variants": variants},
     "docs/evaluation.md": {"bits": bits, "disentanglement": disentanglement},
 }
-PICTURES = {"sweep": "docs/rate_distortion.png", "drawn": "docs/disentanglement.png"}
+#: Single numbers of the README between <!--name--> and <!--/-->: part, measure, digits.
+NUMBERS = {"raw_probe": ("sharp", "raw_linear_probe", 3), "real_fid": ("sharp", "fid_real", 2)}
 
 
 def rows_of(results: Results, part: str) -> list[Row]:
     """The part's rows, if it has been run."""
     return results[part]["rows"] if part in results else []
+
+
+def betas(results: Results) -> list[Row]:
+    """All models of latent size 32 that differ in beta and seed alone."""
+    table = [row for row in rows_of(results, "table") if row["config"]["latent_dim"] == 32]
+    return table + rows_of(results, "sweep")
+
+
+PICTURES: dict[str, Callable[[Results], list[Row]]] = {
+    "docs/rate_distortion.png": betas,
+    "docs/disentanglement.png": lambda results: rows_of(results, "drawn"),
+}
 
 
 def options_of(row: Row) -> str:
@@ -134,6 +145,10 @@ def filled(page: str, text: str, results: Results) -> str:
         start, end = f"<!--{name}-->\n", f"<!--/{name}-->"
         before, rest = text.split(start)
         text = before + start + table(results) + "\n" + end + rest.split(end)[1]
+    for name, (part, measure, digits) in NUMBERS.items() if page == "README.md" else ():
+        [number] = cells(rows_of(results, part), [(measure, digits, "")])
+        before, rest = text.split(f"<!--{name}-->")
+        text = f"{before}<!--{name}-->{number}<!--/-->{rest.split('<!--/-->', 1)[1]}"
     return text
 
 
@@ -141,8 +156,8 @@ def write_pages(results: Results) -> None:
     for page in PAGES:
         path = ROOT / page
         write_text(path, filled(page, path.read_text(), results))
-    for part, picture in PICTURES.items():
-        if rows := rows_of(results, part):
+    for picture, rows_in in PICTURES.items():
+        if rows := rows_in(results):
             print(study_figures.rate_distortion(rows, ROOT / picture))
 
 

@@ -78,6 +78,8 @@ def scripts():
 def made_up(config, bound, **more):
     names = ("linear_probe", "fid_reconstructions", "fid_prior", "fid_mixture", "fid_flow")
     values = {name: {"mean": 0.5, "standard_error": 0.1} for name in names}
+    values["raw_linear_probe"] = {"mean": 0.8447, "standard_error": 0.1}
+    values["fid_real"] = {"mean": 0.0957, "standard_error": 0.1}
     values["bound"] = {"mean": bound, "standard_error": 1.0}
     return {"config": config.to_dict(), **values, **more}
 
@@ -89,22 +91,32 @@ def test_tables_have_means_and_intervals_over_seeds(scripts):
         for part, configs, bound in (
             ("table", reproduce.table_configs, 240.0), ("sweep", reproduce.sweep_configs, 250.0),
             ("bound", reproduce.bound_configs, 236.0), ("variants", reproduce.variant_configs, 241),
+            ("sharp", lambda: {"best": train_vae.TrainConfig(beta=0.02)}, 353.0),
         )
     }  # fmt: skip
     head, _, *lines = pages.models(results).splitlines()
     assert head.startswith("| model | test bound | linear probe |")
-    # 3 latent sizes x 2 betas, the sweep's 7 without the two that are there, the best bound
-    assert len(lines) == 6 + 5 + 1
+    # 3 latent sizes x 2 betas, 5 more betas, the best bound, the best images
+    assert len(lines) == 6 + 5 + 1 + 1
     assert lines[0] == (
         "| VAE, latent 16 | 241.00 +- 2.48 | 0.500 +- 0.000 "
         + "| 0.50 +- 0.00 " * 4 + "|"
     )  # fmt: skip
-    assert lines[-1].startswith("| best bound: `--prior vamp --epochs 40` | 236.00 | 0.500 |")
+    assert lines[-1].startswith("| best images: `--beta 0.02` | 353.00 | 0.500 |")
+    assert lines[-2].startswith("| best bound: `--prior vamp --epochs 40` | 236.00 | 0.500 |")
     _, _, default, first, *_ = pages.variants(results).splitlines()
     assert default.startswith("| the default | 240.00 |  |")  # a KL that was not measured
     assert first.startswith("| `--kl-warmup-epochs 3` | 241.00 |")
-    page = "head\n<!--models-->\nold\n<!--/models-->\nfoot"
-    assert pages.filled("README.md", page, results) == page.replace("old", pages.models(results))
+    page = (
+        "head\n<!--models-->\nold\n<!--/models-->\nraw <!--raw_probe-->old<!--/-->, "
+        "real <!--real_fid-->old<!--/-->, more <!--else-->old<!--/-->\n"
+    )
+    lines = pages.filled("README.md", page, results).splitlines()
+    assert "\n".join(lines[2:-2]) == pages.models(results)
+    assert lines[-1] == (
+        "raw <!--raw_probe-->0.845<!--/-->, real <!--real_fid-->0.10<!--/-->, "
+        "more <!--else-->old<!--/-->"
+    )
 
 
 def test_the_best_images_are_those_with_the_lowest_validation_fid(scripts):

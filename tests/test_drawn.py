@@ -141,7 +141,8 @@ def test_measures_are_high_where_factors_are_apart_and_low_where_they_are_mixed(
 
 
 def test_the_factor_vae_score_does_not_depend_on_scales_nor_on_its_own_votes():
-    mu_NZ, levels_NF = separate()
+    apart_NZ, levels_NF = separate()
+    mu_NZ = apart_NZ + 0.3 * torch.randn(apart_NZ.shape, generator=generator(3, "test"))
     scales = torch.tensor([1.0, 100.0, 0.5, 20.0, 3.0, 7.0, 1.0])
     assert factor_vae_score(mu_NZ * scales, levels_NF) > 0.95
     noise_NZ = torch.randn(4000, 80, generator=generator(1, "test"))  # ten votes a dimension
