@@ -23,7 +23,7 @@ Results = dict[str, Any]
 #: Measures, the digits they are shown with, and their columns' titles.
 BOUND = ("bound", 2, "test bound")
 KL = ("KL_divergence", 1, "KL")
-ACTIVE = ("active_units", 1, "active units")
+ACTIVE = ("active_units", 0, "active units")
 LINEAR = ("linear_probe", 3, "linear probe")
 RECONSTRUCTIONS = ("fid_reconstructions", 2, "FID recon.")
 PRIOR = ("fid_prior", 2, "FID prior")

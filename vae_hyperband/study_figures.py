@@ -1,9 +1,11 @@
 """The picture of a study: what beta buys, and what it costs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from vae_hyperband.figures import BLUE, GREEN, GREY, ORANGE, save_figure, styled
 from vae_hyperband.study import Row, grouped, over_seeds, value_of
@@ -22,35 +24,62 @@ Family = tuple[str, list[list[Row]]]  # a kind of line, and groups of seeds by b
 
 @styled
 def rate_distortion(rows: list[Row], path: Path) -> Path:
-    """Rate against distortion, and FID, probes and active units (or MIG, DCI) against beta.
+    """Rate against distortion, and against beta what else was measured.
 
-    A line per latent size. Bars are 95% intervals over seeds, where there are several.
+    FID, probes, disentanglement, active units. A line per latent size. Bars are 95% intervals over
+    seeds, where there are several.
     """
-    figure = Figure(figsize=(10, 6.4))
-    (rates, images), (probes, units) = figure.subplots(2, 2)
     families = families_of(rows)
-    plane(rates, families)
-    for source, (color, label) in SOURCES.items():
-        _against_beta(images, families, f"fid_{source}", color, label)
-    images.set(title="FID of images (lower is better)", yscale="log")
-    _against_beta(probes, families, "linear_probe", BLUE, "linear")
-    _against_beta(probes, families, "knn_probe", ORANGE, "10 nearest neighbours")
-    for measure, color in (("raw_linear_probe", BLUE), ("raw_knn_probe", ORANGE)):
-        level = value_of(rows[0], measure)
-        probes.axhline(level, color=color, linestyle=":", linewidth=1)
-    probes.set(title="probe accuracy (dotted: on raw pixels)")
-    if "mig" in rows[0]:
-        _against_beta(units, families, "mig", BLUE, "MIG")
-        _against_beta(units, families, "dci", ORANGE, "DCI disentanglement")
-        units.set(title="disentanglement")
-    else:
-        _against_beta(units, families, "active_units", BLUE, "active units")
-        units.set(title="active units", ylim=(0, None))
-    for axes in (images, probes, units):
+    by_measure: dict[str, Callable[[Axes, list[Family]], None]] = {
+        "fid_reconstructions": _images, "linear_probe": _probes, "mig": _disentanglement,
+        "active_units": _active_units,
+    }  # fmt: skip
+    panels = [plane, *(panel for name, panel in by_measure.items() if name in rows[0])]
+    height = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 3.2 * height))
+    all_axes = figure.subplots(height, 2, squeeze=False).flatten()
+    for axes, panel in zip(all_axes, panels, strict=False):
+        panel(axes, families)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    betas = sorted({row["config"]["beta"] for row in rows} - {0})
+    for axes in all_axes[1 : len(panels)]:
         axes.set(xlabel="beta", xscale="log")
-        if axes.get_legend_handles_labels()[0]:  # a study may leave a part out
-            axes.legend()
+        axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+        axes.xaxis.set_minor_locator(NullLocator())
     return save_figure(figure, path)
+
+
+def _images(axes: Axes, families: list[Family]) -> None:
+    for source, (color, label) in SOURCES.items():
+        _against_beta(axes, families, f"fid_{source}", color, label)
+    axes.set(title="FID of images (lower is better)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend()
+
+
+def _probes(axes: Axes, families: list[Family]) -> None:
+    _against_beta(axes, families, "linear_probe", BLUE, "linear")
+    _against_beta(axes, families, "knn_probe", ORANGE, "10 nearest neighbours")
+    for measure, color in (("raw_linear_probe", BLUE), ("raw_knn_probe", ORANGE)):
+        level = value_of(families[0][1][0][0], measure)
+        axes.axhline(level, color=color, linestyle=":", linewidth=1)
+    axes.set(title="probe accuracy (dotted: on raw pixels)")
+    axes.legend()
+
+
+def _disentanglement(axes: Axes, families: list[Family]) -> None:
+    _against_beta(axes, families, "mig", BLUE, "MIG")
+    _against_beta(axes, families, "dci", ORANGE, "DCI disentanglement")
+    axes.set(title="disentanglement")
+    axes.legend()
+
+
+def _active_units(axes: Axes, families: list[Family]) -> None:
+    _against_beta(axes, families, "active_units", BLUE, "active units")
+    axes.set(title="active units", ylim=(0, None))
 
 
 def families_of(rows: list[Row]) -> list[Family]:
