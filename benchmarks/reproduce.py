@@ -6,9 +6,9 @@ priors and likelihoods; on drawn garments beta against disentanglement; and what
 bound and the best images. What is chosen (the best generator's sampler) is chosen on the validation
 split; numbers are of the test split.
 
-Run: make reproduce, or python benchmarks/reproduce.py [--only table sweep ...]. About three
-hours of one CPU core (benchmarks/RECORDS.md); the same command goes on after a stop. Writes docs/results.json, and the tables and pictures made of it
-(results_pages.py).
+Run: make reproduce, or python benchmarks/reproduce.py [--only table sweep ...]. About three hours
+of one CPU core (benchmarks/RECORDS.md); the same command goes on after a stop. Writes
+docs/results.json, and the tables and pictures made of it (results_pages.py).
 """
 
 import argparse
@@ -77,7 +77,7 @@ def drawn_configs() -> dict[str, TrainConfig]:
     return by_name(
         [
             TrainConfig(dataset="drawn", latent_dim=10, beta=beta, seed=seed, epochs=20)
-            for beta in (0.3, 1.0, 2.0, 4.0, 8.0)
+            for beta in (0.3, 1.0, 2.0, 4.0, 8.0, 16.0)
             for seed in SEEDS
         ]
     )
