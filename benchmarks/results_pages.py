@@ -126,7 +126,7 @@ def cells(group: list[Row], columns: list[Column]) -> list[str]:
     """Means over seeds, +- half of the 95% interval where there are several."""
     found = []
     for measure, digits, _ in columns:
-        value = over_seeds(group, measure)
+        value = over_seeds(group, measure) if group else {"mean": math.nan}  # not measured yet
         cell = "" if math.isnan(value["mean"]) else f"{value['mean']:.{digits}f}"
         several = cell and value["n"] > 1
         found.append(cell + (f" +- {value['half_interval']:.{digits}f}" if several else ""))

@@ -127,6 +127,15 @@ def test_the_best_images_are_those_with_the_lowest_validation_fid(scripts):
     assert reproduce.best_sampler(rows[1]) == ("flow", 0.1)
 
 
+def test_the_pages_tables_are_what_was_measured(scripts):
+    _, pages = scripts
+    results = json.loads(pages.RESULTS.read_text())
+    assert set(results) == {"table", "sweep", "variants", "drawn", "bound", "bits", "sharp"}
+    for page in pages.PAGES:
+        text = (ROOT / page).read_text()
+        assert pages.filled(page, text, results) == text
+
+
 def commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
