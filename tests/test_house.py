@@ -14,7 +14,8 @@ PACKAGE = ROOT / "vae_hyperband"
 
 # from the ground floor to the roof: a room imports only rooms before it
 FLOORS = [
-    "errors", "config", "randomness", "drawn", "idx", "data", "download", "likelihoods", "model",
+    "errors", "config", "randomness", "drawn", "idx", "data", "download", "likelihoods", "layers",
+    "model",
     "objective",
     "features", "distances", "bounds", "checkpoint", "process", "state", "tracking", "training",
     "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_hyperband.errors import ConfigError
+from vae_hyperband.layers import Conv, ConvTranspose, linear_from_images, linear_to_images
 from vae_hyperband.likelihoods import Likelihood, pixel_means
 from vae_hyperband.randomness import generator
 
@@ -33,16 +34,19 @@ class Encoder(nn.Module):
     def __init__(self, latent_dim: int, image_size: int, channels: int) -> None:
         super().__init__()
         small = image_size // 4
-        self.conv1 = nn.Conv2d(channels, 32, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1)
+        self.conv1 = Conv(channels, 32)
+        self.conv2 = Conv(32, 64)
         self.fc_mu = nn.Linear(64 * small * small, latent_dim)
         self.fc_logvar = nn.Linear(64 * small * small, latent_dim)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.relu(self.conv1(x_BCHW))  # (B, 32, H/2, W/2)
-        h = torch.relu(self.conv2(h))  # (B, 64, H/4, W/4)
-        h = h.flatten(start_dim=1)  # (B, 64 * H/4 * W/4)
-        return self.fc_mu(h), self.fc_logvar(h).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
+        h = self.conv1(x_BCHW)  # (B, 32, H/2, W/2), ReLU included
+        h = self.conv2(h)  # (B, 64, H/4, W/4), ReLU included
+        # both layers in one matrix product
+        weight = torch.cat((self.fc_mu.weight, self.fc_logvar.weight))
+        bias = torch.cat((self.fc_mu.bias, self.fc_logvar.bias))
+        mu_BZ, logvar_BZ = linear_from_images(h, weight, bias).chunk(2, dim=1)
+        return mu_BZ, logvar_BZ.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
 
 
 class Decoder(nn.Module):
@@ -52,13 +56,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.small = image_size // 4
         self.fc = nn.Linear(latent_dim, 64 * self.small * self.small)
-        # 3x3 kernels with stride 2, padding 1 and output padding 1: exactly twice the size
-        self.conv_t1 = nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1)
-        self.conv_t2 = nn.ConvTranspose2d(32, channels, 3, stride=2, padding=1, output_padding=1)
+        self.conv_t1 = ConvTranspose(64, 32)
+        self.conv_t2 = ConvTranspose(32, channels, relu=False)
 
     def forward(self, z_BZ: Tensor) -> Tensor:
-        h = self.fc(z_BZ).unflatten(1, (64, self.small, self.small))  # (B, 64, H/4, W/4)
-        h = torch.relu(self.conv_t1(h))  # (B, 32, H/2, W/2)
+        shape = (64, self.small, self.small)
+        h = linear_to_images(z_BZ, self.fc.weight, self.fc.bias, shape)  # (B, 64, H/4, W/4)
+        h = self.conv_t1(h)  # (B, 32, H/2, W/2), ReLU included
         return self.conv_t2(h)  # (B, C, H, W)
 
 

@@ -1,6 +1,7 @@
 """What a run asks of its process: a stop flag, a folder of its own, a device, threads."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import platform
@@ -113,6 +114,21 @@ def cpu_threads(num_threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that one step frees for the next, up to 256 MiB of it.
+
+    It would give tensors of a megabyte back to the kernel, to be mapped page by page again:
+    thousands of page faults a step, a fifth of its time (benchmarks/RECORDS.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # not glibc
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 256 << 20)
+    mallopt(top_pad, 16 << 20)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

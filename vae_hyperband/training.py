@@ -39,7 +39,7 @@ from vae_hyperband.objective import (
     log_weights,
     training_total,
 )
-from vae_hyperband.process import cpu_threads, only_writer, pick_device
+from vae_hyperband.process import cpu_threads, keep_freed_memory, only_writer, pick_device
 from vae_hyperband.randomness import generator
 from vae_hyperband.state import NO_BEST, TrainState, ckpt_content, first_state
 from vae_hyperband.tracking import Progress, Tracker
@@ -171,6 +171,7 @@ def fit(
     """
     options = options or RunOptions()
     device = pick_device(options.device)
+    keep_freed_memory()
     with cpu_threads(options.num_threads), only_writer(options.ckpt_folder):
         train, held_out = splits or (
             load_split("train", options.data_dir, config.dataset),
