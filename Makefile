@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run demo test faults slurm-test lint reproduce best notebook clean
+.PHONY: help setup data run demo test faults slurm-test lint reproduce best bench notebook clean
 
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
@@ -19,6 +19,7 @@ help:  ## Show this list
 	@echo "make notebook  execute model.ipynb and store its outputs"
 	@echo "make reproduce  train and judge many models, for docs/results.json (hours)"
 	@echo "make best    train the best generator found, and write 10,000 of its images"
+	@echo "make bench   measure how fast training, searching and sampling are (half an hour)"
 	@echo "make clean   remove caches and build files; your runs and the environment stay"
 	@echo
 	@echo "VENV=$(VENV)   the virtual environment to use or make"
@@ -69,6 +70,19 @@ best: $(READY)  ## The best generator found, and 10,000 of its images
 	$(BIN)/vae-hyperband train --run best --latent-dim 64 --beta 0.02 --epochs 25
 	$(BIN)/vae-hyperband sample checkpoints/best/best.pt --sampler mixture --components 40 --num-samples 10000 --out best.npy
 	$(BIN)/vae-hyperband sample checkpoints/best/best.pt --sampler mixture --components 40 --num-samples 100 --out best.png
+
+# pythae is one of the peers; without its dependencies, which would bring another PyTorch
+benchmarks/.pythae: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+		pythae==0.1.2 imageio==2.38.1 cloudpickle==3.1.2
+	@touch $@
+
+bench: $(READY) benchmarks/.pythae  ## How fast everything is; results in benchmarks/*.json
+	$(BIN)/vae-hyperband data --install
+	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/time_to_quality.py
+	$(BIN)/python benchmarks/search_overhead.py
+	$(BIN)/python benchmarks/generation_speed.py
 
 notebook: $(READY)  ## Execute model.ipynb in place
 	$(BIN)/vae-hyperband data --install

@@ -84,7 +84,10 @@ class Split:
 
     def pixels(self, index: Tensor | slice) -> Tensor:
         """The images at ``index`` as floats in [0, 1]."""
-        return self.images_NCHW[index].float().div_(255)
+        if isinstance(index, slice):
+            return self.images_NCHW[index].float().div_(255)
+        # a tenth of the time of indexing with brackets
+        return self.images_NCHW.index_select(0, index).float().div_(255)
 
 
 Result = TypeVar("Result")
