@@ -67,7 +67,7 @@ reproduce: $(READY)  ## Train and judge every model of docs/results.json
 	$(BIN)/python benchmarks/reproduce.py
 
 best: $(READY)  ## The best generator found, and 10,000 of its images
-	$(BIN)/vae-hyperband train --run best --latent-dim 64 --beta 0.02 --epochs 25
+	$(BIN)/vae-hyperband train --run best --latent-dim 64 --beta 0.02 --epochs 25 --learning-rate 0.004
 	$(BIN)/vae-hyperband sample checkpoints/best/best.pt --sampler mixture --components 40 --num-samples 10000 --out best.npy
 	$(BIN)/vae-hyperband sample checkpoints/best/best.pt --sampler mixture --components 40 --num-samples 100 --out best.png
 
