@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from results_pages import RESULTS, write_pages
+from results_pages import COMMON, RESULTS, write_pages
 
 from vae_hyperband.checkpoint import write_text
 from vae_hyperband.config import Places, TrainConfig
@@ -35,12 +35,8 @@ SHARP = {"latent_dim": 64, "epochs": 25}
 BEST_SAMPLER = SamplerConfig(components=40)
 
 
-#: Peak learning rate of all of docs/results.json; the default has become a higher one since.
-RATE = 4e-3
-
-
 def config(**settings: Any) -> TrainConfig:
-    return TrainConfig(learning_rate=RATE, **settings)
+    return TrainConfig(**COMMON, **settings)
 
 
 def name_of(config: TrainConfig) -> str:

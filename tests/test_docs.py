@@ -91,7 +91,7 @@ def test_tables_have_means_and_intervals_over_seeds(scripts):
         for part, configs, bound in (
             ("table", reproduce.table_configs, 240.0), ("sweep", reproduce.sweep_configs, 250.0),
             ("bound", reproduce.bound_configs, 236.0), ("variants", reproduce.variant_configs, 241),
-            ("sharp", lambda: {"best": train_vae.TrainConfig(beta=0.02)}, 353.0),
+            ("sharp", lambda: {"best": reproduce.config(beta=0.02)}, 353.0),
         )
     }  # fmt: skip
     head, _, *lines = pages.models(results).splitlines()
@@ -105,7 +105,7 @@ def test_tables_have_means_and_intervals_over_seeds(scripts):
     assert lines[-1].startswith("| best images: `--beta 0.02` | 353.00 | 0.500 |")
     assert lines[-2].startswith("| best bound: `--prior vamp --epochs 40` | 236.00 | 0.500 |")
     _, _, default, first, *_ = pages.variants(results).splitlines()
-    assert default.startswith("| the default | 240.00 |  |")  # a KL that was not measured
+    assert default.startswith("| nothing else | 240.00 |  |")  # a KL that was not measured
     assert first.startswith("| `--kl-warmup-epochs 3` | 241.00 |")
     page = (
         "head\n<!--models-->\nold\n<!--/models-->\nraw <!--raw_probe-->old<!--/-->, "
