@@ -35,6 +35,33 @@ def test_results_in_the_readme_are_those_of_the_raw_files():
     assert main_job["split"] == "test"
 
 
+def test_the_speeds_in_the_readme_are_those_of_the_raw_files():
+    training, quality, searched, generation = (
+        json.loads((ROOT / f"benchmarks/{name}.json").read_text())
+        for name in ("training_speed", "time_to_quality", "search_overhead", "generation_speed")
+    )
+    contenders = {
+        "ours": "ours", "reference": "reference", "pythae": "pythae", "products": "matrix products"
+    }  # fmt: skip
+    for mark, name in contenders.items():
+        for threads, part in ((2, "all_threads"), (1, "one_thread")):
+            assert training[part]["threads"] == threads
+            median = training[part]["images_per_second"][name]["median"]
+            assert quoted(f"{mark}_{threads}") == f"{median:,.0f}"
+    assert quoted("quality_share") == f"{quality['share_of_time_median']['5']:.2f}"
+    assert quoted("search_share") == f"{100 * searched['share_in_training_steps']:.0f}"
+    assert quoted("sample") == f"{generation['images_per_second']['sample']['median']:,.0f}"
+
+
+def test_the_speeds_keep_their_claims():
+    training = json.loads((ROOT / "benchmarks/training_speed.json").read_text())
+    ratios = {name: value["median"] for name, value in training["all_threads"]["ours_to"].items()}
+    assert ratios["matrix products"] > 0.5
+    assert min(ratios["reference"], ratios["pythae"]) > 1.9
+    assert ratios["ours, bare step"] > 0.97
+    assert training["share_of_a_run_that_is_not_training"]["median"] < 0.065
+
+
 def test_the_default_recipe_keeps_its_promise():
     recipe = json.loads((ROOT / "benchmarks/default_recipe.json").read_text())
     assert recipe["n"] == len(recipe["runs"]) == 3

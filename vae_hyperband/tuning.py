@@ -37,6 +37,11 @@ ROW = frozenset(
 #: Ray may say twice that a process died; another one takes longer to start.
 ONE_DEATH_SECONDS = 0.5
 
+#: A trial gives its place to one that is so many epochs behind: the last ones of a search are then
+#: side by side until its end, instead of one of them being left to a single worker. What a trial
+#: does decides nothing about another's order, so who runs when changes no decision.
+LEAD = 2
+
 ACTIONS = {
     "go on": TrialScheduler.CONTINUE,
     "wait": TrialScheduler.PAUSE,
@@ -137,6 +142,9 @@ class Draws(Searcher):
         super().__init__()
         self._board, self._options, self._asked_to_stop = board, options, asked_to_stop
         self._given: dict[int, str] = {}  # number -> Ray's id
+        halving = board.config.scheduler in ("asha", "hyperband")
+        #: Whether trials give way to those behind; TPE draws late, having seen more by then.
+        self.in_step = halving and board.config.algorithm != "tpe" and num_places(self._options) > 1
         self.troubles: list[VAEHyperbandError] = []  # such as a full disk under the decision log
 
     def should_stop(self) -> bool:
@@ -156,6 +164,8 @@ class Draws(Searcher):
         if board.finished or self.should_stop():
             return Searcher.FINISHED
         active = self._given.keys() & set(board.runnable())
+        if self.in_step:  # those that are under way make room for new ones
+            active = {number for number in active if board.trials[number].num_epochs < LEAD}
         if len(active) >= num_places(self._options):
             return None
         with self.noting_trouble():
@@ -211,7 +221,25 @@ class Decisions(FIFOScheduler):
                     self._deaths.pop(number, None)
                 row = {name: result[name] for name in result if name in ROW}
                 self._board.reported(number, row)
-        return ACTIONS[self._action(trial)]
+        action = self._action(trial)
+        if action == "go on" and self._draws.in_step and self._gives_way(tune_controller, trial):
+            action = "wait"
+        return ACTIONS[action]
+
+    def _gives_way(self, tune_controller: Any, trial: Trial) -> bool:
+        limit = self._num_epochs(trial) - LEAD
+        return any(self._num_epochs(other) <= limit for other in self._ready(tune_controller))
+
+    def _num_epochs(self, trial: Trial) -> int:
+        return self._board.trials[_number(trial)].num_epochs
+
+    def _ready(self, tune_controller: Any) -> list[Trial]:
+        """The trials that could run if there were a place for them."""
+        return [
+            trial
+            for trial in tune_controller.get_trials()
+            if trial.status in (Trial.PENDING, Trial.PAUSED) and self._action(trial) == "go on"
+        ]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """A trial's process died. Ray starts another one, until the board has had enough."""
@@ -235,7 +263,8 @@ class Decisions(FIFOScheduler):
         return f"hung: no epoch in {seconds:g} s (last_hang.txt in its logs says where)"
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The first one, as drawn, of those that may run: it is the one that others wait for."""
+        """Of those that may run the one that is furthest behind; the first one, as drawn, of them,
+        since it is the one that others wait for."""
         trials = tune_controller.get_trials()
         for trial in trials:
             waits = trial.status in (Trial.PAUSED, Trial.PENDING)
@@ -246,12 +275,8 @@ class Decisions(FIFOScheduler):
         num_running = sum(trial.status == Trial.RUNNING for trial in trials)
         if num_running >= (self._options.max_concurrent or len(trials) + 1):
             return None
-        ready = [
-            trial
-            for trial in trials
-            if trial.status in (Trial.PENDING, Trial.PAUSED) and self._action(trial) == "go on"
-        ]
-        return min(ready, key=_number, default=None)
+        ready = self._ready(tune_controller)
+        return min(ready, key=lambda trial: (self._num_epochs(trial), _number(trial)), default=None)
 
     def _action(self, trial: Trial) -> str:
         return self._board.verdict(_number(trial)).action

@@ -1,0 +1,99 @@
+"""Who runs when: what Ray is told of trials that are ahead of others."""
+
+import pytest
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+
+from vae_hyperband import tuning
+from vae_hyperband.board import Board
+from vae_hyperband.journal import Journal
+from vae_hyperband.search_config import SearchConfig, SearchOptions
+from vae_hyperband.tuning import Decisions, Draws
+
+
+class Search:
+    """A board, and Ray's trials for the numbers that it was asked for, without a Ray."""
+
+    def __init__(self, journal, **settings):
+        config = SearchConfig(num_trials=9, max_epochs=9, **settings)
+        self.board = Board(config, journal, lambda number, trials: {})
+        options = SearchOptions()
+        self.draws = Draws(self.board, options, lambda: False)
+        self.decisions = Decisions(self.board, self.draws, options)
+        self.trials = []
+
+    def get_trials(self):
+        return self.trials
+
+    def draw(self):
+        given = self.draws.suggest(f"id {len(self.trials)}")
+        if given is None:
+            return None
+        trial = Trial("train", config=given, stub=True)
+        trial.set_status(Trial.PENDING)
+        self.trials.append(trial)
+        return trial
+
+    def report(self, number, epoch, bound):
+        names = ("recon_loss", "KL_divergence", "total_loss", "bound")
+        row = dict.fromkeys(names, bound) | {"epoch": epoch, "step": 1000 * epoch}
+        return self.decisions.on_trial_result(self, self.trials[number], row)
+
+
+@pytest.fixture
+def search(tmp_path, monkeypatch):
+    """Makes a search of so many places."""
+    with Journal(tmp_path / "decisions.jsonl") as journal:
+
+        def make(places=2, **settings):
+            monkeypatch.setattr(tuning, "num_places", lambda options: places)
+            return Search(journal, **settings)
+
+        yield make
+
+
+def run(trial):
+    trial.set_status(Trial.RUNNING)
+
+
+def test_a_trial_two_epochs_ahead_gives_its_place_to_one_that_waits(search):
+    asha = search()
+    run(asha.draw()), run(asha.draw())
+    assert asha.draw() is None  # both places are taken by trials at their beginning
+    assert asha.report(0, 1, 250.0) == TrialScheduler.CONTINUE
+    assert asha.report(0, 2, 245.0) == TrialScheduler.CONTINUE  # nobody is waiting
+    third = asha.draw()
+    assert third.config["number"] == 2
+    assert asha.report(0, 3, 244.0) == TrialScheduler.PAUSE
+    asha.trials[0].set_status(Trial.PAUSED)
+    assert asha.decisions.choose_trial_to_run(asha) is third
+    run(third)
+    assert asha.decisions.choose_trial_to_run(asha) is asha.trials[0]  # still to be trained on
+    assert asha.report(1, 1, 249.0) == TrialScheduler.CONTINUE  # behind trial 0, not ahead of it
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"places": 1}, id="one worker"),
+        pytest.param({"algorithm": "tpe"}, id="tpe"),
+        pytest.param({"scheduler": "none"}, id="none"),
+        pytest.param({"scheduler": "median"}, id="median"),
+    ],
+)
+def test_others_run_on(search, settings):
+    depth_first = search(**settings)
+    run(depth_first.draw())
+    if settings.get("places") != 1:
+        run(depth_first.draw())
+    for epoch in range(1, 5):
+        assert depth_first.report(0, epoch, 250.0 - epoch) == TrialScheduler.CONTINUE
+        assert depth_first.draw() is None
+
+
+def test_a_place_goes_to_the_trial_furthest_behind_then_to_the_first_drawn(search):
+    asha = search(places=3)
+    trials = [asha.draw() for _ in range(3)]
+    asha.report(0, 1, 250.0)
+    assert asha.decisions.choose_trial_to_run(asha) is trials[1]
+    assert asha.report(0, 2, 240.0) == TrialScheduler.PAUSE
