@@ -27,7 +27,7 @@ BATCH, STEPS = 128, 130
 NUM = BATCH * STEPS  # images of a turn
 PYTHAE = Path(__file__).parent / ".pythae"  # where make bench installs it
 
-Turn = Callable[[], None]
+Turn = Callable[[], object]
 
 
 def state() -> TrainState:
@@ -78,7 +78,7 @@ def reference(workers: int) -> Callable[[], Turn]:
         from reference_loop import Reference
 
         run = Reference(NUM, workers)
-        return lambda: run.epoch() and None
+        return run.epoch
 
     return make
 
@@ -123,7 +123,7 @@ def pythae() -> Turn:
         ),
     )  # fmt: skip
     trainer.prepare_training()
-    return lambda: trainer.train_step(1) and None
+    return lambda: trainer.train_step(1)
 
 
 def products(backward: bool = True) -> list[tuple[int, int, int]]:
@@ -157,7 +157,7 @@ def sampling() -> Turn:
     keep_freed_memory()
     model = state().model
     sampler = Prior(model)
-    return lambda: generate(model, sampler, NUM, seed=0) and None
+    return lambda: generate(model, sampler, NUM)
 
 
 def reconstructing() -> Turn:
