@@ -126,9 +126,10 @@ def _averages(sums: Tensor) -> Losses:
 
 def _refuse_non_finite(state: TrainState, total: Tensor, nats: Nats, order: EpochOrder) -> None:
     """Raise :class:`DivergedError` instead of letting a NaN or infinity into the weights."""
-    # a sum is finite only if all of its terms are
-    sums = [p.grad.sum() for p in state.model.parameters() if p.grad is not None]
-    if math.isfinite(sum(sums, start=total.detach())):
+    # a norm is finite only if all squares are, of which Adam keeps an average
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    if math.isfinite(sum(norms, start=total.detach())):
         return
     start = state.step % state.steps_per_epoch * order.batch_size
     ids_B = order.order(state.epoch)[start : start + order.batch_size]
