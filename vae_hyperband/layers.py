@@ -83,7 +83,8 @@ def _patches(big: Tensor) -> Tensor:
 @functools.cache
 def _neighbours(channels: int, height: int, width: int) -> Tensor:
     """Which pixels, counted from 1, each patch of an image consists of; 0 is beyond the edge."""
-    numbers = torch.arange(1.0, channels * height * width + 1).view(1, channels, height, width)
+    numbers = torch.arange(1.0, channels * height * width + 1, device="cpu")
+    numbers = numbers.view(1, channels, height, width)
     return F.unfold(numbers, 3, padding=1, stride=2)[0].t().reshape(-1).int()
 
 
