@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
-from vae_hyperband.tracking import image_grid, read_rows
+from vae_hyperband.tracking import Tracker, image_grid, read_rows
 from vae_hyperband.training import fit
 
 
@@ -79,3 +80,13 @@ def test_rows_after_a_torn_line_are_not_believed(tmp_path):
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2\n' + json.dumps({"step": 3}))
     assert read_rows(path) == [{"step": 1}]
     assert read_rows(tmp_path / "missing.jsonl") == []
+
+
+def test_a_run_of_less_than_a_second_is_in_the_table_of_hyperparameters(tmp_path, monkeypatch):
+    """A second event file of that second may sort before the first one: number 10 before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    with Tracker(tmp_path, start_step=0) as tracker:
+        tracker.scalars("train", 1, 1, {"bound": 2.0})
+        tracker.hyperparameters({"beta": 1.0}, {"final_bound": 2.0}, step=1)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("final_bound")] == [2.0]

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from vae_hyperband.checkpoint import write_text
@@ -90,7 +91,12 @@ class Tracker:
     def hyperparameters(self, config: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         """The row of this run in TensorBoard's HParams table."""
         if self._board:
-            self._board.add_hparams(config, metrics, run_name=".", global_step=step)
+            # add_hparams would write a second file, which within the first one's second may sort
+            # before it: its numbers would then count as those of a run that was begun anew
+            for summary in hparams(config, metrics):
+                self._board._get_file_writer().add_summary(summary)
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """On disk, durably: a checkpoint may be saved only after the rows that it supposes."""
