@@ -5,6 +5,7 @@ A turn answers {"count": images, "seconds": s}; what is set up before the first 
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +119,7 @@ def pythae() -> Turn:
         model=VAE(config, Encoder(), Decoder()),
         train_dataset=BaseDataset(split.pixels(slice(NUM)), split.labels_N[:NUM]),
         training_config=BaseTrainerConfig(
-            output_dir="/tmp/pythae", learning_rate=1e-3, per_device_train_batch_size=BATCH,
+            output_dir=tempfile.mkdtemp(), learning_rate=1e-3, per_device_train_batch_size=BATCH,
             num_epochs=1, no_cuda=True,
         ),
     )  # fmt: skip
