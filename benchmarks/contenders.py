@@ -154,7 +154,7 @@ def matmul(chosen: list[tuple[int, int, int]], batches: int = STEPS) -> Turn:
 
 
 def sampling() -> Turn:
-    """What the command ``sample`` does, as bytes."""
+    """What the command ``sample`` does between loading the model and writing the images."""
     keep_freed_memory()
     model = state().model
     sampler = Prior(model)

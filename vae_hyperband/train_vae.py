@@ -30,7 +30,7 @@ from vae_hyperband.data import SplitName, get_dataloader, load_split
 from vae_hyperband.download import ensure_data
 from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.options import parse_options
-from vae_hyperband.process import stop_flag
+from vae_hyperband.process import keep_freed_memory, stop_flag
 from vae_hyperband.report import say_trained, stopped
 from vae_hyperband.study_command import study_command
 from vae_hyperband.training import fit, train_epoch
@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(metadata.version("vae-hyperband"))
         return 0
+    keep_freed_memory()  # evaluation and sampling, too; ``fit`` does so for those who call it
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is no command: use one of {', '.join(COMMANDS)}.")
