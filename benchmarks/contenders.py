@@ -68,7 +68,7 @@ def ours_bare() -> Turn:
             noise = torch.randn(BATCH, 32, generator=generator(0, "noise", step))
             passed = forward_pass(run.model, x, noise)
             run.optimizer.zero_grad(set_to_none=True)
-            training_total(run.config, passed, 1.0, 50_000, 0.0).backward()
+            training_total(run.config, passed, 1.0, 50_000).backward()
             run.optimizer.step()
 
     return turn

@@ -26,6 +26,7 @@ from vae_hyperband.objective import (
     entropy_floor,
     forward_pass,
     kl_to_standard_normal,
+    knobs_at,
     log_weights,
     nats_per_image,
     total_correlation,
@@ -157,7 +158,7 @@ def random_pass(num=300, dim=2, seed=0):
 def test_the_beta_weighted_bound_is_the_default():
     passed = random_pass()
     expected = (passed.nats.recon_B + 4 * passed.nats.kl_B).mean()
-    assert torch.equal(training_total(TrainConfig(), passed, 4.0, 300, 0.0), expected)
+    assert torch.equal(training_total(TrainConfig(), passed, 4.0, 300), expected)
 
 
 def test_free_bits_do_not_pay_for_what_is_free():
@@ -166,14 +167,14 @@ def test_free_bits_do_not_pay_for_what_is_free():
     logvar = torch.zeros(2, 2)
     nats = Nats(torch.tensor([5.0, 7.0]), kl_to_standard_normal(mu, logvar))
     passed = Pass(nats, mu, logvar, mu)
-    total = training_total(TrainConfig(objective="free-bits", free_bits=0.1), passed, 3.0, 2, 0.0)
+    total = training_total(TrainConfig(objective="free-bits", free_bits=0.1), passed, 3.0, 2)
     assert total.item() == pytest.approx(6 + 3 * (0.1 + 2.0))
     total.backward()
     assert mu.grad[:, 0].tolist() == [0, 0]
     assert mu.grad[:, 1].abs().min() > 0
     none_free = TrainConfig(objective="free-bits", free_bits=0.0)
-    plain = training_total(TrainConfig(), passed, 3.0, 2, 0.0)
-    assert training_total(none_free, passed, 3.0, 2, 0.0).item() == pytest.approx(plain.item())
+    plain = training_total(TrainConfig(), passed, 3.0, 2)
+    assert training_total(none_free, passed, 3.0, 2).item() == pytest.approx(plain.item())
 
 
 @pytest.mark.parametrize(("share", "allowed"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 4)])
@@ -182,7 +183,8 @@ def test_capacity_pulls_the_kl_to_a_rising_aim(share, allowed):
     config = TrainConfig(objective="capacity", capacity=4.0)
     kl = passed.nats.kl_B.mean().item()
     expected = passed.nats.recon_B.mean().item() + 10 * abs(kl - allowed)
-    assert training_total(config, passed, 10.0, 300, share).item() == pytest.approx(expected)
+    aim = knobs_at(config, step=round(share * 1000), steps_per_epoch=100).capacity
+    assert training_total(config, passed, 10.0, 300, aim).item() == pytest.approx(expected)
 
 
 def gaussian_pass(correlation, num, seed=0):
@@ -219,8 +221,8 @@ def test_beta_tc_weighs_the_total_correlation_alone():
     passed = random_pass()
     config = TrainConfig(objective="beta-tc", beta=3.0)
     bound = sum(part.mean() for part in passed.nats)
-    assert training_total(config, passed, 1.0, 1000, 0.0).item() == pytest.approx(bound.item())
-    more = training_total(config, passed, 3.0, 1000, 0.0)
+    assert training_total(config, passed, 1.0, 1000).item() == pytest.approx(bound.item())
+    more = training_total(config, passed, 3.0, 1000)
     expected = bound + 2 * total_correlation(passed, 1000)
     assert more.item() == pytest.approx(expected.item())
     single = Pass(*(x[:1] if isinstance(x, torch.Tensor) else x for x in passed))

@@ -29,11 +29,11 @@ Losses = dict[str, float]  # recon_loss, KL_divergence, total_loss, bound, (iwae
 
 
 def standard_normal(
-    seed: int, purpose: str, position: int, num: int, model: VAE, device: torch.device
+    seed: int, purpose: str, position: int, num: int, latent_dim: int, device: torch.device
 ) -> Tensor:
     """Noise for ``num`` images, shape (num, Z)."""
     stream = generator(seed, purpose, position, device)
-    return torch.randn(num, model.latent_dim, generator=stream, device=device)
+    return torch.randn(num, latent_dim, generator=stream, device=device)
 
 
 def eval_dataloader(split: Split, device: torch.device | str = "cpu") -> DataLoader:
@@ -71,7 +71,7 @@ def iwae_nats(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> Te
     device = next(model.parameters()).device
     log_sum_N = torch.full((num_images,), -math.inf, dtype=torch.float64)
     for sample in range(num_samples):
-        noise_NZ = standard_normal(seed, "iwae", sample, num_images, model, device)
+        noise_NZ = standard_normal(seed, "iwae", sample, num_images, model.latent_dim, device)
         noises = noise_NZ.split([len(x_BCHW) for x_BCHW, *_ in batches])
         weights = [
             log_weights(model, *batch, noise_BZ[None])[0][0].double()
@@ -88,7 +88,7 @@ def _with_noise(
     """Each batch of images with its own rows of the split's noise."""
     device = next(model.parameters()).device
     num_images = len(loader.dataset)  # type: ignore[arg-type]
-    noise_NZ = standard_normal(seed, purpose, position, num_images, model, device)
+    noise_NZ = standard_normal(seed, purpose, position, num_images, model.latent_dim, device)
     start = 0
     for x_BCHW, _ in loader:
         yield x_BCHW, noise_NZ[start : start + len(x_BCHW)]

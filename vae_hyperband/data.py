@@ -220,6 +220,11 @@ class SplitBatches(TorchDataset[tuple[Tensor, Tensor]]):
         return self.split.pixels(index_B), self.split.labels_N[index_B]
 
 
+def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    """The numbers of all images in the order in which an epoch takes them."""
+    return torch.randperm(num_images, generator=generator(seed, "order", epoch))
+
+
 class EpochOrder(Sampler[Tensor]):
     """Yields the image numbers of each batch; the order is a pure function of (seed, epoch).
 
@@ -238,9 +243,7 @@ class EpochOrder(Sampler[Tensor]):
     def order(self, epoch: int) -> Tensor:
         if not self.shuffle:
             return torch.arange(self.num_images)
-        return torch.randperm(
-            self.num_images, generator=generator(self.seed, "order", position=epoch)
-        )
+        return epoch_order(self.num_images, self.seed, epoch)
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.order(self.epoch).split(self.batch_size)[self.first_batch :]

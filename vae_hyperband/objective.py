@@ -17,6 +17,8 @@ from vae_hyperband.config import TrainConfig
 from vae_hyperband.likelihoods import reconstruction_nats
 from vae_hyperband.model import VAE, log_normal, reparameterize
 
+Number = float | Tensor  # a tensor without dimensions
+
 WARMUP_SHARE = 0.15  # of a one-cycle schedule
 
 
@@ -102,7 +104,8 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
         + math.log(2 * math.pi)
     )
     others = max(num_images - 1, 1) / (num_images * max(num - 1, 1))
-    log_share_BB = log_q_BBZ.new_full((num, num), math.log(others))
+    kind, device = log_q_BBZ.dtype, log_q_BBZ.device
+    log_share_BB = torch.full((num, num), math.log(others), dtype=kind, device=device)
     log_share_BB.fill_diagonal_(-math.log(num_images))
     joint_B = (log_q_BBZ.sum(dim=2) + log_share_BB).logsumexp(dim=1)
     marginals_BZ = (log_q_BBZ + log_share_BB[:, :, None]).logsumexp(dim=1)
@@ -110,26 +113,52 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
 
 
 def training_total(
-    config: TrainConfig, passed: Pass, beta: float, num_images: int, share_done: float
+    config: TrainConfig, passed: Pass, beta: Number, num_images: int, capacity: Number = 0.0
 ) -> Tensor:
     """What is minimised, in nats, mean over the batch, by ``config.objective``.
 
     elbo: reconstruction + beta * KL (Higgins et al. 2017, equation 4). free-bits: each dimension's
     KL counts as at least ``free_bits`` (Kingma et al. 2016, equation 15, with the batch's mean).
-    capacity: reconstruction + beta * |KL - C|, where C rises to ``capacity`` over the first half
-    (Burgess et al. 2018, equation 8). beta-tc: reconstruction + KL + (beta - 1) * total
-    correlation (Chen et al. 2018, equation 5 with alpha = gamma = 1).
+    capacity: reconstruction + beta * |KL - C|, where C is the ``capacity`` of this step (Burgess et
+    al. 2018, equation 8). beta-tc: reconstruction + KL + (beta - 1) * total correlation (Chen et
+    al. 2018, equation 5 with alpha = gamma = 1).
     """
     recon_B, kl_B = passed.nats
     if config.objective == "free-bits":
         kl_Z = kl_per_dimension(passed.mu_BZ, passed.logvar_BZ).mean(dim=0)
         return recon_B.mean() + beta * kl_Z.clamp(min=config.free_bits).sum()
     if config.objective == "capacity":
-        allowed = config.capacity * min(1.0, 2 * share_done)
-        return recon_B.mean() + beta * (kl_B.mean() - allowed).abs()
+        return recon_B.mean() + beta * (kl_B.mean() - capacity).abs()
     if config.objective == "beta-tc":
         return (recon_B + kl_B).mean() + (beta - 1) * total_correlation(passed, num_images)
     return (recon_B + beta * kl_B).mean()
+
+
+def noise_per_image(config: TrainConfig) -> int:
+    """How many samples of z a training step draws per image."""
+    return config.train_samples if config.objective == "iwae" else 1
+
+
+def batch_losses(
+    config: TrainConfig,
+    model: VAE,
+    x_BCHW: Tensor,
+    noise_SZ: Tensor,
+    beta: Number,
+    capacity: Number,
+    num_images: int,
+) -> tuple[Nats, Tensor]:
+    """A training batch's nats per image, and what the step minimises.
+
+    ``noise_SZ`` has a row for each image and sample of it, all images of the first sample first.
+    For iwae what is minimised is the IWAE bound (Burda et al. 2016, equation 8).
+    """
+    if config.objective != "iwae":
+        passed = forward_pass(model, x_BCHW, noise_SZ)
+        return passed.nats, training_total(config, passed, beta, num_images, capacity)
+    noise_KBZ = noise_SZ.unflatten(0, (-1, len(x_BCHW)))
+    log_weights_KB, passed = log_weights(model, x_BCHW, *model.encode(x_BCHW), noise_KBZ)
+    return passed.nats, math.log(len(noise_KBZ)) - log_weights_KB.logsumexp(dim=0).mean()
 
 
 def held_out_weights(config: TrainConfig) -> tuple[float, float]:
@@ -189,3 +218,22 @@ def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str) -> f
         low, high = peak / 25e4, peak
         share = 1 - (step - warmup) / max(1.0, num_steps - 1 - warmup)
     return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
+
+
+class Knobs(NamedTuple):
+    """What the schedules say about one step."""
+
+    learning_rate: float
+    beta: float
+    capacity: float  # nats of KL that objective "capacity" aims at
+
+
+def knobs_at(config: TrainConfig, step: int, steps_per_epoch: int) -> Knobs:
+    """The capacity rises to its end over the first half of the training (Burgess et al. 2018)."""
+    num_steps = config.epochs * steps_per_epoch
+    warmup_steps = config.kl_warmup_epochs * steps_per_epoch
+    return Knobs(
+        learning_rate_at(step, num_steps, config.learning_rate, config.schedule),
+        beta_at(step, config.beta, warmup_steps, num_steps, config.kl_cycles),
+        config.capacity * min(1.0, 2 * step / num_steps),
+    )

@@ -54,6 +54,11 @@ class TrainState:
         return self.step // self.steps_per_epoch
 
     @property
+    def ends_epoch(self) -> bool:
+        """Whether the last step was the last one of its epoch."""
+        return self.step % self.steps_per_epoch == 0
+
+    @property
     def num_steps(self) -> int:
         return self.config.epochs * self.steps_per_epoch
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch, standard_normal
+from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, save_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import (
@@ -29,19 +28,13 @@ from vae_hyperband.data import (
     get_dataloader,
     load_split,
 )
+from vae_hyperband.engines import Engine, graph_engine
 from vae_hyperband.errors import DivergedError
-from vae_hyperband.objective import (
-    Nats,
-    beta_at,
-    forward_pass,
-    held_out_weights,
-    learning_rate_at,
-    log_weights,
-    training_total,
-)
+from vae_hyperband.objective import held_out_weights, knobs_at
 from vae_hyperband.process import cpu_threads, keep_freed_memory, only_writer, pick_device
 from vae_hyperband.randomness import generator
 from vae_hyperband.state import NO_BEST, TrainState, ckpt_content, first_state
+from vae_hyperband.steps import averages, take_step
 from vae_hyperband.tracking import Progress, Tracker
 
 NUM_PICTURES = 32  # held-out images whose reconstructions TensorBoard shows
@@ -51,95 +44,29 @@ def train_epoch(
     state: TrainState,
     loader: DataLoader,
     on_step: Callable[[TrainState], bool] = lambda state: False,
+    on_losses: Callable[[TrainState], None] = lambda state: None,
 ) -> Losses | None:
     """Train to the end of the epoch that ``state`` is in, wherever in it that is.
 
     ``state`` comes from :func:`vae_hyperband.new_state`, ``loader`` from
     :func:`vae_hyperband.get_dataloader`. Returns the epoch's training losses, averaged per image,
-    in nats. ``on_step`` is called after every step; if it returns True within the epoch, training
-    stops there and None is returned. Raises :class:`DivergedError`, with the state as it was before
-    the step that is not finite.
+    in nats. ``on_losses`` is called for every step, with its losses in ``state.sums``; ``on_step``
+    where the state may be saved: if it returns True within the epoch, training stops there and None
+    is returned. Raises :class:`DivergedError`, with the state as it was before the step that is not
+    finite.
     """
-    config, model, optimizer = state.config, state.model, state.optimizer
-    model.train()
+    state.model.train()
     order = cast(EpochOrder, loader.sampler)
     order.start_at(state.epoch, batch=state.step % state.steps_per_epoch)
-    warmup_steps = config.kl_warmup_epochs * state.steps_per_epoch
-    if state.step % state.steps_per_epoch == 0:
-        state.sums[0] = 0
-
     for x_BCHW, _ in loader:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                state.step, state.num_steps, config.learning_rate, config.schedule
-            )
-        if config.binarize == "dynamic":
-            stream = generator(config.seed, "bits", state.step, x_BCHW.device)
-            x_BCHW = torch.bernoulli(x_BCHW, generator=stream)
-        beta = beta_at(state.step, config.beta, warmup_steps, state.num_steps, config.kl_cycles)
-        nats, total = _objective(state, x_BCHW, beta, order.num_images)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        _refuse_non_finite(state, total, nats, order)
-        optimizer.step()
-
-        state.step += 1
-        recon, kl = (part.detach().sum(dtype=torch.float64) for part in nats)
-        count = torch.full_like(recon, len(x_BCHW))
-        # the same as total * count, but in float64
-        weighted = recon + beta * kl if config.objective == "elbo" else total.detach() * count
-        state.sums += torch.stack((recon, kl, weighted, count))
+        take_step(state, x_BCHW, order)
+        on_losses(state)
         stop = on_step(state)
         if state.step % state.steps_per_epoch == 0:
             break
         if stop:
             return None
-    return _averages(state.sums[0])
-
-
-def _objective(
-    state: TrainState, x_BCHW: Tensor, beta: float, num_images: int
-) -> tuple[Nats, Tensor]:
-    """The batch's nats, and what the step minimises."""
-    config, model, num = state.config, state.model, len(x_BCHW)
-    samples = config.train_samples if config.objective == "iwae" else 1
-    noise = standard_normal(config.seed, "noise", state.step, samples * num, model, x_BCHW.device)
-    if config.objective == "iwae":
-        log_weights_KB, passed = log_weights(
-            model, x_BCHW, *model.encode(x_BCHW), noise.view(samples, num, -1)
-        )
-        return passed.nats, math.log(samples) - log_weights_KB.logsumexp(dim=0).mean()
-    passed = forward_pass(model, x_BCHW, noise)
-    share_done = state.step / state.num_steps
-    return passed.nats, training_total(config, passed, beta, num_images, share_done)
-
-
-def _averages(sums: Tensor) -> Losses:
-    recon, kl, total, count = sums.tolist()
-    return {
-        "recon_loss": recon / count,
-        "KL_divergence": kl / count,
-        "total_loss": total / count,
-        "bound": (recon + kl) / count,
-    }
-
-
-def _refuse_non_finite(state: TrainState, total: Tensor, nats: Nats, order: EpochOrder) -> None:
-    """Raise :class:`DivergedError` instead of letting a NaN or infinity into the weights."""
-    # a norm is finite only if all squares are, of which Adam keeps an average
-    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    if math.isfinite(sum(norms, start=total.detach())):
-        return
-    start = state.step % state.steps_per_epoch * order.batch_size
-    ids_B = order.order(state.epoch)[start : start + order.batch_size]
-    bad = ids_B[~torch.isfinite(nats.recon_B + nats.kl_B).cpu()].tolist()
-    where = f"images {bad[:10]}" if bad else "the gradient"
-    raise DivergedError(
-        f"Training diverged at step {state.step}: {where} gave a value that is not finite "
-        f"(reconstruction {nats.recon_B.mean():.4g}, KL {nats.kl_B.mean():.4g} nats/image); the "
-        "step was not applied. Use a lower --learning-rate."
-    )
+    return averages(state.sums[0])
 
 
 @dataclass(frozen=True)
@@ -160,6 +87,7 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
     on_validation: Callable[[TrainState], None] = lambda state: None,
     splits: tuple[Split, Split] | None = None,
+    engine: Engine | None = None,
     quiet: bool = False,
 ) -> FitResult:
     """Train a run to its end, from where its folder (or ``options.resume_ckpt``) says it is.
@@ -167,6 +95,7 @@ def fit(
     ``should_stop`` is asked after every step: if it says so, the state is saved and the call
     returns. ``on_validation`` is called after each validation, when its checkpoint is on disk.
     ``splits`` are the training and the validation split, where they are in memory already.
+    ``engine`` computes: by default :func:`train_epoch`, on a GPU with its step captured.
     Raises the package's own errors for a user's mistakes, :class:`DivergedError` for a loss that is
     not finite; the last checkpoint is good in each case.
     """
@@ -183,6 +112,10 @@ def fit(
         )
         held_out = as_trained(held_out, config.to_dict())
         validation_loader = eval_dataloader(held_out, device)
+        if engine is None:
+            engine = Engine(train_epoch, eval_epoch)
+            if device.type == "cuda" and options.cuda_graph:
+                engine = graph_engine(config, train, device, options.log_interval)
         state = first_state(config, options, train, device, quiet)
         last_saved = time.monotonic()
 
@@ -197,13 +130,14 @@ def fit(
                 copy_ckpt(best, latest)
             last_saved = time.monotonic()
 
-        def on_step(state: TrainState) -> bool:
+        def on_losses(state: TrainState) -> None:
             progress.step(config.batch_size)
-            end_of_epoch = state.step % state.steps_per_epoch == 0
-            if end_of_epoch or state.step % options.log_interval == 0:
+            if state.ends_epoch or state.step % options.log_interval == 0:
                 _log_training(state, tracker, progress)
+
+        def on_step(state: TrainState) -> bool:
             # at the end of an epoch the validation comes first
-            if not end_of_epoch and time.monotonic() - last_saved >= options.ckpt_seconds:
+            if not state.ends_epoch and time.monotonic() - last_saved >= options.ckpt_seconds:
                 with progress.pause():
                     save()
             return should_stop()
@@ -221,11 +155,11 @@ def fit(
             if state.step == 0:
                 tracker.pictures(0, input=held_out.pixels(slice(NUM_PICTURES)))
             while state.step < state.num_steps:
-                losses = train_epoch(state, train_loader, on_step)
+                losses = engine.train_epoch(state, train_loader, on_step, on_losses)
                 finished = state.step == state.num_steps
                 if losses and (state.epoch % config.val_interval == 0 or finished):
                     with progress.pause():
-                        improved = _validate(state, validation_loader, tracker)
+                        improved = _validate(state, engine, validation_loader, tracker)
                         if finished:
                             _log_hyperparameters(state, tracker)
                         save(improved)
@@ -245,7 +179,7 @@ def fit(
     )
 
 
-def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
+def _validate(state: TrainState, engine: Engine, loader: DataLoader, tracker: Tracker) -> bool:
     """Evaluate, log and remember; whether this is the best model so far.
 
     The best is the one with the lowest total_loss, which for beta = 1 is the bound. With a low beta
@@ -254,7 +188,7 @@ def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
     """
     config = state.config
     beta, capacity = held_out_weights(config)
-    losses = eval_epoch(
+    losses = engine.eval_epoch(
         state.model, loader, config.seed, beta, config.iwae_samples, config.fid_samples, capacity
     )
     if not math.isfinite(losses["bound"]):
@@ -279,12 +213,10 @@ def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
 
 def _log_training(state: TrainState, tracker: Tracker, progress: Progress) -> None:
     """A row of training losses, averaged over the steps since the last such row."""
-    losses = _averages(state.sums[1])
+    losses = averages(state.sums[1])
     state.sums[1] = 0
     last_step = state.step - 1
-    rate = learning_rate_at(
-        last_step, state.num_steps, state.config.learning_rate, state.config.schedule
-    )
+    rate = knobs_at(state.config, last_step, state.steps_per_epoch).learning_rate
     epoch = math.ceil(state.step / state.steps_per_epoch)
     tracker.scalars("train", state.step, epoch, losses | {"learning_rate": rate})
     tracker.speed(state.step, progress.logged(losses["bound"]))
