@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ _kept: dict[tuple[object, ...], Pack] = {}
 @dataclass(frozen=True)
 class Engine:
     """Takes the arguments of :func:`~vae_hyperband.training.train_epoch` and
-    :func:`~vae_hyperband.bounds.eval_epoch`."""
+    :func:`~vae_hyperband.bounds.eval_epoch`; ``environment`` is that of another process, if one
+    computes."""
 
     train_epoch: Callable[..., Losses | None]
     eval_epoch: Callable[..., Losses] = eval_epoch
+    environment: dict[str, Any] | None = None
 
 
 def graph_engine(

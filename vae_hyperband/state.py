@@ -25,7 +25,6 @@ from vae_hyperband.config import (
 from vae_hyperband.data import Split
 from vae_hyperband.errors import ResumeError
 from vae_hyperband.model import VAE, initialized_vae
-from vae_hyperband.process import environment
 
 ADAM_BETAS = (0.9, 0.99)  # 0.99, not 0.999: under 4,000 steps a longer memory lags the schedule
 
@@ -89,7 +88,8 @@ def _state_of(config: TrainConfig, model: VAE, steps_per_epoch: int) -> TrainSta
     return state
 
 
-def ckpt_content(state: TrainState, train: Split, device: torch.device) -> dict[str, Any]:
+def ckpt_content(state: TrainState, train: Split, where: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds; ``where`` is the environment that computes the run."""
     config = state.config
     return {
         "config": config.to_dict(),
@@ -102,7 +102,7 @@ def ckpt_content(state: TrainState, train: Split, device: torch.device) -> dict[
         "best": state.best,
         "metrics": state.metrics,
         "data": _data_facts(train),
-        "environment": environment(device),
+        "environment": where,
         "resumed_from": state.resumed_from,
     }
 
@@ -116,9 +116,17 @@ def _data_facts(train: Split) -> dict[str, Any]:
 
 
 def first_state(
-    config: TrainConfig, options: RunOptions, train: Split, device: torch.device, quiet: bool
+    config: TrainConfig,
+    options: RunOptions,
+    train: Split,
+    device: torch.device,
+    where: dict[str, Any],
+    quiet: bool,
 ) -> TrainState:
-    """A new state, or the one in the checkpoint that this run has to go on from."""
+    """A new state, or the one in the checkpoint that this run has to go on from.
+
+    ``where`` is the environment that computes the run.
+    """
     path, given = _ckpt_to_resume(options)
     if path is None:
         return new_state(config, train.image_shape, len(train), device)
@@ -144,7 +152,7 @@ def first_state(
             f"(epoch {state.step / state.steps_per_epoch:.2f}) from {path}",
             flush=True,
         )
-        changed = differences(content["environment"], environment(device))
+        changed = differences(content["environment"], where)
         if changed:
             print(
                 "note: not the machine class it was started on, so the result is the same only "

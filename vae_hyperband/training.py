@@ -31,7 +31,13 @@ from vae_hyperband.data import (
 from vae_hyperband.engines import Engine, graph_engine
 from vae_hyperband.errors import DivergedError
 from vae_hyperband.objective import held_out_weights, knobs_at
-from vae_hyperband.process import cpu_threads, keep_freed_memory, only_writer, pick_device
+from vae_hyperband.process import (
+    cpu_threads,
+    environment,
+    keep_freed_memory,
+    only_writer,
+    pick_device,
+)
 from vae_hyperband.randomness import generator
 from vae_hyperband.state import NO_BEST, TrainState, ckpt_content, first_state
 from vae_hyperband.steps import averages, take_step
@@ -116,14 +122,15 @@ def fit(
             engine = Engine(train_epoch, eval_epoch)
             if device.type == "cuda" and options.cuda_graph:
                 engine = graph_engine(config, train, device, options.log_interval)
-        state = first_state(config, options, train, device, quiet)
+        where = engine.environment or environment(device)
+        state = first_state(config, options, train, device, where, quiet)
         last_saved = time.monotonic()
 
         def save(improved: bool = False) -> None:
             nonlocal last_saved
             tracker.flush()
             latest, best = options.ckpt_folder / LATEST, options.ckpt_folder / BEST
-            save_ckpt(best if improved else latest, ckpt_content(state, train, device))
+            save_ckpt(best if improved else latest, ckpt_content(state, train, where))
             if improved:
                 # best.pt first: a kill between the two costs work, but latest.pt never names a
                 # best checkpoint that is not there

@@ -21,13 +21,14 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from vae_hyperband.board import Board
-from vae_hyperband.cluster import num_places, trial_device
+from vae_hyperband.cluster import num_places, trial_device, trial_resources
 from vae_hyperband.data import Split
 from vae_hyperband.errors import RayBrokeError, VAEHyperbandError
+from vae_hyperband.packer import SharedSplit, start_packers
 from vae_hyperband.search_config import SearchOptions
 from vae_hyperband.storage import TrialStore
 from vae_hyperband.trials import trial_name
-from vae_hyperband.worker import SharedSplit, hang_report, train_trial
+from vae_hyperband.worker import hang_report, train_trial
 
 #: What the board keeps of a report; Ray adds clocks and names to it.
 ROW = frozenset(
@@ -68,13 +69,12 @@ def run_trials(
         config=board.config,
         options=options,
         store=store,
-        device=trial_device(options),
+        device="cpu" if options.packed else trial_device(options),
         splits=tuple(map(SharedSplit.of, splits)),
+        packers=start_packers(board.config, options, splits) if options.packed else None,
     )
     tuner = tune.Tuner(
-        tune.with_resources(
-            trainable, {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0}
-        ),
+        tune.with_resources(trainable, trial_resources(options)),
         tune_config=tune.TuneConfig(
             num_samples=-1,  # until the searcher says that it is finished
             search_alg=draws,

@@ -9,19 +9,15 @@ import faulthandler
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from ray import tune
 
 from vae_hyperband.checkpoint import LATEST, load_ckpt
 from vae_hyperband.config import RunOptions
-from vae_hyperband.data import Split
 from vae_hyperband.errors import (
     CheckpointError,
     ConfigError,
@@ -29,6 +25,7 @@ from vae_hyperband.errors import (
     FolderInUseError,
     ResumeError,
 )
+from vae_hyperband.packer import Packers, SharedSplits
 from vae_hyperband.process import make_folder
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.state import TrainState
@@ -40,25 +37,6 @@ from vae_hyperband.trials import trial_name
 PATIENCE = 120.0
 
 
-@dataclass(frozen=True)
-class SharedSplit:
-    """A split whose arrays Ray keeps once per node, in memory that all its processes share."""
-
-    images_NCHW: np.ndarray
-    labels_N: np.ndarray
-    digest: str
-
-    @classmethod
-    def of(cls, split: Split) -> Self:
-        return cls(split.images_NCHW.numpy(), split.labels_N.numpy(), split.digest)
-
-    def split(self) -> Split:
-        with warnings.catch_warnings():  # that the memory is read-only: nothing writes to it
-            warnings.simplefilter("ignore", UserWarning)
-            images_NCHW, labels_N = map(torch.from_numpy, (self.images_NCHW, self.labels_N))
-        return Split(images_NCHW, labels_N, self.digest)
-
-
 def train_trial(
     trial: dict[str, Any],
     *,
@@ -66,11 +44,13 @@ def train_trial(
     options: SearchOptions,
     store: TrialStore,
     device: str,
-    splits: tuple["SharedSplit", "SharedSplit"],
+    splits: SharedSplits,
+    packers: Packers | None = None,
 ) -> None:
     """Train the trial on, from where its folder says it is, until the search stops asking for more.
 
-    ``trial`` has its "number" and what was "drawn" for it.
+    ``trial`` has its "number" and what was "drawn" for it. Its steps are computed here, on
+    ``device``, or by one of the packers.
     """
     # Ray gives a process up that takes longer to leave a trial, as it may on a slow file system
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
@@ -88,7 +68,7 @@ def train_trial(
                     logs_dir=folder / "logs" if store.is_url else options.log_folder,
                     num_threads=options.cpus_per_trial,
                 )
-                hopeless = _attempts(trial, config, options, store, run, splits, watchdog)
+                hopeless = _attempts(trial, config, options, store, run, splits, packers, watchdog)
             finally:
                 store.leave(folder)
     except Exception as error:
@@ -103,7 +83,8 @@ def _attempts(
     options: SearchOptions,
     store: TrialStore,
     run: RunOptions,
-    splits: tuple["SharedSplit", "SharedSplit"],
+    splits: SharedSplits,
+    packers: Packers | None,
     watchdog: "Watchdog",
 ) -> str:
     """Train to the end; or the reason why it is not to be tried again.
@@ -132,6 +113,7 @@ def _attempts(
                 config.trial_config(trial["drawn"]),
                 run,
                 splits=in_memory,
+                engine=packers.engine(trial["number"]) if packers else None,
                 on_validation=validated,
                 quiet=True,
             )
