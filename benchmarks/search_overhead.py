@@ -34,12 +34,11 @@ def training_seconds(logs: Path, batch_size: int) -> float:
     return seconds
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path, *more: str) -> dict[str, Any]:
+    """A search of the command line's defaults, and ``more``."""
+    command = [sys.executable, "-m", "vae_hyperband.train_vae", "search", "--device", "cpu", *more]
     started = time.time()
-    subprocess.run(
-        [sys.executable, "-m", "vae_hyperband.train_vae", "search", "--device", "cpu"],
-        cwd=folder, check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     wall = time.time() - started
     result = read_result(folder / "checkpoints" / "search")
     trials = {
