@@ -74,9 +74,15 @@ class Net(nn.Module):
 class Reference:
     """A training run of the reference loop."""
 
-    def __init__(self, num_images: int | None = None, workers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_images: int | None = None,
+        workers: int = 0,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         torch.manual_seed(seed)
-        self.net = Net()
+        self.net, self.device = Net().to(device), device
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
         self.loader = DataLoader(
             Images(num_images), batch_size=128, shuffle=True, num_workers=workers,
@@ -88,6 +94,7 @@ class Reference:
         started, total = time.perf_counter(), 0.0
         self.net.train()
         for x, _ in self.loader:
+            x = x.to(self.device)
             self.optimizer.zero_grad()
             reconstruction, mu, logvar = self.net(x)
             loss = F.binary_cross_entropy(reconstruction, x, reduction="sum")

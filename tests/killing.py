@@ -30,13 +30,18 @@ def descendants(pid: int) -> list[int]:
 
 def trial_workers(pid: int) -> list[int]:
     """Ray's processes that train the trials of the driver with that process id."""
+    return ray_workers(pid, "ImplicitFunc")
+
+
+def ray_workers(pid: int, kind: str) -> list[int]:
+    """Ray's processes of a driver whose actors are of that class."""
     workers = []
     for child in descendants(pid):
         try:
             title = Path(f"/proc/{child}/cmdline").read_bytes()
         except OSError:
             continue
-        if title.startswith(b"ray::ImplicitFunc"):
+        if title.startswith(f"ray::{kind}".encode()):
             workers.append(child)
     return workers
 
@@ -46,7 +51,7 @@ def kill(kind: str, driver: int, random: np.random.Generator) -> bool:
     if kind == "driver":
         victims = [driver]
     elif kind == "worker":
-        workers = trial_workers(driver)
+        workers = [*trial_workers(driver), *ray_workers(driver, "Packer")]
         victims = [int(random.choice(workers))] if workers else []
     else:
         victims = descendants(driver)

@@ -200,3 +200,24 @@ def test_runs_that_do_not_belong_together_are_refused(train, change):
     (state,) = members(train, [dataclasses.replace(config, **change)])
     with pytest.raises(ConfigError, match="one batch size"):
         Pack(config, train, capacity=2).run([state], 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_on_a_gpu_captured_steps_equal_the_loop_to_rounding(train):
+    chosen = configs()
+    widths = [
+        dataclasses.replace(config, latent_dim=size)
+        for config, size in zip(chosen, (2, 4, 7), strict=True)
+    ]
+    for capacity, width, runs in ((1, 4, chosen[:1]), (4, 7, widths)):
+        digests = []
+        for _ in range(2):
+            states = [new_state(c, train.image_shape, len(train), "cuda") for c in runs]
+            losses = Pack(runs[0], train, capacity, width, "cuda").run(states, 10)
+            digests.append([digest(state) for state in states])
+        assert digests[0] == digests[1]
+        for state, config, found in zip(states, runs, losses, strict=True):
+            other = alone(train, config, 10)
+            weights = [weight.cpu() for weight in state.model.parameters()]
+            assert distance(weights, other.model.parameters()) < 1e-3
+            torch.testing.assert_close(found[:, 0].sum(), other.sums[0, 0], rtol=1e-4, atol=0)

@@ -31,8 +31,11 @@ def search_command(data: Path, scheduler: str) -> list[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
-def test_twenty_kills_of_driver_worker_or_everything_change_nothing(tmp_path, data, scheduler):
+@pytest.mark.parametrize(("scheduler", "engine"), [("asha", "solo"), ("hyperband", "packed")])
+def test_twenty_kills_of_driver_worker_or_everything_change_nothing(
+    tmp_path, data, scheduler, engine
+):
+    """Workers are the processes of trials, and with packs the one that trains them."""
     command = search_command(data, scheduler)
     calm = tmp_path / "calm"
     calm.mkdir()
@@ -45,6 +48,7 @@ def test_twenty_kills_of_driver_worker_or_everything_change_nothing(tmp_path, da
         assert epochs == list(range(1, len(epochs) + 1))
         assert len(epochs) in (1, 3, 9)
 
+    command += ["--engine", engine]
     random, kills = np.random.default_rng(7), {"driver": 0, "worker": 0, "everything": 0}
     while sum(kills.values()) < NUM_KILLS:  # a search that ends before the last kill: another one
         storm = tmp_path / "storm"
@@ -63,5 +67,5 @@ def test_twenty_kills_of_driver_worker_or_everything_change_nothing(tmp_path, da
             name = f"{log.parent.name}/metrics.jsonl"
             assert (storm / "logs/s" / name).read_bytes() == log.read_bytes()
         shutil.rmtree(storm)
-    print(f"{scheduler}: survived {kills}")
+    print(f"{scheduler}, {engine}: survived {kills}")
     assert all(kills.values())

@@ -205,8 +205,8 @@ class RunOptions(Places):
     """Within an epoch, save after this many seconds: the most work that a kill can cost."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
-    cuda_graph: bool = True
-    """On a GPU, capture the training step once and replay it."""
+    cuda_graph: bool = False
+    """On a GPU, capture the training step once and replay it (not measured on one yet)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

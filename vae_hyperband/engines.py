@@ -39,7 +39,8 @@ def graph_engine(
     """A run alone in a pack: on a GPU its step is captured once, and replayed.
 
     The host waits for the GPU where the number of steps is a multiple of ``stride``. A later run
-    that differs in learning rate, beta, seed or epochs alone takes the captured step over.
+    that differs in learning rate, beta, seed or epochs alone takes the captured step over. On a CPU
+    it is the loop by other means, to the same bits.
     """
     shape = (config.batch_size, config.latent_dim, *config.common().values())
     key = (*shape, train.content_digest(), str(device))

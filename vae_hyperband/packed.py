@@ -263,7 +263,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise DeviceError(
-            f"The training step could not be captured as a CUDA graph ({reason}): give "
-            "--no-cuda-graph."
+            f"The training step could not be captured as a CUDA graph ({reason}): leave out "
+            "--cuda-graph, or --engine packed."
         ) from error
     return graph.replay

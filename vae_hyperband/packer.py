@@ -12,7 +12,7 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -82,12 +82,13 @@ class Packer:
     """Trains what asks for it; each request comes in a thread of its own.
 
     ``lanes`` packs of up to ``size`` trials compute at the same time, each with ``num_threads``.
+    ``fetch`` gives the training and the validation split.
     """
 
     def __init__(
         self,
         config: SearchConfig,
-        splits: SharedSplits,
+        fetch: Callable[[], SharedSplits],
         device: str,
         size: int,
         lanes: int = 1,
@@ -96,7 +97,7 @@ class Packer:
         keep_freed_memory()
         self._widest, self._size, self._num_threads = max(config.latent_dims), size, num_threads
         self._device = torch.device(device)
-        self._train, held_out = (shared.split() for shared in splits)
+        self._train, held_out = (shared.split() for shared in fetch())
         held_out = as_trained(held_out, config.common())
         self._loader = eval_dataloader(held_out, self._device)
         self._lanes = threading.Semaphore(lanes)
@@ -186,6 +187,7 @@ class Packers:
 
     handles: tuple[ActorHandle, ...]
     nodes: tuple[str, ...]
+    data: ray.ObjectRef  # what a packer that is started again asks for: Ray keeps it while this is
 
     def engine(self, number: int) -> Engine:
         """What trains the trial with that number: a packer of its node, or of another."""
@@ -221,28 +223,29 @@ def start_packers(
     config: SearchConfig, options: SearchOptions, splits: tuple[Split, Split]
 ) -> Packers:
     """One packer for each GPU of the cluster, or for each node if trials use none."""
-    shared = ray.put(tuple(map(SharedSplit.of, splits)))
+    data = ray.put(tuple(map(SharedSplit.of, splits)))
     on_gpu, handles, nodes = bool(options.gpus_per_trial), [], []
     for node in ray.nodes():
         resources = node["Resources"]
-        if not node["Alive"]:
+        lanes = 1 if on_gpu else num_lanes(resources, options)
+        if not node["Alive"] or not lanes:
             continue
+        actor: Any = ray.remote(Packer).options(
+            num_cpus=0,
+            num_gpus=int(on_gpu),
+            max_restarts=-1,
+            max_concurrency=1000,  # those that wait are threads
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        )
         for _ in range(int(resources.get("GPU", 0)) if on_gpu else 1):
-            lanes = 1 if on_gpu else num_lanes(resources, options)
-            if not lanes:
-                continue
-            actor: Any = ray.remote(Packer).options(
-                num_cpus=0,
-                num_gpus=int(on_gpu),
-                max_restarts=-1,
-                max_concurrency=1000,  # those that wait are threads
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            packer = actor.remote(
+                config,
+                functools.partial(ray.get, data),
+                trial_device(options),
+                options.num_in_pack,
+                lanes,
+                options.cpus_per_trial,
             )
-            handles.append(
-                actor.remote(
-                    config, shared, trial_device(options), options.num_in_pack, lanes,
-                    options.cpus_per_trial,
-                )
-            )  # fmt: skip
+            handles.append(packer)
             nodes.append(node["NodeID"])
-    return Packers(tuple(handles), tuple(nodes))
+    return Packers(tuple(handles), tuple(nodes), data)

@@ -101,7 +101,7 @@ def fit(
     ``should_stop`` is asked after every step: if it says so, the state is saved and the call
     returns. ``on_validation`` is called after each validation, when its checkpoint is on disk.
     ``splits`` are the training and the validation split, where they are in memory already.
-    ``engine`` computes: by default :func:`train_epoch`, on a GPU with its step captured.
+    ``engine`` computes, by default :func:`train_epoch`.
     Raises the package's own errors for a user's mistakes, :class:`DivergedError` for a loss that is
     not finite; the last checkpoint is good in each case.
     """
@@ -120,7 +120,7 @@ def fit(
         validation_loader = eval_dataloader(held_out, device)
         if engine is None:
             engine = Engine(train_epoch, eval_epoch)
-            if device.type == "cuda" and options.cuda_graph:
+            if options.cuda_graph:
                 engine = graph_engine(config, train, device, options.log_interval)
         where = engine.environment or environment(device)
         state = first_state(config, options, train, device, where, quiet)
