@@ -3,9 +3,9 @@
 1. An epoch of 50,000 images at batch 128 takes 0.1 s or less with the step captured, and less than
    a twentieth of the tutorials' loop with 8 loader workers.
 2. 64 trials of up to 20 epochs in packs, with ASHA, take a fiftieth of the time of one after the
-   other with the tutorials' loop. Extrapolated: the epochs that the decisions on the measured curves
-   cost, times what an epoch took; who is not stopped after 3 epochs counts with all 20; validation
-   is counted, checkpoints are not.
+   other with the tutorials' loop. Extrapolated: the epochs that the decisions on the measured
+   curves cost, times what an epoch took; who is not stopped after 3 epochs counts with all 20;
+   validation is counted, checkpoints are not.
 3. What is fast is right: the captured step and the pack agree with the plain loop.
 
     python benchmarks/gpu.py                    # 5 minutes; writes benchmarks/gpu.json

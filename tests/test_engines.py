@@ -85,6 +85,13 @@ def test_a_save_within_an_epoch_holds_the_weights_of_its_step(options, small_con
         assert load_ckpt(other.ckpt_folder / "latest.pt")["digest"] == content["digest"]
 
 
+def test_speed_is_measured_where_a_pack_was_waited_for(options, small_config, train):
+    engine = graph_engine(small_config, train, CPU, stride=1000)
+    result = fit(small_config, options(log_interval=3), engine=engine, quiet=True)
+    rows = read_rows(result.log_folder / "timing.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 30]
+
+
 def test_divergence_in_a_pack_says_what_the_loop_says(options, small_config, train):
     wild = dataclasses.replace(small_config, learning_rate=1e6, schedule="constant", epochs=50)
     with pytest.raises(DivergedError) as plain:

@@ -10,6 +10,7 @@ from vae_hyperband import worker
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.data import load_split
 from vae_hyperband.errors import FolderInUseError, RunFolderError
+from vae_hyperband.packer import SharedSplit
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.storage import TrialStore
 from vae_hyperband.training import fit
@@ -46,7 +47,7 @@ def train(tmp_path, small_data, monkeypatch):
                 options=SearchOptions(**{**vars(options), **changes}),
                 store=TrialStore(str(tmp_path / "t")),
                 device="cpu",
-                splits=tuple(map(worker.SharedSplit.of, splits)),
+                splits=tuple(map(SharedSplit.of, splits)),
             )
         return reports
 
@@ -167,7 +168,7 @@ def test_a_trial_whose_last_process_is_still_dying_waits_for_its_lock(train, mon
 
 def test_the_shared_split_is_the_same_memory(small_data):
     split = load_split("train", small_data, "custom")
-    shared = worker.SharedSplit.of(split)
+    shared = SharedSplit.of(split)
     again = shared.split()
     assert again.images_NCHW.data_ptr() == split.images_NCHW.data_ptr()
     assert again.digest == split.digest

@@ -99,6 +99,10 @@ class Pack:
         are brought to the last step; ``state.step`` and ``state.sums`` are left to the caller.
         """
         assert 0 < len(members) <= self.capacity, len(members)
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            return self._run(members, num_steps)
+
+    def _run(self, members: list[TrainState], num_steps: int) -> list[Tensor]:
         for place, member in enumerate(members):
             self._refuse_other(member.config)
             self._stack.put(place, member)

@@ -7,12 +7,11 @@ in the place of a trial that was stopped, say, goes into the next one, and nothi
 Nothing is kept here between two epochs, so this process may die at any moment: Ray starts another.
 """
 
-import contextlib
 import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -39,6 +38,7 @@ from vae_hyperband.state import TrainState
 LINGER_SECONDS = 0.05
 
 WHOLE_EPOCH = sys.maxsize
+EVALUATION = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,13 @@ SharedSplits = tuple[SharedSplit, SharedSplit]  # training, validation
 
 @dataclass(eq=False)
 class _Job:
-    """One trial that waits for its next steps."""
+    """What a trial asks for, and what it gets; jobs of one kind can be done together."""
 
-    state: TrainState
-    num_steps: int
-    losses_K4: Tensor | None = None
+    kind: tuple[int, int]  # batch size and number of steps, or EVALUATION
+    work: Any  # a state to train on, or a model and how to evaluate it
+    result: Any = None
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
-
-    def same_pack(self, other: "_Job") -> bool:
-        sizes = self.state.config.batch_size, other.state.config.batch_size
-        return sizes[0] == sizes[1] and self.num_steps == other.num_steps
 
 
 class Packer:
@@ -100,77 +96,90 @@ class Packer:
         self._train, held_out = (shared.split() for shared in fetch())
         held_out = as_trained(held_out, config.common())
         self._loader = eval_dataloader(held_out, self._device)
-        self._lanes = threading.Semaphore(lanes)
-        self._waiting: list[_Job] = []
-        self._changed = threading.Condition()
         self._free: dict[tuple[int, int], list[Pack]] = {}  # packs that no lane is using
+        self._waiting: list[_Job] = []
+        self._num_asked = 0
+        self._changed = threading.Condition()
+        for _ in range(lanes):
+            threading.Thread(target=self._lane, daemon=True).start()
 
     def environment(self) -> dict[str, Any]:
-        with self._lane():
-            found = environment(self._device)
+        """Of what is trained here."""
+        found = environment(self._device) | {"num_threads": self._num_threads}
         return found if self._device.type == "cpu" else found | {"pack": self._size}
 
     def advance(self, state: TrainState, num_steps: int) -> tuple[Tensor, TrainState]:
         """:meth:`Pack.run` for one state, beside those that wait, too."""
-        job = _Job(state, num_steps)
-        with self._changed:
-            self._waiting.append(job)
-            self._changed.notify_all()
-        with self._lane():
-            if jobs := self._together_with(job):
-                self._run(jobs)
-        job.done.wait()
-        if job.error:
-            raise job.error
-        assert job.losses_K4 is not None
-        return job.losses_K4, job.state
+        return self._do(_Job((state.config.batch_size, num_steps), state))
 
     def evaluate(self, model: VAE, *settings: Any) -> Losses:
         """:func:`~vae_hyperband.bounds.eval_epoch` on the validation split."""
-        with self._lane():
-            return eval_epoch(model.to(self._device), self._loader, *settings)
+        return self._do(_Job(EVALUATION, (model, settings)))
 
-    @contextlib.contextmanager
-    def _lane(self) -> Iterator[None]:
-        with self._lanes:
-            torch.set_num_threads(self._num_threads)  # for this thread; none keeps another number
-            yield
-
-    def _together_with(self, job: _Job) -> list[_Job]:
-        """The job and those that can be packed with it; none if another thread has taken it."""
-
-        def found() -> list[_Job]:
-            return [other for other in self._waiting if other.same_pack(job)]
-
+    def _do(self, job: _Job) -> Any:
+        """Wait until a lane has done it."""
         with self._changed:
-            while job in self._waiting and len(found()) < self._size:
-                before = len(self._waiting)
-                self._changed.wait(LINGER_SECONDS)
-                if len(self._waiting) <= before:
-                    break
-            if job not in self._waiting:
-                return []
-            others = [other for other in found() if other is not job]
-            jobs = [job, *others[: self._size - 1]]
-            for chosen in jobs:
-                self._waiting.remove(chosen)
-            return jobs
+            self._waiting.append(job)
+            self._num_asked += 1
+            self._changed.notify_all()
+        job.done.wait()
+        if job.error:
+            raise job.error
+        return job.result
 
-    def _run(self, jobs: list[_Job]) -> None:
-        try:
-            pack = self._pack_for(jobs[0].state.config)
-            found = pack.run([job.state for job in jobs], jobs[0].num_steps)
-            for job, losses_K4 in zip(jobs, found, strict=True):
-                job.losses_K4 = losses_K4
-            with self._changed:
-                self._free[pack.config.batch_size, pack.latent_dim].append(pack)
-        except Exception as error:  # such as too little memory; each trial tries again, or gives up
-            torch.cuda.empty_cache()
-            for job in jobs:
-                job.error = error
-        finally:
+    def _lane(self) -> None:
+        torch.set_num_threads(self._num_threads)  # of this thread
+        while True:
+            jobs = self._next()
+            try:
+                if jobs[0].kind == EVALUATION:
+                    self._evaluate(jobs[0])
+                else:
+                    self._train_on(jobs)
+            except Exception as error:  # such as too little memory: each trial knows what to do
+                torch.cuda.empty_cache()
+                for job in jobs:
+                    job.error = error
             for job in jobs:
                 job.done.set()
+
+    def _next(self) -> list[_Job]:
+        """The job that has waited longest, with those that can be done beside it."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: len(self._waiting))
+                before = self._num_asked
+                if not self._full() and self._changed.wait_for(
+                    functools.partial(self._asked_since, before), LINGER_SECONDS
+                ):
+                    continue
+                if jobs := self._first():  # another lane may have taken them
+                    self._waiting = [job for job in self._waiting if job not in jobs]
+                    return jobs
+
+    def _asked_since(self, num_asked: int) -> bool:
+        return self._num_asked > num_asked
+
+    def _first(self) -> list[_Job]:
+        kind = self._waiting[0].kind if self._waiting else None
+        alike = [job for job in self._waiting if job.kind == kind]
+        return alike[: 1 if kind == EVALUATION else self._size]
+
+    def _full(self) -> bool:
+        jobs = self._first()
+        return len(jobs) == self._size or (len(jobs) > 0 and jobs[0].kind == EVALUATION)
+
+    def _train_on(self, jobs: list[_Job]) -> None:
+        states, num_steps = [job.work for job in jobs], jobs[0].kind[1]
+        pack = self._pack_for(states[0].config)
+        for job, losses_K4 in zip(jobs, pack.run(states, num_steps), strict=True):
+            job.result = losses_K4, job.work
+        with self._changed:
+            self._free[pack.config.batch_size, pack.latent_dim].append(pack)
+
+    def _evaluate(self, job: _Job) -> None:
+        model, settings = job.work
+        job.result = eval_epoch(model.to(self._device), self._loader, *settings)
 
     def _pack_for(self, config: TrainConfig) -> Pack:
         widest = self._widest if self._size > 1 else config.latent_dim
@@ -219,6 +228,15 @@ def _answer(reference: ray.ObjectRef) -> Any:
         raise error.cause from error
 
 
+def _fetched(reference: bytes) -> SharedSplits:
+    """What ``start_packers`` has put there.
+
+    As bytes, since of a reference Ray would say that it may be gone when the process is started
+    again: it is not, the driver holds it.
+    """
+    return ray.get(ray.cloudpickle.loads(reference))
+
+
 def start_packers(
     config: SearchConfig, options: SearchOptions, splits: tuple[Split, Split]
 ) -> Packers:
@@ -234,13 +252,13 @@ def start_packers(
             num_cpus=0,
             num_gpus=int(on_gpu),
             max_restarts=-1,
-            max_concurrency=1000,  # those that wait are threads
+            max_concurrency=2 * lanes * options.num_in_pack + 8,  # those that wait are threads
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         )
         for _ in range(int(resources.get("GPU", 0)) if on_gpu else 1):
             packer = actor.remote(
                 config,
-                functools.partial(ray.get, data),
+                functools.partial(_fetched, ray.cloudpickle.dumps(data)),
                 trial_device(options),
                 options.num_in_pack,
                 lanes,

@@ -130,6 +130,7 @@ class Progress:
         self._quiet = quiet
         self._first, self._num, self._started = first_step, num_steps, time.monotonic()
         self._last_log, self._images, self._images_per_second = self._started, 0, 0.0
+        self._bound: float | None = None  # logged last, if not shown yet
         self._bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -155,13 +156,22 @@ class Progress:
         yield
         self._last_log += time.monotonic() - started
 
-    def logged(self, bound: float) -> float:
-        """Show a training bound; images per second of training since the last call."""
+    def logged(self, bound: float) -> None:
+        """Show a training bound."""
+        self._bound = bound
+
+    def speed(self) -> float | None:
+        """Images per second of training since the last call; None if nothing was logged since.
+
+        To be asked for when all steps that were counted have been waited for.
+        """
+        if self._bound is None:
+            return None
         now = time.monotonic()
         self._images_per_second = self._images / max(now - self._last_log, 1e-9)
-        self._last_log, self._images = now, 0
         speed = f"{self._images_per_second:,.0f} images/s"
-        self._bar.set_postfix_str(f"bound {bound:.1f} nats, {speed}", refresh=False)
+        self._bar.set_postfix_str(f"bound {self._bound:.1f} nats, {speed}", refresh=False)
+        self._last_log, self._images, self._bound = now, 0, None
         return self._images_per_second
 
     def validated(

@@ -143,6 +143,8 @@ def fit(
                 _log_training(state, tracker, progress)
 
         def on_step(state: TrainState) -> bool:
+            if (images_per_second := progress.speed()) is not None:
+                tracker.speed(state.step, images_per_second)
             # at the end of an epoch the validation comes first
             if not state.ends_epoch and time.monotonic() - last_saved >= options.ckpt_seconds:
                 with progress.pause():
@@ -226,7 +228,7 @@ def _log_training(state: TrainState, tracker: Tracker, progress: Progress) -> No
     rate = knobs_at(state.config, last_step, state.steps_per_epoch).learning_rate
     epoch = math.ceil(state.step / state.steps_per_epoch)
     tracker.scalars("train", state.step, epoch, losses | {"learning_rate": rate})
-    tracker.speed(state.step, progress.logged(losses["bound"]))
+    progress.logged(losses["bound"])
 
 
 def _log_hyperparameters(state: TrainState, tracker: Tracker) -> None:
