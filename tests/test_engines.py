@@ -8,11 +8,13 @@ import torch
 
 from vae_hyperband import engines
 from vae_hyperband.checkpoint import load_ckpt, tree_digest
-from vae_hyperband.data import load_split
+from vae_hyperband.data import get_dataloader, load_split
 from vae_hyperband.engines import Engine, graph_engine, train_epoch_by
 from vae_hyperband.errors import DivergedError
+from vae_hyperband.packed import Pack
+from vae_hyperband.state import new_state
 from vae_hyperband.tracking import read_rows
-from vae_hyperband.training import fit
+from vae_hyperband.training import fit, train_epoch
 
 CPU = torch.device("cpu")
 
@@ -85,6 +87,16 @@ def test_a_save_within_an_epoch_holds_the_weights_of_its_step(options, small_con
         assert load_ckpt(other.ckpt_folder / "latest.pt")["digest"] == content["digest"]
 
 
+def test_a_pack_is_waited_for_where_the_step_is_a_multiple_of_the_stride(small_config, train):
+    state = new_state(small_config, train.image_shape, len(train))
+    loader = get_dataloader(train, small_config.batch_size, seed=small_config.seed, shuffle=True)
+    assert train_epoch(state, loader, lambda state: state.step == 2) is None
+    waited = []
+    engine = graph_engine(small_config, train, CPU, stride=4)
+    engine.train_epoch(state, loader, lambda state: waited.append(state.step))
+    assert waited == [4, 8, 10]
+
+
 def test_speed_is_measured_where_a_pack_was_waited_for(options, small_config, train):
     engine = graph_engine(small_config, train, CPU, stride=1000)
     result = fit(small_config, options(log_interval=3), engine=engine, quiet=True)
@@ -119,11 +131,6 @@ def test_a_later_run_of_the_same_shape_takes_the_captured_step_over(small_config
 
 def test_what_a_pack_refuses_but_the_loop_takes_goes_on(small_config, train):
     """A GPU may round a step to infinity that is finite by itself."""
-    from vae_hyperband.data import get_dataloader
-    from vae_hyperband.packed import Pack
-    from vae_hyperband.state import new_state
-    from vae_hyperband.training import train_epoch
-
     pack = Pack(small_config, train)
     refused = []
 

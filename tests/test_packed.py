@@ -177,6 +177,22 @@ def test_a_step_that_is_not_finite_holds_its_member_and_nobody_else(train):
         assert digest(state) == digest(alone(train, config, len(found)))
 
 
+@pytest.mark.parametrize("few", [0, 32], ids=["one after the other", "side by side"])
+def test_a_place_keeps_nothing_of_who_was_there(train, few, monkeypatch):
+    """After a wide code and one that diverged, narrow ones in the same places."""
+    monkeypatch.setattr(packed, "FEW_IMAGES", few)
+    wide, wild, narrow = configs()
+    wide = dataclasses.replace(wide, latent_dim=7, seed=9)
+    wild = dataclasses.replace(wild, learning_rate=1e12, latent_dim=7)
+    pack = Pack(wide, train, capacity=2, latent_dim=7)
+    assert len(pack.run(members(train, [wide, wild]), 10)[1]) < 10
+    fresh = Pack(wide, train, capacity=2, latent_dim=7)
+    found, expected = members(train, [narrow, narrow]), members(train, [narrow, narrow])
+    assert [len(losses) for losses in pack.run(found, 10)] == [10, 10]
+    fresh.run(expected, 10)
+    assert [digest(state) for state in found] == [digest(state) for state in expected]
+
+
 def test_a_poisoned_image_holds_who_meets_it(train):
     class Poisoned(Split):
         def pixels(self, index):

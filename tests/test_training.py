@@ -85,6 +85,13 @@ def test_training_losses_are_exact_means_over_the_epoch_s_images(state, loader):
         assert torch.equal(a, b)
 
 
+def test_the_losses_of_an_epoch_are_of_no_other(state, loader):
+    for epoch in range(1, 3):
+        train_epoch(state, loader)
+        assert (state.epoch, state.sums[0, 3].item()) == (epoch, 300)
+    assert state.sums[1, 3].item() == 600  # nobody has logged yet
+
+
 def test_training_lowers_the_bound(options, small_config):
     result = fit(dataclasses.replace(small_config, epochs=20), options(), quiet=True)
     bounds = [
