@@ -17,21 +17,6 @@ def one_pixel(x):
 
 
 @pytest.mark.parametrize("logit", LOGITS[1:-1])  # torch clamps probabilities near 0 and 1
-def test_the_cross_entropy_has_the_gradients_of_pytorch_s_own():
-    torch.manual_seed(0)
-    logits, x = torch.randn(3, 1, 4, 4).double(), torch.rand(3, 1, 4, 4).double()
-    inputs, weight_B = (logits.requires_grad_(), x.requires_grad_()), torch.tensor([1.0, -2, 3])
-    own = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(dim=(1, 2, 3))
-    found = reconstruction_nats(logits, x)
-    assert torch.equal(found, own)
-    for gradient, expected in zip(
-        torch.autograd.grad((found * weight_B).sum(), inputs),
-        torch.autograd.grad((own * weight_B).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(gradient, expected)
-
-
 def test_the_continuous_bernoulli_is_torch_s(logit):
     x = torch.linspace(0, 1, 11, dtype=torch.float64)
     theirs = ContinuousBernoulli(
@@ -100,3 +85,18 @@ def test_the_series_near_zero_meets_the_formula():
     assert abs((nats[0] - nats[1]).item()) < 1e-5
     means = pixel_means(edge, "continuous-bernoulli")
     assert abs((means[0] - means[1]).item()) < 1e-4
+
+
+def test_the_cross_entropy_has_the_gradients_of_pytorch_s_own():
+    torch.manual_seed(0)
+    logits, x = torch.randn(3, 1, 4, 4).double(), torch.rand(3, 1, 4, 4).double()
+    inputs, weight_B = (logits.requires_grad_(), x.requires_grad_()), torch.tensor([1.0, -2, 3])
+    own = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(dim=(1, 2, 3))
+    found = reconstruction_nats(logits, x)
+    assert torch.equal(found, own)
+    for gradient, expected in zip(
+        torch.autograd.grad((found * weight_B).sum(), inputs),
+        torch.autograd.grad((own * weight_B).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, expected)

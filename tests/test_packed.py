@@ -178,10 +178,11 @@ def test_a_step_that_is_not_finite_holds_its_member_and_nobody_else(train):
 
 
 @pytest.mark.parametrize("few", [0, 32], ids=["one after the other", "side by side"])
-def test_a_place_keeps_nothing_of_who_was_there(train, few, monkeypatch):
-    """After a wide code and one that diverged, narrow ones in the same places."""
+@pytest.mark.parametrize("variant", ["elbo", "iwae"])
+def test_a_place_keeps_nothing_of_who_was_there(train, variant, few, monkeypatch):
+    """After a wide code and one that diverged, narrow ones in the same places: to the same bits."""
     monkeypatch.setattr(packed, "FEW_IMAGES", few)
-    wide, wild, narrow = configs()
+    wide, wild, narrow = configs(**VARIANTS[variant])
     wide = dataclasses.replace(wide, latent_dim=7, seed=9)
     wild = dataclasses.replace(wild, learning_rate=1e12, latent_dim=7)
     pack = Pack(wide, train, capacity=2, latent_dim=7)

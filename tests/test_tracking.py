@@ -62,7 +62,10 @@ def test_hyperparameters_stand_beside_the_final_metrics(board):
 def test_speed_is_written_apart_from_the_metrics(board):
     _, result = board
     rows = read_rows(result.log_folder / "timing.jsonl")
-    assert rows
+    logged = read_rows(result.log_folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [
+        row["step"] for row in logged if row["split"] == "train"
+    ]
     assert all(row["images_per_second"] > 0 for row in rows)
 
 
