@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import command_line, write_idx_folder
-from killing import descendants, ray_workers, trial_workers
+from killing import descendants, trial_workers
 
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.errors import RayBrokeError
@@ -175,32 +175,6 @@ def test_a_worker_that_dies_again_and_again_costs_one_trial(tmp_path, slow_data,
     assert result.trials[0].why == "its process died; tried 2 times"
     assert result.trials[1].outcome == "finished"
     assert result.winner.number == 1
-
-
-@pytest.mark.faults
-def test_a_packer_that_dies_costs_nothing(tmp_path, slow_data):
-    """Three trials a pack, whose process is killed again and again; they ask for the epoch anew."""
-    command = search_command(
-        slow_data, "--num-trials", 6, "--max-epochs", 9, "--batch-sizes", 16, "--latent-dims", 4,
-        "--max-failures", 5, "--engine", "packed", "--pack-size", 3,
-    )  # fmt: skip
-    calm, storm = tmp_path / "calm", tmp_path / "storm"
-    for folder in (calm, storm):
-        folder.mkdir()
-    run(command, calm)
-    killed = set()
-    with subprocess.Popen(command, cwd=storm, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            for packer in ray_workers(process.pid, "Packer"):
-                if packer not in killed and len(killed) < 3:
-                    time.sleep(1.5)
-                    killed.add(packer)
-                    os.kill(packer, signal.SIGKILL)
-            time.sleep(0.05)
-    assert process.returncode == 0
-    assert len(killed) == 3
-    expected, found = (read_result(folder / "checkpoints/s") for folder in (calm, storm))
-    assert found.trials == expected.trials
 
 
 @pytest.mark.faults

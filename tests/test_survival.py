@@ -23,20 +23,24 @@ def data(tmp_path_factory) -> Path:
     return write_idx_folder(tmp_path_factory.mktemp("data"), num_train=12000, size=12)
 
 
-def search_command(data: Path, scheduler: str) -> list[str]:
+def search_command(data: Path, scheduler: str, engine: list[object]) -> list[str]:
     return command_line(
         "search", "--run", "s", "--data-dir", data, "--device", "cpu", "--dataset", "custom",
         "--batch-sizes", 32, 64, "--latent-dims", 2, 4, "--num-trials", 12, "--max-epochs", 9,
-        "--scheduler", scheduler, "--max-failures", 10,
+        "--scheduler", scheduler, "--max-failures", 10, "--engine", *engine,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("scheduler", "engine"), [("asha", "solo"), ("hyperband", "packed")])
+@pytest.mark.parametrize(
+    ("scheduler", "engine"),
+    [("asha", ["solo"]), ("hyperband", ["packed", "--pack-size", 2])],
+    ids=["asha-solo", "hyperband-packed"],
+)
 def test_twenty_kills_of_driver_worker_or_everything_change_nothing(
     tmp_path, data, scheduler, engine
 ):
     """Workers are the processes of trials, and with packs the one that trains them."""
-    command = search_command(data, scheduler)
+    command = search_command(data, scheduler, engine)
     calm = tmp_path / "calm"
     calm.mkdir()
     subprocess.run(command, cwd=calm, check=True, capture_output=True, timeout=600)
@@ -48,7 +52,6 @@ def test_twenty_kills_of_driver_worker_or_everything_change_nothing(
         assert epochs == list(range(1, len(epochs) + 1))
         assert len(epochs) in (1, 3, 9)
 
-    command += ["--engine", engine]
     random, kills = np.random.default_rng(7), {"driver": 0, "worker": 0, "everything": 0}
     while sum(kills.values()) < NUM_KILLS:  # a search that ends before the last kill: another one
         storm = tmp_path / "storm"
@@ -67,5 +70,5 @@ def test_twenty_kills_of_driver_worker_or_everything_change_nothing(
             name = f"{log.parent.name}/metrics.jsonl"
             assert (storm / "logs/s" / name).read_bytes() == log.read_bytes()
         shutil.rmtree(storm)
-    print(f"{scheduler}, {engine}: survived {kills}")
+    print(f"{scheduler}, {engine[0]}: survived {kills}")
     assert all(kills.values())
