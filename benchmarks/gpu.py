@@ -205,8 +205,11 @@ def main() -> None:
         train = train.subset(torch.arange(args.images))
         held_out = held_out.subset(torch.arange(min(args.images, len(held_out))))
     machine = Machine(device, train, held_out)
-    alone = one_run(machine, args.workers, args.rounds)
-    reference = statistics.median(alone["epoch_seconds"]["reference"])
+    alone = {}
+    for name, on in (("float32", False), ("TF32", True)):
+        with tf32(on):
+            alone[name] = one_run(machine, args.workers, args.rounds)
+    reference = statistics.median(alone["float32"]["epoch_seconds"]["reference"])
     found = search(machine, args.trials, [1, 4, 16, 64])
     validation = found["validation_seconds_per_trial"]
     one_by_one = found["epochs_after_asha"] * (reference + validation)

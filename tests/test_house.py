@@ -22,13 +22,13 @@ FLOORS = [
     "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring",
     "evaluation", "study",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
-    "draws", "packer", "worker", "tuning", "search", "figures", "search_figures", "study_figures",
-    "report", "options", "ckpt_commands", "search_command", "study_command", "main_job",
+    "draws", "packer", "packers", "worker", "tuning", "search", "figures", "search_figures",
+    "study_figures", "report", "options", "ckpt_commands", "search_command", "study_command", "main_job",
     "train_vae", "beta_vae_tsb", "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
 ALONE = {
-    "ray": {"cluster", "draws", "packer", "worker", "tuning", "search"},
+    "ray": {"cluster", "draws", "packers", "worker", "tuning", "search"},
     "optuna": {"draws"},
     "pyarrow": {"storage"},
     "sklearn": {"latents", "disentanglement", "samplers"},

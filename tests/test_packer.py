@@ -14,12 +14,18 @@ from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import get_dataloader, load_split
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.packed import Pack
-from vae_hyperband.packer import WHOLE_EPOCH, Packer, SharedSplit
+from vae_hyperband.packer import Packer, SharedSplit
+from vae_hyperband.packers import WHOLE_EPOCH
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.state import new_state
 from vae_hyperband.training import train_epoch
 
 SPACE = SearchConfig(dataset="custom", latent_dims=(4,), batch_sizes=(32, 64))
+
+
+@pytest.fixture(autouse=True)
+def a_busy_machine_delays_nobody(monkeypatch):
+    monkeypatch.setattr(packer, "LINGER_SECONDS", 0.5)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def search(tmp_path, monkeypatch):
     with Journal(tmp_path / "decisions.jsonl") as journal:
 
         def make(places=2, **settings):
-            monkeypatch.setattr(tuning, "num_places", lambda options: places)
+            monkeypatch.setattr(tuning, "num_places", lambda options, in_packs: places)
             return Search(journal, **settings)
 
         yield make

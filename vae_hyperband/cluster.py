@@ -96,40 +96,33 @@ def num_lanes(resources: dict[str, float], options: SearchOptions) -> int:
     return int(resources.get("CPU", 0) // options.cpus_per_trial)
 
 
-def num_places(options: SearchOptions) -> int:
-    """How many trials can run side by side now; nodes may come and go."""
-    places = 0.0
-    for node in ray.nodes():
+def num_places(options: SearchOptions, in_packs: int = 0) -> int:
+    """How many trials can run side by side now; nodes may come and go.
+
+    ``in_packs`` are the places that packing processes have, where those compute.
+    """
+    places = float(in_packs)
+    for node in ray.nodes() if not in_packs else []:
         if node["Alive"]:
             lanes, gpus = num_lanes(node["Resources"], options), node["Resources"].get("GPU", 0)
-            if options.packed:
-                places += (int(gpus) if options.gpus_per_trial else lanes) * options.num_in_pack
-            elif options.gpus_per_trial:
+            if options.gpus_per_trial:
                 places += int(min(lanes, gpus / options.gpus_per_trial))
             else:
                 places += lanes
     return max(1, min(int(places), options.max_concurrent or int(places)))
 
 
-def trial_resources(options: SearchOptions) -> dict[str, float]:
+def trial_resources(options: SearchOptions, in_packs: int = 0) -> dict[str, float]:
     """What Ray keeps free for each trial.
 
-    In a pack: its share of the CPUs. The packers ask for the GPUs, and for no CPU, since a trial
-    waits while they compute.
+    Where packing processes compute, its share of the CPUs: they ask for the GPUs themselves, and
+    for no CPU, since a trial waits meanwhile.
     """
-    if not options.packed:
+    if not in_packs:
         return {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0}
-    if not options.gpus_per_trial:
-        return {"cpu": _rounded_down(options.cpus_per_trial / options.num_in_pack)}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
-    shares = [node.get("CPU", 0) / (int(node["GPU"]) * options.num_in_pack) for node in with_gpus]
-    return {"cpu": _rounded_down(min(1.0, *shares))}
-
-
-def _rounded_down(cpus: float) -> float:
-    """To whole hundredths: Ray knows no fraction below a ten-thousandth."""
-    return max(0.01, int(cpus * 100) / 100)
+    cpus = sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    share = min(options.cpus_per_trial, cpus / in_packs)
+    return {"cpu": max(0.01, int(share * 100) / 100)}  # Ray knows no less than 0.0001
 
 
 def check_resources(options: SearchOptions) -> None:

@@ -43,7 +43,8 @@ def graph_engine(
     it is the loop by other means, to the same bits.
     """
     shape = (config.batch_size, config.latent_dim, *config.common().values())
-    key = (*shape, train.content_digest(), str(device))
+    precision = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    key = (*shape, *precision, train.content_digest(), str(device))
     if key not in _kept:
         while len(_kept) >= NUM_KEPT:
             del _kept[next(iter(_kept))]

@@ -130,7 +130,8 @@ def training_total(
     if config.objective == "capacity":
         return recon_B.mean() + beta * (kl_B.mean() - capacity).abs()
     if config.objective == "beta-tc":
-        return (recon_B + kl_B).mean() + (beta - 1) * total_correlation(passed, num_images)
+        more = torch.as_tensor(beta, dtype=recon_B.dtype) - 1  # rounded alike if beta is a tensor
+        return (recon_B + kl_B).mean() + more * total_correlation(passed, num_images)
     return (recon_B + beta * kl_B).mean()
 
 

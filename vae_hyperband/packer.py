@@ -8,36 +8,30 @@ Nothing is kept here between two epochs, so this process may die at any moment: 
 """
 
 import functools
-import sys
+import os
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
-import ray
 import torch
-from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch
-from vae_hyperband.cluster import num_lanes, trial_device
 from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, as_trained
-from vae_hyperband.engines import Engine, train_epoch_by
 from vae_hyperband.model import VAE
 from vae_hyperband.packed import Pack
-from vae_hyperband.process import environment, keep_freed_memory
-from vae_hyperband.search_config import SearchConfig, SearchOptions
+from vae_hyperband.process import environment, keep_freed_memory, pick_device
+from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.state import TrainState
 
 #: A pack that is not full waits for this long after the last trial that came.
 LINGER_SECONDS = 0.05
 
-WHOLE_EPOCH = sys.maxsize
 EVALUATION = (0, 0)
 
 
@@ -92,7 +86,7 @@ class Packer:
     ) -> None:
         keep_freed_memory()
         self._widest, self._size, self._num_threads = max(config.latent_dims), size, num_threads
-        self._device = torch.device(device)
+        self._device = pick_device(device)
         self._train, held_out = (shared.split() for shared in fetch())
         held_out = as_trained(held_out, config.common())
         self._loader = eval_dataloader(held_out, self._device)
@@ -104,9 +98,9 @@ class Packer:
             threading.Thread(target=self._lane, daemon=True).start()
 
     def environment(self) -> dict[str, Any]:
-        """Of what is trained here."""
+        """Of what is trained here: a network rounds as its place in the widest makes it."""
         found = environment(self._device) | {"num_threads": self._num_threads}
-        return found if self._device.type == "cpu" else found | {"pack": self._size}
+        return found if self._size == 1 else found | {"pack": f"{self._size} of {self._widest}"}
 
     def advance(self, state: TrainState, num_steps: int) -> tuple[Tensor, TrainState]:
         """:meth:`Pack.run` for one state, beside those that wait, too."""
@@ -136,12 +130,20 @@ class Packer:
                     self._evaluate(jobs[0])
                 else:
                     self._train_on(jobs)
-            except Exception as error:  # such as too little memory: each trial knows what to do
-                torch.cuda.empty_cache()
+            except Exception as error:  # each trial knows what to do
                 for job in jobs:
                     job.error = error
-            for job in jobs:
-                job.done.set()
+            finally:
+                for job in jobs:
+                    job.done.set()
+            self._recover(jobs[0].error)
+
+    def _recover(self, error: Exception | None) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        elif isinstance(error, torch.AcceleratorError):  # the GPU is lost to this process
+            time.sleep(1)  # those who asked are told first
+            os._exit(1)
 
     def _next(self) -> list[_Job]:
         """The job that has waited longest, with those that can be done beside it."""
@@ -188,82 +190,3 @@ class Packer:
             if free:
                 return free.pop()
         return Pack(config, self._train, self._size, widest, self._device)
-
-
-@dataclass(frozen=True)
-class Packers:
-    """The packing processes of a search, with the node of each."""
-
-    handles: tuple[ActorHandle, ...]
-    nodes: tuple[str, ...]
-    data: ray.ObjectRef  # what a packer that is started again asks for: Ray keeps it while this is
-
-    def engine(self, number: int) -> Engine:
-        """What trains the trial with that number: a packer of its node, or of another."""
-        here = ray.get_runtime_context().get_node_id()
-        pairs = list(zip(self.handles, self.nodes, strict=True))
-        near = [handle for handle, node in pairs if node == here] or list(self.handles)
-        packer = near[number % len(near)]
-
-        def advance(state: TrainState, num_steps: int) -> Tensor:
-            losses_K4, there = _answer(packer.advance.remote(state, num_steps))
-            state.model, state.optimizer = there.model, there.optimizer
-            return losses_K4
-
-        def evaluate(model: VAE, loader: object, *settings: Any) -> Losses:
-            return _answer(packer.evaluate.remote(model, *settings))
-
-        return Engine(
-            functools.partial(train_epoch_by, advance, WHOLE_EPOCH),
-            evaluate,
-            _answer(packer.environment.remote()),
-        )
-
-
-def _answer(reference: ray.ObjectRef) -> Any:
-    """What a packer returns or raises."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from error
-
-
-def _fetched(reference: bytes) -> SharedSplits:
-    """What ``start_packers`` has put there.
-
-    As bytes, since of a reference Ray would say that it may be gone when the process is started
-    again: it is not, the driver holds it.
-    """
-    return ray.get(ray.cloudpickle.loads(reference))
-
-
-def start_packers(
-    config: SearchConfig, options: SearchOptions, splits: tuple[Split, Split]
-) -> Packers:
-    """One packer for each GPU of the cluster, or for each node if trials use none."""
-    data = ray.put(tuple(map(SharedSplit.of, splits)))
-    on_gpu, handles, nodes = bool(options.gpus_per_trial), [], []
-    for node in ray.nodes():
-        resources = node["Resources"]
-        lanes = 1 if on_gpu else num_lanes(resources, options)
-        if not node["Alive"] or not lanes:
-            continue
-        actor: Any = ray.remote(Packer).options(
-            num_cpus=0,
-            num_gpus=int(on_gpu),
-            max_restarts=-1,
-            max_concurrency=2 * lanes * options.num_in_pack + 8,  # those that wait are threads
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        )
-        for _ in range(int(resources.get("GPU", 0)) if on_gpu else 1):
-            packer = actor.remote(
-                config,
-                functools.partial(_fetched, ray.cloudpickle.dumps(data)),
-                trial_device(options),
-                options.num_in_pack,
-                lanes,
-                options.cpus_per_trial,
-            )
-            handles.append(packer)
-            nodes.append(node["NodeID"])
-    return Packers(tuple(handles), tuple(nodes), data)

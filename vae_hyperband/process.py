@@ -91,7 +91,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one. Raises :class:`DeviceError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return pick_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -102,6 +102,7 @@ def pick_device(name: str) -> torch.device:
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"--device {name} is not supported: use cpu or cuda.")
+    torch.backends.cudnn.deterministic = True  # gradients that are summed in a fixed order
     return device
 
 

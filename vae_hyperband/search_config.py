@@ -134,7 +134,8 @@ class SearchConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Places):
-    """Where and on what a search runs. Nothing here changes which configurations are tried."""
+    """Where and on what a search runs. Nothing here changes which configurations are tried, and
+    nothing but a pack of several trials changes how their numbers are rounded."""
 
     run: str = "search"
     """Name of the search: its folder under checkpoints/ and logs/."""

@@ -51,6 +51,8 @@ class Stack:
                 "exp_avg": mean[place],
                 "exp_avg_sq": square[place],
             }
+        # the calls before the capture are meant to be made without it
+        optimizer._warned_capturable_if_run_uncaptured = True
         # by these a scaler of mixed precision tells it that a gradient is not finite
         optimizer.grad_scale, optimizer.found_inf = None, skip
         return optimizer

@@ -59,7 +59,7 @@ def count_step(state: TrainState, sums: Tensor) -> None:
         sums = torch.stack((recon, kl, recon + beta * kl, count))
     if state.step % state.steps_per_epoch == 0:
         state.sums[0] = 0
-    state.sums += sums
+    state.sums += sums.to(state.sums.device)
     state.step += 1
 
 

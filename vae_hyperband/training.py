@@ -29,7 +29,7 @@ from vae_hyperband.data import (
     load_split,
 )
 from vae_hyperband.engines import Engine, graph_engine
-from vae_hyperband.errors import DivergedError
+from vae_hyperband.errors import DeviceError, DivergedError
 from vae_hyperband.objective import held_out_weights, knobs_at
 from vae_hyperband.process import (
     cpu_threads,
@@ -121,6 +121,8 @@ def fit(
         if engine is None:
             engine = Engine(train_epoch, eval_epoch)
             if options.cuda_graph:
+                if device.type != "cuda":
+                    raise DeviceError(f"--cuda-graph needs a GPU, but the device is {device}.")
                 engine = graph_engine(config, train, device, options.log_interval)
         where = engine.environment or environment(device)
         state = first_state(config, options, train, device, where, quiet)

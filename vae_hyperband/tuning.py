@@ -7,6 +7,7 @@ the trials that the board still wants trained.
 """
 
 import contextlib
+import functools
 import shutil
 import signal
 import time
@@ -24,7 +25,8 @@ from vae_hyperband.board import Board
 from vae_hyperband.cluster import num_places, trial_device, trial_resources
 from vae_hyperband.data import Split
 from vae_hyperband.errors import RayBrokeError, VAEHyperbandError
-from vae_hyperband.packer import SharedSplit, start_packers
+from vae_hyperband.packer import SharedSplit
+from vae_hyperband.packers import start_packers
 from vae_hyperband.search_config import SearchOptions
 from vae_hyperband.storage import TrialStore
 from vae_hyperband.trials import trial_name
@@ -61,7 +63,9 @@ def run_trials(
 
     The board knows which it was. Raises :class:`RayBrokeError`, and what the board raised.
     """
-    draws = Draws(board, options, should_stop)
+    packers = start_packers(board.config, options, splits) if options.packed else None
+    in_packs = packers.num_places if packers else 0
+    draws = Draws(board, options, should_stop, in_packs)
     folder = options.ckpt_folder / "ray"
     shutil.rmtree(folder, ignore_errors=True)  # nothing is ever read from it
     trainable = tune.with_parameters(
@@ -71,10 +75,10 @@ def run_trials(
         store=store,
         device="cpu" if options.packed else trial_device(options),
         splits=tuple(map(SharedSplit.of, splits)),
-        packers=start_packers(board.config, options, splits) if options.packed else None,
+        packers=packers,
     )
     tuner = tune.Tuner(
-        tune.with_resources(trainable, trial_resources(options)),
+        tune.with_resources(trainable, trial_resources(options, in_packs)),
         tune_config=tune.TuneConfig(
             num_samples=-1,  # until the searcher says that it is finished
             search_alg=draws,
@@ -137,14 +141,19 @@ class Draws(Searcher):
     """
 
     def __init__(
-        self, board: Board, options: SearchOptions, asked_to_stop: Callable[[], bool]
+        self,
+        board: Board,
+        options: SearchOptions,
+        asked_to_stop: Callable[[], bool],
+        in_packs: int = 0,
     ) -> None:
         super().__init__()
-        self._board, self._options, self._asked_to_stop = board, options, asked_to_stop
+        self._board, self._asked_to_stop = board, asked_to_stop
+        self._num_places = functools.partial(num_places, options, in_packs)
         self._given: dict[int, str] = {}  # number -> Ray's id
         halving = board.config.scheduler in ("asha", "hyperband")
         #: Whether trials give way to those behind; TPE draws late, having seen more by then.
-        self.in_step = halving and board.config.algorithm != "tpe" and num_places(self._options) > 1
+        self.in_step = halving and board.config.algorithm != "tpe" and self._num_places() > 1
         self.troubles: list[VAEHyperbandError] = []  # such as a full disk under the decision log
 
     def should_stop(self) -> bool:
@@ -166,7 +175,7 @@ class Draws(Searcher):
         active = self._given.keys() & set(board.runnable())
         if self.in_step:  # those that are under way make room for new ones
             active = {number for number in active if board.trials[number].num_epochs < LEAD}
-        if len(active) >= num_places(self._options):
+        if len(active) >= self._num_places():
             return None
         with self.noting_trouble():
             waiting = [number for number in board.runnable() if number not in self._given]

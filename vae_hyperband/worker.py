@@ -25,7 +25,8 @@ from vae_hyperband.errors import (
     FolderInUseError,
     ResumeError,
 )
-from vae_hyperband.packer import Packers, SharedSplits
+from vae_hyperband.packer import SharedSplits
+from vae_hyperband.packers import Packers
 from vae_hyperband.process import make_folder
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.state import TrainState
