@@ -19,7 +19,7 @@ help:  ## Show this list
 	@echo "make notebook  execute model.ipynb and store its outputs"
 	@echo "make reproduce  train and judge many models, for docs/results.json (hours)"
 	@echo "make best    train the best generator found, and write 10,000 of its images"
-	@echo "make bench   measure how fast training, searching and sampling are (half an hour)"
+	@echo "make bench   measure how fast training, searching and sampling are (an hour)"
 	@echo "make clean   remove caches and build files; your runs and the environment stay"
 	@echo
 	@echo "VENV=$(VENV)   the virtual environment to use or make"
@@ -82,6 +82,8 @@ bench: $(READY) benchmarks/.pythae  ## How fast everything is; results in benchm
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/time_to_quality.py
 	$(BIN)/python benchmarks/search_overhead.py
+	$(BIN)/python benchmarks/packed_step.py
+	$(BIN)/python benchmarks/packed_search.py
 	$(BIN)/python benchmarks/generation_speed.py
 
 notebook: $(READY)  ## Execute model.ipynb in place

@@ -23,8 +23,8 @@ FLOORS = [
     "evaluation", "study",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
     "draws", "packer", "packers", "worker", "tuning", "search", "figures", "search_figures",
-    "study_figures", "report", "options", "ckpt_commands", "search_command", "study_command", "main_job",
-    "train_vae", "beta_vae_tsb", "__init__",
+    "study_figures", "report", "options", "ckpt_commands", "search_command", "study_command",
+    "main_job", "train_vae", "beta_vae_tsb", "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
 ALONE = {

@@ -45,7 +45,7 @@ def test_a_packed_search_leaves_the_same_trials_logs_and_weights(searched, tmp_p
     folder, _ = searched
     command = search_command(
         folder / "data", "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3,
-        "--engine", "packed",
+        "--engine", "packed", "--pack-size", 1,
     )  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")

@@ -154,7 +154,8 @@ class SearchOptions(Places):
     """solo: each trial computes by itself; packed: those of a GPU take their steps together; auto:
     solo, as long as packed has not been measured on a GPU."""
     pack_size: int | None = None
-    """packed: trials that step together on a GPU (default 16), or in each place of the CPUs (1)."""
+    """packed: trials that step together on a GPU (default 16), or in each place of the CPUs
+    (default: each by itself, which is faster there)."""
     max_concurrent: int | None = None
     """Run at most this many trials side by side (default: as many as there is room for)."""
     max_failures: int = 2
@@ -169,9 +170,9 @@ class SearchOptions(Places):
         require_number("trial_timeout", self.trial_timeout, 1, 1e6)
         if self.pack_size is not None:
             require_number("pack_size", self.pack_size, 1, 1024)
-            require(self.packed, "--pack-size is of --engine packed: give that, too.")
+            require(self.engine == "packed", "--pack-size is of --engine packed: give that, too.")
         require(
-            not self.packed or self.gpus_per_trial in (None, 0, 1),
+            self.engine != "packed" or self.gpus_per_trial in (None, 0, 1),
             "--engine packed puts --pack-size trials on each GPU: leave out --gpus-per-trial.",
         )
         if self.max_concurrent is not None:
@@ -194,12 +195,11 @@ class SearchOptions(Places):
         )
 
     @property
-    def packed(self) -> bool:
-        return self.engine == "packed"
-
-    @property
     def num_in_pack(self) -> int:
-        return self.pack_size or (16 if self.gpus_per_trial else 1)
+        """Trials in each pack; 0: each trial computes by itself."""
+        if self.engine != "packed":
+            return 0
+        return self.pack_size or (16 if self.gpus_per_trial else 0)
 
     def absolute(self) -> "SearchOptions":
         """The same places whatever the working folder: trials run in other processes."""

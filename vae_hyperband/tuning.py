@@ -63,7 +63,7 @@ def run_trials(
 
     The board knows which it was. Raises :class:`RayBrokeError`, and what the board raised.
     """
-    packers = start_packers(board.config, options, splits) if options.packed else None
+    packers = start_packers(board.config, options, splits) if options.num_in_pack else None
     in_packs = packers.num_places if packers else 0
     draws = Draws(board, options, should_stop, in_packs)
     folder = options.ckpt_folder / "ray"
@@ -73,7 +73,7 @@ def run_trials(
         config=board.config,
         options=options,
         store=store,
-        device="cpu" if options.packed else trial_device(options),
+        device="cpu" if packers else trial_device(options),
         splits=tuple(map(SharedSplit.of, splits)),
         packers=packers,
     )
