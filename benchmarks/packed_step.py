@@ -27,7 +27,7 @@ from vae_hyperband.state import new_state
 from vae_hyperband.training import train_epoch
 
 CASES = [(128, 1), (128, 8), (64, 8), (32, 8), (16, 16), (8, 32)]  # batch size, networks
-IMAGES = 20_000  # of all networks together in one turn
+IMAGES = 4_000  # of all networks together in one turn
 
 
 class Runs:
