@@ -1,8 +1,8 @@
-"""Claim: on a CPU a pack of small batches is faster than its members one after the other, and one
-of large batches hardly slower; ``vmap`` over PyTorch's own layers, which makes grouped convolutions
-of them, is slower than ours everywhere.
+"""Claim: on a CPU a pack of batches of 16 images or fewer is faster than its members one after the
+other, and one of larger batches a few percent slower; ``vmap`` over PyTorch's own layers, which
+makes grouped convolutions of them, is slower than that in every case.
 
-    python benchmarks/packed_step.py       # 5 minutes
+    python benchmarks/packed_step.py       # 4 minutes
 
 Steps of N networks: by the plain loop in turn, by a pack, and by the naive pack. All take turns in
 one process with one thread; ratios within a round, medians over rounds. Writes
