@@ -132,7 +132,7 @@ class Packer:
                     self._train_on(jobs)
             except Exception as error:  # each trial knows what to do
                 for job in jobs:
-                    job.error = error
+                    job.error = error.with_traceback(None)  # which would keep the pack alive
             finally:
                 for job in jobs:
                     job.done.set()
