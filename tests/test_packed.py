@@ -133,18 +133,29 @@ def test_dimensions_that_a_member_does_not_have_cost_nothing(train, variant):
     torch.testing.assert_close(losses.sum(dim=0), sums, rtol=2e-4, atol=0)
 
 
-def test_a_pack_of_batched_products_equals_the_loop_to_rounding(train, monkeypatch):
-    """What a GPU is given: gathered patches and one product for all members."""
+def test_a_pack_of_batched_products_equals_the_loop_over_200_steps(train, monkeypatch):
+    """What a GPU is given: gathered patches and one product for all members.
+
+    Measured: losses of single steps differ by 1.1e-6 at most, weights in the end by 6e-7.
+    """
+    chosen = [dataclasses.replace(config, epochs=20) for config in configs()]
+
+    def trained():
+        states = members(train, chosen)
+        pack, losses = Pack(chosen[0], train, capacity=4, latent_dim=7), []
+        for _ in range(20):
+            losses.append(torch.stack(pack.run(states, 10)))
+            for state in states:
+                state.step += 10
+        return states, torch.cat(losses, dim=1)
+
+    ones, expected = trained()
     monkeypatch.setattr(layers, "_by_patches", lambda images, weight: weight.dim() == 5)
     monkeypatch.setattr(layers, "_one_by_one", lambda tensor: False)
-    chosen = configs()
-    states = members(train, chosen)
-    losses = Pack(chosen[0], train, capacity=4).run(states, 10)
-    monkeypatch.undo()
-    for state, config, found in zip(states, chosen, losses, strict=True):
-        other = alone(train, config, 10)
-        assert distance(state.model.parameters(), other.model.parameters()) < 1e-4
-        torch.testing.assert_close(found[:, :2].sum(dim=0), other.sums[0, :2], rtol=1e-5, atol=0)
+    others, losses = trained()
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    for one, other in zip(ones, others, strict=True):
+        assert distance(one.model.parameters(), other.model.parameters()) < 1e-5
 
 
 @pytest.mark.parametrize("few", [0, 32], ids=["one after the other", "side by side"])
