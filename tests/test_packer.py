@@ -16,6 +16,7 @@ from vae_hyperband.errors import ConfigError
 from vae_hyperband.packed import Pack
 from vae_hyperband.packer import Packer, SharedSplit
 from vae_hyperband.packers import WHOLE_EPOCH
+from vae_hyperband.process import cpu_threads
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.state import new_state
 from vae_hyperband.training import train_epoch
@@ -88,7 +89,9 @@ def weights(state):
 def alone(splits, state):
     config = state.config
     twin = new_state(config, splits[0].image_shape, len(splits[0]))
-    train_epoch(twin, get_dataloader(splits[0], config.batch_size, seed=config.seed, shuffle=True))
+    loader = get_dataloader(splits[0], config.batch_size, seed=config.seed, shuffle=True)
+    with cpu_threads(1):  # as the lanes have
+        train_epoch(twin, loader)
     return twin
 
 
@@ -159,7 +162,8 @@ def test_an_error_reaches_each_of_its_pack_and_no_later_one(splits, monkeypatch)
 
 def test_it_validates_as_the_loop_does(splits):
     packing, state = make(splits, size=2), state_of(splits)
-    expected = eval_epoch(state.model, eval_dataloader(splits[1]), 7, 2.0, 3)
+    with cpu_threads(1):
+        expected = eval_epoch(state.model, eval_dataloader(splits[1]), 7, 2.0, 3)
     assert packing.evaluate(state.model, 7, 2.0, 3) == expected
 
 
