@@ -8,8 +8,8 @@ A member is put in, takes steps beside the others, and is taken out again; what 
 on nobody else. A step that is not finite holds its member where it was, and nobody else.
 
 On a GPU a step is captured once per batch length as a CUDA graph and replayed, without the host
-waiting for it: all that changes from step to step, hyperparameters included, lies in tensors. A run
-alone on a GPU is a pack of one.
+waiting for it: all that changes from step to step, hyperparameters included, lies in tensors. With
+``--cuda-graph`` a run alone is a pack of one.
 
 Shape suffixes: N places of the pack, B images of a batch, S samples of z per batch, K steps,
 C channels, H height, W width, Z latent dimensions of the widest member.
