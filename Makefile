@@ -19,7 +19,7 @@ help:  ## Show this list
 	@echo "make notebook  execute model.ipynb and store its outputs"
 	@echo "make reproduce  train and judge many models, for docs/results.json (hours)"
 	@echo "make best    train the best generator found, and write 10,000 of its images"
-	@echo "make bench   measure how fast training, searching and sampling are (an hour)"
+	@echo "make bench   measure how fast training, searching and sampling are (long)"
 	@echo "make clean   remove caches and build files; your runs and the environment stay"
 	@echo
 	@echo "VENV=$(VENV)   the virtual environment to use or make"

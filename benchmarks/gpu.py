@@ -8,7 +8,7 @@
    validation is counted, checkpoints are not.
 3. What is fast is right: the captured step and the pack agree with the plain loop.
 
-    python benchmarks/gpu.py                    # 5 minutes; writes benchmarks/gpu.json
+    python benchmarks/gpu.py                    # writes benchmarks/gpu.json
     python benchmarks/gpu.py --device cpu --images 1000 --trials 4     # does it run?
 
 Every pair takes turns, ratios are within a round, medians over rounds. TF32 is measured beside
