@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from results_pages import COMMON, RESULTS, write_pages
 
-from vae_hyperband.checkpoint import write_text
 from vae_hyperband.config import Places, TrainConfig
 from vae_hyperband.evaluation_config import EvaluateOptions
+from vae_hyperband.files import write_text
 from vae_hyperband.process import EXIT_STOPPED, environment, pick_device, stop_flag
 from vae_hyperband.report import say
 from vae_hyperband.samplers import SamplerConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vae_hyperband import study_figures
-from vae_hyperband.checkpoint import write_text
 from vae_hyperband.config import TrainConfig
+from vae_hyperband.files import write_text
 from vae_hyperband.study import Row, grouped, over_seeds
 
 ROOT = Path(__file__).parent.parent

@@ -41,7 +41,7 @@ def test_no_flipped_bit_is_ever_loaded(saved, tmp_path):
     good, digest = saved.read_bytes(), load_ckpt(saved)["digest"]
     rng, outcomes, path = random.Random(0), {"refused": 0, "same": 0}, tmp_path / "flipped.pt"
     pickled = good.index(b"data.pkl")  # names, types and shapes; what follows is mostly numbers
-    for i in range(400):
+    for i in range(500):
         bad = bytearray(good)
         at = rng.randrange(len(bad)) if i % 2 else pickled + rng.randrange(6000)
         bad[at] ^= 1 << rng.randrange(8)
@@ -54,12 +54,12 @@ def test_no_flipped_bit_is_ever_loaded(saved, tmp_path):
             content.pop("digest")
             assert tree_digest(content) == digest  # the bit was in the zip's padding
             outcomes["same"] += 1
-    assert outcomes["refused"] > 300, outcomes
+    assert outcomes["refused"] > 375, outcomes
 
 
 def test_no_truncated_file_is_ever_loaded(saved, tmp_path):
     good, rng, path = saved.read_bytes(), random.Random(1), tmp_path / "cut.pt"
-    for _ in range(50):
+    for _ in range(200):
         path.write_bytes(good[: rng.randrange(len(good))])
         with pytest.raises(CheckpointError, match=r"damaged|not a checkpoint"):
             load_ckpt(path)
@@ -121,6 +121,7 @@ def test_nothing_runs_because_it_was_loaded(tmp_path):
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch):
     before, content = saved.read_bytes(), content_of(saved)
+    names = sorted(saved.parent.iterdir())
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -129,7 +130,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch):
     with pytest.raises(RunFolderError, match="No space left"):
         save_ckpt(saved, content)
     assert saved.read_bytes() == before
-    assert sorted(p.name for p in saved.parent.iterdir()) == ["best.pt", "latest.pt"]
+    assert sorted(saved.parent.iterdir()) == names
 
 
 @pytest.mark.faults

@@ -14,10 +14,10 @@ PACKAGE = ROOT / "vae_hyperband"
 
 # from the ground floor to the roof: a room imports only rooms before it
 FLOORS = [
-    "errors", "config", "randomness", "drawn", "idx", "data", "download", "likelihoods", "layers",
-    "model",
+    "errors", "files", "config", "randomness", "drawn", "idx", "data", "download", "likelihoods",
+    "layers", "model",
     "objective",
-    "features", "distances", "bounds", "checkpoint", "process", "state", "tracking",
+    "features", "distances", "bounds", "checkpoint", "keeping", "process", "state", "tracking",
     "steps", "stacked", "packed", "engines", "training",
     "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring",
     "evaluation", "study",
@@ -34,7 +34,6 @@ ALONE = {
     "sklearn": {"latents", "disentanglement", "samplers"},
     "safetensors": {"features"},
     "tyro": {"options", "ckpt_commands", "search_command", "study_command", "train_vae"},
-    "pooch": {"download"},
     "matplotlib": {"figures", "search_figures", "study_figures"},
     "tensorboard": {"tracking"},
 }
@@ -69,7 +68,7 @@ def test_imports_run_one_way(room):
 def test_the_training_core_needs_only_torch_numpy_and_tensorboard():
     script = (
         "import sys\n"
-        "names = 'ray tyro pooch matplotlib pandas optuna pyarrow sklearn safetensors'\n"
+        "names = 'ray tyro matplotlib pandas optuna pyarrow sklearn safetensors'\n"
         "for name in names.split(): sys.modules[name] = None\n"
         "import vae_hyperband\n"
         "import vae_hyperband.training\n"

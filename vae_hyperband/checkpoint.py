@@ -8,7 +8,6 @@ shape, value and byte is checked before anything is used.
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,21 @@ from torch import Tensor
 
 from vae_hyperband.config import model_settings
 from vae_hyperband.errors import CheckpointError, RunFolderError
+from vae_hyperband.files import replacing, write_bytes
 from vae_hyperband.model import VAE
 
 FORMAT = "vae-hyperband checkpoint"
-VERSION = 1
 LATEST, BEST = "latest.pt", "best.pt"
 
-#: What every checkpoint holds, besides "format", "version" and "digest".
-KEYS = frozenset(
+Keys = dict[int, frozenset[str]]  # what a file of each version of a format holds
+
+_KEYS_1 = frozenset(
     {"config", "model", "optimizer", "schedule", "epoch", "step", "sums"}
     | {"best", "metrics", "data", "environment", "resumed_from"}
 )
+#: What every checkpoint holds, besides "format", "version" and "digest"; the last version is
+#: written, all are read. "weights" came with version 2: the SHA-256 of the model's tensors.
+KEYS: Keys = {1: _KEYS_1, 2: _KEYS_1 | {"weights"}}
 
 
 def tree_digest(tree: Any) -> str:
@@ -55,92 +58,38 @@ def tree_digest(tree: Any) -> str:
 
 
 def save_ckpt(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint; ``content`` has exactly :data:`KEYS`. See :func:`save_pt`."""
-    assert set(content) == KEYS, set(content) ^ KEYS
-    save_pt(path, content, FORMAT, VERSION)
+    """Write a checkpoint. See :func:`save_pt`.
+
+    ``content`` is all that the last version of :data:`KEYS` lists; "weights" is computed here.
+    """
+    save_pt(path, {**content, "weights": tree_digest(content["model"])}, FORMAT, KEYS)
 
 
-def save_pt(path: Path, content: dict[str, Any], kind: str, version: int) -> None:
+def save_pt(path: Path, content: dict[str, Any], kind: str, keys: Keys) -> None:
     """Write a file so that the path holds either the old or the new one, whatever happens.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder: without either fsync a
-    power cut can lose a file that was already reported as saved. Raises :class:`RunFolderError` if
-    the folder cannot be written; the old file is then intact.
+    The new file is read back and compared before it takes the old one's place. Raises
+    :class:`RunFolderError` if it cannot be written; the old file is then intact.
     """
+    version = max(keys)
+    assert set(content) == keys[version], set(content) ^ keys[version]
     head = {"format": kind, "version": version, "digest": tree_digest(content)}
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save({**head, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save({**head, **content}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if load_pt(Path(temporary), kind, keys)["digest"] != head["digest"]:
+                raise OSError("what was read back is not what was written")
     # torch's zip writer reports a full disk as RuntimeError
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, CheckpointError) as error:
         raise RunFolderError(f"{path} cannot be written: {error}.") from error
-
-
-class replacing:
-    """``with replacing(path) as temporary:`` renames temporary over path if nothing was raised."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> str:
-        handle, self.temporary = tempfile.mkstemp(
-            dir=self.path.parent, prefix=f".{self.path.name}-"
-        )
-        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would hide it from colleagues
-        os.close(handle)
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            os.unlink(self.temporary)
-            return
-        os.replace(self.temporary, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small text file atomically and durably, or raise :class:`RunFolderError`."""
-    if path.exists() and not path.is_file():  # /dev/stdout and its like are not for replacing
-        with path.open("w", encoding="utf-8") as file:
-            file.write(text)
-    else:
-        _write_bytes(path.resolve(), text.encode())
-
-
-def check_place(path: Path) -> None:
-    """Raise :class:`RunFolderError` if no file could be written there."""
-    try:
-        with tempfile.TemporaryFile(dir=path.resolve().parent):
-            pass
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def copy_ckpt(source: Path, target: Path) -> None:
     """Make ``target`` the same checkpoint as ``source``, atomically and durably."""
-    _write_bytes(target, source.read_bytes())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+    write_bytes(target, source.read_bytes())
 
 
 def load_ckpt(path: Path | str) -> dict[str, Any]:
@@ -148,11 +97,14 @@ def load_ckpt(path: Path | str) -> dict[str, Any]:
 
     Raises :class:`CheckpointError`: missing, damaged, not ours, or of a newer version.
     """
-    return load_pt(Path(path), KEYS, FORMAT, VERSION)
+    content = load_pt(Path(path), FORMAT, KEYS)
+    if "weights" not in content:
+        content["weights"] = tree_digest(content["model"])
+    return content
 
 
-def load_pt(path: Path, keys: frozenset[str], kind: str, version: int) -> dict[str, Any]:
-    """The verified content of a file of :func:`save_pt` that holds just those keys."""
+def load_pt(path: Path, kind: str, keys: Keys) -> dict[str, Any]:
+    """The verified content of a file of :func:`save_pt`, of any version of its format."""
     what = kind.removeprefix("vae-hyperband ")
     if not path.is_file():
         raise CheckpointError(f"No {what} at {path}: give the path of a .pt file of a run.")
@@ -166,14 +118,15 @@ def load_pt(path: Path, keys: frozenset[str], kind: str, version: int) -> dict[s
         ) from error
     if not isinstance(content, dict) or content.get("format") != kind:
         raise CheckpointError(f"{path} is a PyTorch file, but not a {what} of this project.")
-    if content.get("version") != version:
+    version = content.get("version")
+    if not isinstance(version, int) or version not in keys:
         raise CheckpointError(
-            f"{path} has format version {content.get('version')}, but this program reads "
-            f"version {version}: use a newer vae-hyperband."
+            f"{path} has format version {version}, but this program reads versions up to "
+            f"{max(keys)}: use a newer vae-hyperband."
         )
-    payload = {name: content[name] for name in content if name in keys}
+    payload = {name: content[name] for name in content if name in keys[version]}
     try:
-        intact = set(payload) == keys and tree_digest(payload) == content.get("digest")
+        intact = set(payload) == keys[version] and tree_digest(payload) == content.get("digest")
     except TypeError:  # a value of a type that no checkpoint has
         intact = False
     if not intact:

@@ -11,13 +11,14 @@ import tyro
 from torch import Tensor
 
 from vae_hyperband import figures
-from vae_hyperband.checkpoint import check_place, load_ckpt, load_model, replacing, write_text
+from vae_hyperband.checkpoint import load_ckpt, load_model
 from vae_hyperband.config import RunOptions, require_number
 from vae_hyperband.data import CLASS_NAMES, load_split
 from vae_hyperband.drawn import KINDS
 from vae_hyperband.errors import ConfigError, RunFolderError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.evaluation_config import EvaluateOptions
+from vae_hyperband.files import check_place, replacing, write_text
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import cpu_threads, pick_device
 from vae_hyperband.report import say, table_of

@@ -203,6 +203,8 @@ class RunOptions(Places):
     """Write training losses every this many steps."""
     ckpt_seconds: float = 60.0
     """Within an epoch, save after this many seconds: the most work that a kill can cost."""
+    keep_ckpts: int = 1
+    """Keep this many earlier checkpoints beside latest.pt and best.pt, should those be damaged."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
     cuda_graph: bool = False
@@ -212,6 +214,7 @@ class RunOptions(Places):
         super().__post_init__()
         require_number("log_interval", self.log_interval, 1)
         require_number("ckpt_seconds", self.ckpt_seconds, 0)
+        require_number("keep_ckpts", self.keep_ckpts, 0, 1000)
         if self.num_threads is not None:
             require_number("num_threads", self.num_threads, 1, 1024)
 

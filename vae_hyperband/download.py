@@ -3,12 +3,16 @@
 Nothing that arrives is believed: it is stored under its name only after its content has matched.
 """
 
-import logging
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +29,32 @@ MIRRORS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
 )
-TIMEOUT_SECONDS = (5, 20)  # to connect, and between two reads
+TRIES = 2  # of each mirror, for each file
+SILENCE_SECONDS = 10.0  # that a mirror may say nothing
+TOTAL_SECONDS = 300.0  # for all files from all mirrors
+MAX_BYTES = 40_000_000  # the largest of the four is 26 MB
 PACKAGE = "dataset-fashion-mnist"
 
 
 def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> None:
     """Make both files of both parts available, by download or, if allowed, by the package manager.
 
-    Raises :class:`DataError` with the one command that helps.
+    Of several processes that start together one downloads. Raises :class:`DataError` with the one
+    command that helps.
     """
-    try:
+    with contextlib.suppress(DataError):
         return check_data()
-    except DataError:
-        print("Fashion-MNIST is not on this machine yet; trying the mirrors", flush=True)
+    deadline = time.monotonic() + TOTAL_SECONDS
     try:
-        for name, sha256 in FASHION_MNIST_SHA256.items():
-            _download(name, sha256, mirrors)
-    except DataError as error:
+        with _alone(deadline):
+            with contextlib.suppress(DataError):
+                return check_data()  # another process has got it meanwhile
+            print("Fashion-MNIST is not on this machine yet; trying the mirrors", flush=True)
+            for name, sha256 in FASHION_MNIST_SHA256.items():
+                if not _is_there(name, sha256):
+                    _download(name, sha256, mirrors, deadline)
+    # OSError: a cache that cannot be written
+    except (DataError, OSError) as error:
         print(error, flush=True)
         if not (install and _install_package()):
             raise DataError(
@@ -57,42 +70,78 @@ def check_data() -> None:
         load_split(split)
 
 
-def _download(name: str, sha256: str, mirrors: tuple[str, ...]) -> None:
+@contextlib.contextmanager
+def _alone(deadline: float) -> Iterator[None]:
+    """Be the one process that fills the cache; what a killed one left there is removed."""
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / ".lock", "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise DataError(f"Another process has been downloading to {cache}.") from error
+                time.sleep(0.2)
+        for leftover in cache.glob("download-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+def _is_there(name: str, sha256: str) -> bool:
+    with contextlib.suppress(DataError):
+        return read_idx(cache_folder() / (name + ".gz"), _num_dims(name))[1] == sha256
+    return False
+
+
+def _num_dims(name: str) -> int:
+    return 3 if "idx3" in name else 1
+
+
+def _download(name: str, sha256: str, mirrors: tuple[str, ...], deadline: float) -> None:
     """One file from the first mirror that has the right one; :class:`DataError` if none does."""
     failures = []
-    for mirror in mirrors:
+    for mirror in mirrors * TRIES:
         try:
-            _fetch(mirror + name + ".gz", name, sha256)
-        # pooch passes on whatever its HTTP library raises (OSError), and ValueError
-        except (OSError, ValueError, VAEHyperbandError) as error:
+            _fetch(mirror + name + ".gz", name, sha256, deadline)
+        except (OSError, HTTPException, ValueError, VAEHyperbandError) as error:
             failures.append(f"{mirror}: {_first_line(error)}")
         else:
             print(f"downloaded {name}.gz from {mirror}", flush=True)
             return
+        if time.monotonic() > deadline:
+            break
     raise DataError(f"Could not download {name}.gz ({'; '.join(failures)}).")
 
 
-def _fetch(url: str, name: str, sha256: str) -> None:
+def _fetch(url: str, name: str, sha256: str, deadline: float) -> None:
     """Download one file into the cache, where it appears only if its content is the right one."""
-    import pooch  # here, not above: who has the data needs neither pooch nor a network
-
-    pooch.get_logger().setLevel(logging.WARNING)
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
-        path = pooch.retrieve(
-            url,
-            known_hash=None,  # the content's own digest is checked below
-            path=folder,
-            fname=name + ".gz",
-            downloader=pooch.HTTPDownloader(
-                progressbar=sys.stderr.isatty(), timeout=TIMEOUT_SECONDS
-            ),
-        )
-        _, found = read_idx(Path(path), num_dims=3 if "idx3" in name else 1)
+        path = Path(folder) / (name + ".gz")
+        _copy_from(url, path, deadline)
+        _, found = read_idx(path, _num_dims(name))
         if found != sha256:
             raise DataError(f"its content has SHA-256 {found}, expected {sha256}")
-        os.replace(path, cache / (name + ".gz"))
+        os.replace(path, cache / path.name)
+
+
+def _copy_from(url: str, path: Path, deadline: float) -> None:
+    """Write what a server answers to a file, if it comes in time and is as long as it said."""
+    with (
+        urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer,  # noqa: S310, http(s) above
+        path.open("wb") as file,
+    ):
+        promised = answer.headers.get("Content-Length")
+        while chunk := answer.read1(1 << 16):
+            file.write(chunk)
+            if time.monotonic() > deadline:
+                raise TimeoutError("it took too long")
+            if file.tell() > MAX_BYTES:
+                raise DataError("it sends more than any file of Fashion-MNIST has")
+        if promised is not None and file.tell() != int(promised):
+            raise DataError(f"it sent {file.tell()} bytes of {promised}")
 
 
 def _first_line(error: Exception) -> str:

@@ -39,6 +39,10 @@ class DeviceError(VAEHyperbandError):
     """A device that this machine, or this build of PyTorch, does not have."""
 
 
+class OutOfMemoryError(VAEHyperbandError):
+    """More memory than there is was needed."""
+
+
 class SearchError(VAEHyperbandError):
     """A search that cannot start, or cannot go on."""
 

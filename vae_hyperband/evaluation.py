@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt, write_text
+from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.config import TrainConfig, read_json
 from vae_hyperband.data import Split, SplitName, load_split
 from vae_hyperband.errors import CheckpointError, ConfigError
 from vae_hyperband.evaluation_config import EvaluateOptions
+from vae_hyperband.files import write_text
 from vae_hyperband.measuring import Subject, generated_images, latent_space, likelihood
 from vae_hyperband.process import environment, pick_device
 

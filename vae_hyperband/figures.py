@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vae_hyperband.errors import RunFolderError
+from vae_hyperband.files import make_folder
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import kl_per_dimension
-from vae_hyperband.process import make_folder
 from vae_hyperband.randomness import generator
 from vae_hyperband.tracking import image_grid, read_rows
 

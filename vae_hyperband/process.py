@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vae_hyperband.errors import DeviceError, FolderInUseError, RunFolderError
+from vae_hyperband.files import make_folder
 
 #: Exit status of a run or search that was told to stop, saved, and goes on when started again
 #: (EX_TEMPFAIL of sysexits.h).
@@ -42,26 +43,6 @@ def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], boo
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder that this process can write to, or raise :class:`RunFolderError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"The folder {folder} cannot be made: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise RunFolderError(f"The folder {folder} cannot be written to: choose another place.")
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Refuse a folder in which someone else may have written what this process would believe."""
-    facts = folder.stat()
-    if facts.st_uid != os.geteuid() or facts.st_mode & 0o002:
-        raise RunFolderError(
-            f"{folder} belongs to another user or can be written by everyone, so what it holds "
-            "cannot be trusted: choose another --run, or mend its owner and mode."
-        )
 
 
 @contextlib.contextmanager
@@ -130,6 +111,15 @@ def keep_freed_memory() -> None:
     mallopt(mmap_threshold, 32 << 20)
     mallopt(trim_threshold, 256 << 20)
     mallopt(top_pad, 16 << 20)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of Python's or PyTorch's says that there is not enough memory."""
+    said = str(error)  # on a CPU PyTorch raises a RuntimeError
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("allocate memory" in said or "not enough memory" in said)
+    )
 
 
 def environment(device: torch.device) -> dict[str, Any]:

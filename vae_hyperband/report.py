@@ -44,6 +44,7 @@ def say_trained(trained: FitResult, where: RunOptions) -> None:
         f"best after epoch {best['epoch']}, validation bound {best['bound']:.2f} nats/image "
         f"(beta = 1): {trained.best}"
     )
+    print(f"SHA-256 of the final weights: {trained.weights}")
     for path in draw_run(trained, trained.state.config, where.data_dir):
         print(f"picture: {path}")
     print(f"look at the run: {look_at(where.logs_dir)}")

@@ -31,8 +31,8 @@ from vae_hyperband.randomness import generator
 SamplerName = Literal["prior", "mixture", "flow"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
-FORMAT, VERSION = "vae-hyperband sampler", 1
-KEYS = frozenset({"checkpoint", "sampler", "fitted", "tensors"})
+FORMAT = "vae-hyperband sampler"
+KEYS = {1: frozenset({"checkpoint", "sampler", "fitted", "tensors"})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ def get_sampler(
     facts = {"checkpoint": content["digest"], "sampler": name, "fitted": config.of(name)}
     if path.exists():
         try:
-            found = load_pt(path, KEYS, FORMAT, VERSION)
+            found = load_pt(path, FORMAT, KEYS)
         except CheckpointError:
             say(f"{path} is damaged or of another version: fitted anew")
         else:
@@ -189,7 +189,7 @@ def get_sampler(
     seed = content["config"]["seed"]
     sampler = fit_sampler(name, posteriors, train.labels_N, seed, config, say)
     try:
-        save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, VERSION)
+        save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, KEYS)
     except RunFolderError as error:  # somebody else's checkpoint, perhaps
         say(f"the {name} is not kept: {error}")
     return sampler

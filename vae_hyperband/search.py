@@ -24,14 +24,15 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vae_hyperband.board import Board
-from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt, write_text
+from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt
 from vae_hyperband.cluster import check_resources, ray_for, with_gpus
 from vae_hyperband.config import differences, read_json
 from vae_hyperband.data import Split, load_split
 from vae_hyperband.draws import draw, importance
 from vae_hyperband.errors import SearchError, SearchFailedError
+from vae_hyperband.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.journal import Journal, read_events
-from vae_hyperband.process import make_folder, only_writer, refuse_foreign, stop_flag
+from vae_hyperband.process import only_writer, stop_flag
 from vae_hyperband.search_config import METRICS, SearchConfig, SearchOptions
 from vae_hyperband.storage import TrialStore, store_for
 from vae_hyperband.trials import RESULT, SearchResult, read_result, write_result

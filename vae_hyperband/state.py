@@ -24,6 +24,7 @@ from vae_hyperband.config import (
 )
 from vae_hyperband.data import Split
 from vae_hyperband.errors import ResumeError
+from vae_hyperband.keeping import newest_good
 from vae_hyperband.model import VAE, initialized_vae
 
 ADAM_BETAS = (0.9, 0.99)  # 0.99, not 0.999: under 4,000 steps a longer memory lags the schedule
@@ -127,10 +128,10 @@ def first_state(
 
     ``where`` is the environment that computes the run.
     """
-    path, given = _ckpt_to_resume(options)
-    if path is None:
+    found, given = _ckpt_to_resume(options)
+    if found is None:
         return new_state(config, train.image_shape, len(train), device)
-    content = load_ckpt(path)
+    path, content = found
     _check_same_run(config, content, train, path)
     state = _state_of(
         config, model_from_ckpt(content, path).to(device), math.ceil(len(train) / config.batch_size)
@@ -146,6 +147,9 @@ def first_state(
         )
     if given:
         _bring_best_along(state, path, options.ckpt_folder)
+    latest = options.ckpt_folder / LATEST
+    if path.resolve() != latest.resolve():  # there is a good latest.pt from the first step on
+        copy_ckpt(path, latest)
     if not quiet:
         print(
             f"resuming {options.run} at step {state.step} of {state.num_steps} "
@@ -162,23 +166,24 @@ def first_state(
     return state
 
 
-def _ckpt_to_resume(options: RunOptions) -> tuple[Path | None, bool]:
+def _ckpt_to_resume(options: RunOptions) -> tuple[tuple[Path, dict[str, Any]] | None, bool]:
     """The checkpoint to go on from, and whether it is the one given by --resume_ckpt."""
-    latest, given = options.ckpt_folder / LATEST, options.resume_ckpt
-    if given is None:
-        return (latest if latest.exists() else None), False
-    asked = load_ckpt(given)
-    if latest.exists():
-        there = load_ckpt(latest)
+    given = options.resume_ckpt
+    asked = load_ckpt(given) if given else None
+    found = newest_good(options.ckpt_folder)
+    if given is None or asked is None:
+        return found, False
+    if found:
+        path, there = found
         if there["resumed_from"] == asked["digest"]:
-            return latest, False  # the same command a second time: go on, do not start over
+            return found, False  # the same command a second time: go on, do not start over
         if there["digest"] != asked["digest"]:
             raise ResumeError(
-                f"{latest} (step {there['step']}) would be lost by going on from {given} (step "
+                f"{path} (step {there['step']}) would be lost by going on from {given} (step "
                 f"{asked['step']}): choose another --run to keep both, or leave out --resume_ckpt "
                 "to go on with the former."
             )
-    return given, True
+    return (given, asked), True
 
 
 def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, path: Path) -> None:

@@ -3,6 +3,7 @@
 Shape suffixes: B images of a batch, C channels, H height, W width.
 """
 
+import gc
 import math
 
 import torch
@@ -13,6 +14,7 @@ from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import EpochOrder
 from vae_hyperband.errors import DivergedError
 from vae_hyperband.objective import Nats, batch_losses, knobs_at, noise_per_image
+from vae_hyperband.process import lacks_memory
 from vae_hyperband.randomness import generator
 from vae_hyperband.state import TrainState
 
@@ -72,6 +74,30 @@ def averages(sums: Tensor) -> Losses:
         "total_loss": total / count,
         "bound": (recon + kl) / count,
     }
+
+
+def batch_size_that_fits(
+    state: TrainState, image_shape: tuple[int, int, int], device: torch.device
+) -> int:
+    """The largest half, quarter ... of the run's batch size whose step fits in memory; 0 if none.
+
+    Tried out on the state of a run that is lost: its gradients are overwritten.
+    """
+    config, size = state.config, state.config.batch_size // 2
+    while size:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        noise = torch.zeros(size * noise_per_image(config), state.model.latent_dim, device=device)
+        try:
+            x_BCHW = torch.zeros(size, *image_shape, device=device)
+            batch_losses(config, state.model, x_BCHW, noise, 1.0, 0.0, size)[1].backward()
+            return size
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+        size //= 2
+    return 0
 
 
 def _refuse_non_finite(state: TrainState, total: Tensor, nats: Nats, order: EpochOrder) -> None:

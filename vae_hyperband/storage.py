@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from vae_hyperband.checkpoint import LATEST
 from vae_hyperband.errors import SearchError
-from vae_hyperband.process import make_folder
+from vae_hyperband.files import make_folder
 from vae_hyperband.search_config import SearchOptions
 
 

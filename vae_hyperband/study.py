@@ -15,12 +15,11 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from vae_hyperband.checkpoint import write_text
 from vae_hyperband.config import Places, RunOptions, TrainConfig
 from vae_hyperband.data import SplitName
 from vae_hyperband.evaluation import evaluate_once
 from vae_hyperband.evaluation_config import EvaluateOptions
-from vae_hyperband.process import make_folder
+from vae_hyperband.files import make_folder, write_text
 from vae_hyperband.training import fit
 
 Row = dict[str, Any]  # of one run: its configuration, and measures by name, each with its error

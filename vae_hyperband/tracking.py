@@ -8,19 +8,22 @@ import contextlib
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import hparams, image, scalar
 from tqdm import tqdm
 
-from vae_hyperband.checkpoint import write_text
-from vae_hyperband.process import make_folder, on_terminal
+from vae_hyperband.files import AppendedFile, make_folder, remove_leftovers, write_text
+from vae_hyperband.process import on_terminal
 
 
 def image_grid(
@@ -32,9 +35,9 @@ def image_grid(
     cell_h, cell_w = height + margin, width + margin
     size = (channels, rows * cell_h + margin, columns * cell_w + margin)
     grid = torch.full(size, background)
-    for i, image in enumerate(images_NCHW.cpu()):
+    for i, image_CHW in enumerate(images_NCHW.cpu()):
         top, left = margin + i // columns * cell_h, margin + i % columns * cell_w
-        grid[:, top : top + height, left : left + width] = image
+        grid[:, top : top + height, left : left + width] = image_CHW
     return grid
 
 
@@ -49,62 +52,86 @@ class Tracker:
         make_folder(folder)
         self._files = []
         for name in ("metrics.jsonl", "timing.jsonl"):
+            remove_leftovers(folder / name)
             write_text(folder / name, _rows_until(folder / name, start_step))
-            self._files.append((folder / name).open("a", encoding="utf-8"))
+            self._files.append(AppendedFile(folder / name))
         self._metrics, self._timing = self._files
         self._board = None
         if tensorboard:
-            purge = start_step + 1 if start_step else 0
-            self._board = SummaryWriter(str(folder), purge_step=purge)
+            self._board = EventFile(folder, purge_step=start_step + 1 if start_step else 0)
+            self._files.append(self._board.file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.flush()
-        for file in self._files:
-            file.close()
-        if self._board:
-            self._board.close()
+        try:
+            self.flush()
+        finally:
+            for file in self._files:
+                file.close()
 
     def scalars(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """One row of losses in nats per image; TensorBoard tags are ``recon_loss/train`` etc."""
         row = {"step": step, "epoch": epoch, "split": split, **values}
-        self._metrics.write(json.dumps(row) + "\n")
-        if self._board:
-            for name, value in values.items():
-                tag = name if name == "learning_rate" else f"{name}/{split}"
-                self._board.add_scalar(tag, value, step)
+        self._metrics.write(_line(row))
+        for name, value in values.items():
+            tag = name if name == "learning_rate" else f"{name}/{split}"
+            self._show(scalar(tag, value), step)
 
     def speed(self, step: int, images_per_second: float) -> None:
         row = {"step": step, "images_per_second": round(images_per_second, 1)}
-        self._timing.write(json.dumps(row) + "\n")
-        if self._board:
-            self._board.add_scalar("images_per_second", images_per_second, step)
+        self._timing.write(_line(row))
+        self._show(scalar("images_per_second", images_per_second), step)
 
     def pictures(self, step: int, **images_NCHW: Tensor) -> None:
         """Each argument is a batch of images in [0, 1] and becomes one grid, 8 to a row."""
         if self._board:
             for name, images in images_NCHW.items():
-                self._board.add_image(f"images/{name}", image_grid(images, columns=8), step)
+                grid = image_grid(images, columns=8)
+                self._show(image(f"images/{name}", grid, dataformats="CHW"), step)
 
     def hyperparameters(self, config: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         """The row of this run in TensorBoard's HParams table."""
+        for summary in hparams(config, metrics):
+            self._show(summary, 0)
+        for name, value in metrics.items():
+            self._show(scalar(name, value), step)
+
+    def _show(self, summary: Summary, step: int) -> None:
         if self._board:
-            # add_hparams would write a second file, which within the first one's second may sort
-            # before it: its numbers would then count as those of a run that was begun anew
-            for summary in hparams(config, metrics):
-                self._board._get_file_writer().add_summary(summary)
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+            self._board.add(summary=summary, step=step)
 
     def flush(self) -> None:
-        """On disk, durably: a checkpoint may be saved only after the rows that it supposes."""
+        """On disk, durably: a checkpoint may be saved only after the rows that it supposes.
+
+        Raises :class:`RunFolderError` if there is no room; what was logged is kept for the next
+        try.
+        """
         for file in self._files:
             file.flush()
-            os.fsync(file.fileno())
-        if self._board:
-            self._board.flush()
+
+
+class EventFile:
+    """One more file of the events of a run, which TensorBoard shows.
+
+    PyTorch's SummaryWriter loses what a full disk does not take, and flushes, but not to the disk.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        # TensorBoard reads a run's files in the order of their names
+        others = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*.*")]
+        second = max([int(time.time()), *(int(other) + 1 for other in others if other.isdecimal())])
+        name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = AppendedFile(folder / name)
+        self._records = RecordWriter(self.file)
+        self.add(file_version="brain.Event:2")
+        # what older files say about steps from this one on counts no more
+        self.add(session_log=SessionLog(status=SessionLog.START), step=purge_step)
+
+    def add(self, **what: Any) -> None:
+        """Add an event; its fields are those of TensorBoard's event.proto."""
+        self._records.write(Event(wall_time=time.time(), **what).SerializeToString())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -119,8 +146,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
 def _rows_until(path: Path, step: int) -> str:
-    return "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+    return b"".join(_line(row) for row in read_rows(path) if row["step"] <= step).decode()
 
 
 class Progress:

@@ -7,9 +7,11 @@ bytes as never having stopped.
 Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, Z latents.
 """
 
+import contextlib
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch
-from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, save_ckpt
+from vae_hyperband.checkpoint import tree_digest
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import (
     EpochOrder,
@@ -29,18 +31,20 @@ from vae_hyperband.data import (
     load_split,
 )
 from vae_hyperband.engines import Engine, graph_engine
-from vae_hyperband.errors import DeviceError, DivergedError
+from vae_hyperband.errors import DeviceError, DivergedError, OutOfMemoryError, RunFolderError
+from vae_hyperband.keeping import Keeper
 from vae_hyperband.objective import held_out_weights, knobs_at
 from vae_hyperband.process import (
     cpu_threads,
     environment,
     keep_freed_memory,
+    lacks_memory,
     only_writer,
     pick_device,
 )
 from vae_hyperband.randomness import generator
 from vae_hyperband.state import NO_BEST, TrainState, ckpt_content, first_state
-from vae_hyperband.steps import averages, take_step
+from vae_hyperband.steps import averages, batch_size_that_fits, take_step
 from vae_hyperband.tracking import Progress, Tracker
 
 NUM_PICTURES = 32  # held-out images whose reconstructions TensorBoard shows
@@ -85,13 +89,18 @@ class FitResult:
     best: Path  # the checkpoint with the lowest validation total_loss
     log_folder: Path
 
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the weights as they are now, which ``latest`` holds as "weights"."""
+        return tree_digest(self.state.model.state_dict())
+
 
 def fit(
     config: TrainConfig,
     options: RunOptions | None = None,
     *,
     should_stop: Callable[[], bool] = lambda: False,
-    on_validation: Callable[[TrainState], None] = lambda state: None,
+    on_validation: Callable[[TrainState], None] | None = None,
     splits: tuple[Split, Split] | None = None,
     engine: Engine | None = None,
     quiet: bool = False,
@@ -99,7 +108,8 @@ def fit(
     """Train a run to its end, from where its folder (or ``options.resume_ckpt``) says it is.
 
     ``should_stop`` is asked after every step: if it says so, the state is saved and the call
-    returns. ``on_validation`` is called after each validation, when its checkpoint is on disk.
+    returns. ``on_validation`` is called after each validation, when its checkpoint is on disk;
+    without it, training goes on where a save fails, as long as it is not the last one.
     ``splits`` are the training and the validation split, where they are in memory already.
     ``engine`` computes, by default :func:`train_epoch`.
     Raises the package's own errors for a user's mistakes, :class:`DivergedError` for a loss that is
@@ -108,7 +118,11 @@ def fit(
     options = options or RunOptions()
     device = pick_device(options.device)
     keep_freed_memory()
-    with cpu_threads(options.num_threads), only_writer(options.ckpt_folder):
+    with (
+        cpu_threads(options.num_threads),
+        only_writer(options.ckpt_folder),
+        only_writer(options.log_folder),
+    ):
         train, held_out = splits or (
             load_split("train", options.data_dir, config.dataset),
             load_split("validation", options.data_dir, config.dataset),
@@ -128,15 +142,14 @@ def fit(
         state = first_state(config, options, train, device, where, quiet)
         last_saved = time.monotonic()
 
-        def save(improved: bool = False) -> None:
+        def save(improved: bool = False, required: bool = False) -> None:
             nonlocal last_saved
-            tracker.flush()
-            latest, best = options.ckpt_folder / LATEST, options.ckpt_folder / BEST
-            save_ckpt(best if improved else latest, ckpt_content(state, train, where))
-            if improved:
-                # best.pt first: a kill between the two costs work, but latest.pt never names a
-                # best checkpoint that is not there
-                copy_ckpt(best, latest)
+            try:
+                keeper.save(ckpt_content(state, train, where), improved)
+            except RunFolderError as error:
+                if required:
+                    raise
+                print(f"warning: {error} Training goes on, unsaved.", file=sys.stderr, flush=True)
             last_saved = time.monotonic()
 
         def on_losses(state: TrainState) -> None:
@@ -156,7 +169,11 @@ def fit(
         with (
             Tracker(options.log_folder, state.step, options.tensorboard) as tracker,
             Progress(state.step, state.num_steps, quiet) as progress,
+            _memory_explained(state, train, device),
         ):
+            keeper = Keeper(
+                options.ckpt_folder, options.keep_ckpts, options.resume_ckpt, tracker.flush
+            )
             if not quiet:
                 print(
                     f"training {options.run} for {config.epochs} epochs on {len(train):,} images, "
@@ -173,21 +190,37 @@ def fit(
                         improved = _validate(state, engine, validation_loader, tracker)
                         if finished:
                             _log_hyperparameters(state, tracker)
-                        save(improved)
-                        on_validation(state)
+                        save(improved, required=finished or on_validation is not None)
+                        if on_validation:
+                            on_validation(state)
                     progress.validated(
                         state.step, state.epoch, config.epochs, losses, state.metrics
                     )
                 if should_stop() and not finished:
-                    save()
+                    save(required=True)
                     break
     return FitResult(
         finished=state.step >= state.num_steps,
         state=state,
-        latest=options.ckpt_folder / LATEST,
-        best=options.ckpt_folder / BEST,
+        latest=keeper.latest,
+        best=keeper.best,
         log_folder=options.log_folder,
     )
+
+
+@contextlib.contextmanager
+def _memory_explained(state: TrainState, train: Split, device: torch.device) -> Iterator[None]:
+    """Turn an error for lack of memory into one that says with which batch size there is enough."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        size = batch_size_that_fits(state, train.image_shape, device)
+        raise OutOfMemoryError(
+            f"There is not enough memory on {device} for batches of {state.config.batch_size} "
+            + (f"images: --batch-size {size} fits." if size else "images, nor for any smaller one.")
+        ) from error
 
 
 def _validate(state: TrainState, engine: Engine, loader: DataLoader, tracker: Tracker) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vae_hyperband.checkpoint import write_text
 from vae_hyperband.config import TrainConfig, read_json
+from vae_hyperband.files import write_text
 from vae_hyperband.search_config import SearchConfig
 
 RESULT = "trials.json"

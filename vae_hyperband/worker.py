@@ -23,11 +23,13 @@ from vae_hyperband.errors import (
     ConfigError,
     DivergedError,
     FolderInUseError,
+    OutOfMemoryError,
     ResumeError,
 )
+from vae_hyperband.files import make_folder
 from vae_hyperband.packer import SharedSplits
 from vae_hyperband.packers import Packers
-from vae_hyperband.process import make_folder
+from vae_hyperband.process import lacks_memory
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.state import TrainState
 from vae_hyperband.storage import TrialStore
@@ -68,6 +70,7 @@ def train_trial(
                     # a store that is not a folder of this node keeps the logs, too
                     logs_dir=folder / "logs" if store.is_url else options.log_folder,
                     num_threads=options.cpus_per_trial,
+                    keep_ckpts=0,  # a trial whose files are damaged can be trained again
                 )
                 hopeless = _attempts(trial, config, options, store, run, splits, packers, watchdog)
             finally:
@@ -187,7 +190,6 @@ def reason(error: Exception) -> str:
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, DivergedError):
         return f"diverged: {first}"
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if memory or "allocate memory" in first or "not enough memory" in first:
+    if isinstance(error, OutOfMemoryError) or lacks_memory(error):
         return f"out of memory: {first}"
     return f"{type(error).__name__}: {first}"

@@ -1,0 +1,314 @@
+"""Kills, power cuts, full disks: what was saved is there, and the run ends as if none had come."""
+
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from disk import Change, crashes, watch
+from forking import Forks, kill
+from test_resume import digests, scalars, stop_after
+
+from vae_hyperband import keeping, training
+from vae_hyperband.checkpoint import load_ckpt
+from vae_hyperband.config import RunOptions, TrainConfig
+from vae_hyperband.errors import CheckpointError
+from vae_hyperband.keeping import newest_good
+from vae_hyperband.tracking import _rows_until, read_rows
+from vae_hyperband.training import fit
+
+
+def train_arguments(run: str, data: Path, **changes: object) -> list[object]:
+    settings = {
+        "run": run, "dataset": "custom", "data-dir": data, "device": "cpu", "num-threads": 1,
+        "latent-dim": 2, "batch-size": 16, "epochs": 3, "ckpt-seconds": 0, "log-interval": 5,
+        "learning-rate": 0.02,
+    }  # fmt: skip
+    return [
+        "train",
+        *(part for name, value in (settings | changes).items() for part in (f"--{name}", value)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with Forks() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, small_data):
+    """What a run of two epochs, stopped once within one, does to its files, and its log."""
+    place = tmp_path_factory.mktemp("powercut")
+    config = TrainConfig(dataset="custom", latent_dim=1, batch_size=100, epochs=2)
+    options = RunOptions(
+        run="a", device="cpu", num_threads=1, data_dir=small_data, ckpt_seconds=0,
+        checkpoints_dir=place / "c", logs_dir=place / "l", log_interval=1,
+    )  # fmt: skip
+    changes: list[Change] = []
+
+    def on_change(change: Change) -> None:
+        last = changes[-1] if changes else None
+        if last and change.kind == last.kind == "write" and change.path == last.path:
+            changes[-1] = last._replace(what=last.what + change.what)
+        else:
+            changes.append(change)
+
+    real_save = keeping.Keeper.save
+
+    def save(self, content, improved):
+        real_save(self, content, improved)
+        changes.append(Change("said", ".", content["step"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        watch(place, on_change, patch.setattr)
+        patch.setattr(training.Keeper, "save", save)
+        fit(config, options, should_stop=stop_after(2), quiet=True)
+        fit(config, options, quiet=True)
+    rows = read_rows(place / "l/a/metrics.jsonl")
+    assert {change.what for change in changes if change.kind == "said"} == {1, 2, 3, 4, 5, 6}
+    return changes, rows
+
+
+@pytest.fixture
+def loaded_once(monkeypatch):
+    """The same bytes are read by the real function once only: most states share most files."""
+    known = {}
+
+    def load(path):
+        content = Path(path).read_bytes()
+        if content not in known:
+            try:
+                known[content] = load_ckpt(path)
+            except CheckpointError as error:
+                known[content] = error
+        if isinstance(known[content], CheckpointError):
+            raise known[content]
+        return known[content]
+
+    monkeypatch.setattr(keeping, "load_ckpt", load)
+    return load
+
+
+def violation(changes: list[Change], rows: list, folder: Path, load) -> str | None:
+    """Where a power cut loses something, if anywhere."""
+    num_cuts = 0
+    for number, left in crashes(changes):
+        num_cuts += 1
+        said = [c.what for c in changes[:number] if c.kind == "said"]
+        shutil.rmtree(folder, ignore_errors=True)
+        for path, content in left.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        where = f"after {number} changes, the last one {changes[number - 1][:2]}"
+        try:
+            found = newest_good(folder / "c/a")
+            for path in (folder / "c/a").glob("*.pt"):
+                load(path)
+        except CheckpointError as error:
+            return f"{where}: {error}"
+        if found is None:
+            if said:
+                return f"{where}: no checkpoint, but step {said[-1]} was said to be saved"
+            continue
+        step = found[1]["step"]
+        if said and step < said[-1]:
+            return f"{where}: step {step}, but {said[-1]} was said to be saved"
+        best = folder / "c/a/best.pt"
+        if found[1]["best"]["step"] and (
+            not best.exists() or load(best)["step"] < found[1]["best"]["step"]
+        ):
+            return f"{where}: latest.pt names a best checkpoint that is not there"
+        kept = _rows_until(folder / "l/a/metrics.jsonl", step).splitlines()
+        if len(kept) != sum(row["step"] <= step for row in rows):
+            return f"{where}: {len(kept)} rows of the log up to step {step}"
+    assert num_cuts > 200
+    print(f"{num_cuts} states that a power cut may leave")
+    return None
+
+
+def test_no_power_cut_loses_what_was_saved(recorded, tmp_path, loaded_once):
+    assert violation(*recorded, tmp_path / "left", loaded_once) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [
+        ("fsync", ".pt-"),  # of a new checkpoint, before it is renamed
+        ("fsync", "c/a"),  # of the folder, after that
+        ("fsync", "c"),  # of the folder's own name
+        ("fsync", "."),
+        ("fsync", "metrics.jsonl"),  # of the rows, before the checkpoint that supposes them
+    ],
+)
+def test_each_fsync_is_needed(recorded, tmp_path, loaded_once, kind, suffix):
+    """Without any one of them the model finds what is lost: it has eyes, and none is idle."""
+    changes, rows = recorded
+
+    def left_out(change: Change) -> bool:
+        there = suffix in change.path if suffix == ".pt-" else change.path.endswith(suffix)
+        exact = suffix not in ("c", ".") or change.path == suffix
+        return change.kind == kind and there and exact
+
+    fewer = [change for change in changes if not left_out(change)]
+    assert len(fewer) < len(changes)
+    assert violation(fewer, rows, tmp_path / "left", loaded_once) is not None
+
+
+@pytest.mark.faults
+def test_a_process_ended_at_any_change_to_a_file_costs_nothing(tmp_path, small_data, forks):
+    """The n-th create, write, fsync, rename, link ... is not made any more, for every n."""
+    arguments = train_arguments("a", small_data, epochs=1, **{"batch-size": 150})
+    (tmp_path / "whole").mkdir()
+    assert forks.run(arguments, tmp_path / "whole") == 0
+    expected = digests(tmp_path / "whole", "a")
+    place, number, ended, with_state, steps = tmp_path / "cut", 0, 0, 0, set()
+    while True:
+        number += 1
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        status = forks.run(arguments, place, die_at=number)
+        if status == 0:
+            break
+        assert status == 9, (place / "said.txt").read_text()
+        ended += 1
+        found = newest_good(place / "checkpoints/a")
+        for path in place.glob("checkpoints/a/*.pt"):
+            load_ckpt(path)
+        if found:
+            with_state += 1
+            steps.add(found[1]["step"])
+        if number % 10 == 0:
+            assert forks.run(arguments, place) == 0, (place / "said.txt").read_text()
+            assert digests(place, "a") == expected
+            assert not list(place.glob("checkpoints/a/.*"))  # no leftovers
+    print(f"ended at each of {ended} changes; {with_state} after the first save; steps {steps}")
+    assert ended > 100
+    assert steps == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_kills"), [(2, 5), pytest.param(5, 50, marks=pytest.mark.faults)]
+)
+def test_sigkill_at_random_moments_changes_nothing(tmp_path, small_data, forks, seed, num_kills):
+    """Real processes, each killed some time after its start, until all kills are spent."""
+    arguments = train_arguments("a", small_data, **{"batch-size": 8, "epochs": 12})
+    (tmp_path / "whole").mkdir()
+    started = time.monotonic()
+    assert forks.run(arguments, tmp_path / "whole") == 0
+    seconds = time.monotonic() - started
+    expected = digests(tmp_path / "whole", "a"), scalars(tmp_path / "whole/logs/a")
+    rng, kills, steps, place = random.Random(seed), 0, [], tmp_path / "cut"
+    place.mkdir()
+    while kills < num_kills:
+        child = forks.start(arguments, place)
+        # soon enough that none of them gets to the end by itself, as a rule
+        time.sleep(rng.uniform(0, 2 * seconds / num_kills if num_kills > 8 else seconds / 3))
+        kill(child)
+        status = forks.wait()
+        found = newest_good(place / "checkpoints/a")
+        steps.append(found[1]["step"] if found else 0)
+        if status == 0:  # it was faster: compare, and begin anew
+            assert (digests(place, "a"), scalars(place / "logs/a")) == expected
+            shutil.rmtree(place)
+            place.mkdir()
+            continue
+        assert status == -9, (place / "said.txt").read_text()
+        kills += 1
+    assert forks.run(arguments, place) == 0
+    assert (digests(place, "a"), scalars(place / "logs/a")) == expected, f"seed {seed}"
+    print(f"{kills} kills, seed {seed}; steps on disk after each: {steps}")
+    assert len({step for step in steps if 0 < step < 12 * 38}) > num_kills // 5
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(options, small_config, monkeypatch, capfd):
+    """Files of that size do not fit for some saves; then they do again, and all is caught up."""
+    whole = fit(small_config, options(run="whole"), quiet=True)
+    place = options(run="cut", ckpt_seconds=0)
+    real, count = keeping.save_ckpt, 0
+
+    def full_for_a_while(path, content):
+        nonlocal count
+        count += 1
+        if 5 < count < 25:  # over the first epoch's end, whose checkpoint is the best by then
+            monkeypatch.setattr("torch.save", no_room)
+        else:
+            monkeypatch.undo()
+            monkeypatch.setattr(keeping, "save_ckpt", full_for_a_while)
+        real(path, content)
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(keeping, "save_ckpt", full_for_a_while)
+    result = fit(small_config, place, quiet=True)
+    said = capfd.readouterr().err
+    assert said.count("cannot be written: [Errno 28] No space left on device") >= 15
+    assert "Training goes on, unsaved." in said
+    assert load_ckpt(result.latest)["digest"] == load_ckpt(whole.latest)["digest"]
+    assert load_ckpt(result.best)["digest"] == load_ckpt(whole.best)["digest"]
+    logs = [run.log_folder / "metrics.jsonl" for run in (whole, result)]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+
+
+@pytest.mark.parametrize("room", [3000, 30_000])
+def test_files_that_may_not_grow_are_said_and_leave_what_was(tmp_path, small_data, forks, room):
+    """RLIMIT_FSIZE: no file, log or checkpoint, may be longer than that."""
+    arguments = train_arguments("a", small_data, epochs=2)
+    assert forks.run(arguments, tmp_path) == 0
+    longer = train_arguments("a", small_data, epochs=3)
+    assert forks.run(longer, tmp_path, max_file_bytes=room) == 2
+    said = (tmp_path / "said.txt").read_text()
+    assert "cannot be written: " in said.splitlines()[-1]
+    assert "Traceback" not in said
+    for path in tmp_path.glob("checkpoints/a/*"):
+        load_ckpt(path)
+    assert not list(tmp_path.glob("checkpoints/a/.*"))
+    assert forks.run(longer, tmp_path) == 0
+    (tmp_path / "whole").mkdir()
+    assert forks.run(arguments, tmp_path / "whole") == 0
+    assert forks.run(longer, tmp_path / "whole") == 0
+    assert digests(tmp_path, "a") == digests(tmp_path / "whole", "a")
+    assert scalars(tmp_path / "logs/a") == scalars(tmp_path / "whole/logs/a")
+
+
+@pytest.mark.faults
+def test_a_really_full_disk(tmp_path, small_data, forks):
+    """A file system with room for the first save only, then for all."""
+    small = tmp_path / "small"
+    small.mkdir()
+    size = ["-o", "size=200k", "tmpfs", str(small)]
+    if subprocess.run(["mount", "-t", "tmpfs", *size], capture_output=True).returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        assert forks.run(train_arguments("a", small_data), small) in (2, 0)
+        said = (small / "said.txt").read_text()
+        assert "No space left on device" in said
+        assert "Traceback" not in said
+        for path in small.glob("checkpoints/a/*"):
+            load_ckpt(path)
+        assert not list(small.glob("checkpoints/a/.*"))
+        remount = ["mount", "-o", "remount,size=50m", str(small)]
+        subprocess.run(remount, check=True)
+        assert forks.run(train_arguments("a", small_data), small) == 0
+        found = digests(small, "a"), scalars(small / "logs/a")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    (tmp_path / "whole").mkdir()
+    assert forks.run(train_arguments("a", small_data), tmp_path / "whole") == 0
+    assert found == (digests(tmp_path / "whole", "a"), scalars(tmp_path / "whole/logs/a"))
+
+
+def test_too_large_batches_are_one_sentence_with_the_size_that_fits(tmp_path, forks):
+    """With ever more room for its memory (RLIMIT_AS) a run gets to its first step, and no further."""
+    arguments = ["train", "--run", "a", "--dataset", "drawn", "--epochs", 1, "--device", "cpu"]
+    arguments += ["--num-threads", 1, "--batch-size"]
+    for gib in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6):
+        status = forks.run([*arguments, 10000], tmp_path, max_memory_bytes=int(gib * 2**30))
+        said = (tmp_path / "said.txt").read_text().splitlines()[-1]
+        if status == 2 and "--batch-size" in said:
+            break
+    assert "There is not enough memory on cpu for batches of 10000 images: --batch-size " in said
+    assert int(said.split("--batch-size ")[1].split()[0]) in (5000, 2500, 1250, 625, 312)

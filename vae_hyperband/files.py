@@ -1,0 +1,143 @@
+"""Files that are on disk when we say so: whole or not at all, after a kill or a power cut, too.
+
+What a process has written may still be in memory when the power goes, and so may a folder's list of
+names. So a new file is written beside the old one, fsynced, renamed over it, and then its folder is
+fsynced, as Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014), ask for.
+"""
+
+import contextlib
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from vae_hyperband.errors import RunFolderError
+
+
+class replacing:
+    """``with replacing(path) as temporary:`` renames temporary over path if nothing was raised."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> str:
+        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=_prefix(self.path))
+        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would hide it from colleagues
+        os.close(handle)
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            os.unlink(self.temporary)
+            return
+        os.replace(self.temporary, self.path)
+        fsync_folder(self.path.parent)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}-"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def fsync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk: new, renamed and removed ones."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What a process left that was killed while it replaced the file; no other may be at it."""
+    for leftover in path.parent.glob(f"{_prefix(path)}*"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically and durably, or raise :class:`RunFolderError`."""
+    try:
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if Path(temporary).read_bytes() != content:
+                raise OSError(errno.EIO, "what was read back is not what was written")
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file atomically and durably, or raise :class:`RunFolderError`."""
+    if path.exists() and not path.is_file():  # /dev/stdout and its like are not for replacing
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        write_bytes(path.resolve(), text.encode())
+
+
+def check_place(path: Path) -> None:
+    """Raise :class:`RunFolderError` if no file could be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder that this process can write to, durably, or raise :class:`RunFolderError`."""
+    try:
+        _make_durably(folder)
+    except OSError as error:
+        raise RunFolderError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise RunFolderError(f"The folder {folder} cannot be written to: choose another place.")
+
+
+def _make_durably(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder in which someone else may have written what this process would believe."""
+    facts = folder.stat()
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o002:
+        raise RunFolderError(
+            f"{folder} belongs to another user or can be written by everyone, so what it holds "
+            "cannot be trusted: choose another --run, or mend its owner and mode."
+        )
+
+
+class AppendedFile:
+    """A file that is appended to; what a full disk does not take is kept for the next try."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
+        self._waiting = bytearray()
+
+    def write(self, content: bytes) -> None:
+        self._waiting += content
+
+    def flush(self) -> None:
+        """On disk, durably, or raise :class:`RunFolderError`; then nothing is lost."""
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunFolderError(f"{self.path} cannot be written: {error.strerror}.") from error
+
+    def close(self) -> None:
+        self._file.close()
