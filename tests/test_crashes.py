@@ -302,7 +302,7 @@ def test_a_really_full_disk(tmp_path, small_data, forks):
 
 
 def test_too_large_batches_are_one_sentence_with_the_size_that_fits(tmp_path, forks):
-    """With ever more room for its memory (RLIMIT_AS) a run gets to its first step, and no further."""
+    """With ever more room (RLIMIT_AS) a run gets to its first step, and no further."""
     arguments = ["train", "--run", "a", "--dataset", "drawn", "--epochs", 1, "--device", "cpu"]
     arguments += ["--num-threads", 1, "--batch-size"]
     for gib in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6):

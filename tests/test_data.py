@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from vae_hyperband import data, download, idx
+from vae_hyperband import data, idx
 from vae_hyperband.data import Split, get_dataloader, load_split, per_split
 from vae_hyperband.errors import ConfigError, DataError
 from vae_hyperband.idx import read_idx
@@ -233,74 +233,3 @@ def test_real_fashion_mnist_has_its_known_shape_and_entropy(fashion_mnist):
         assert loaded.images_NCHW.shape == (num, 1, 28, 28)
         assert sorted(loaded.labels_N.unique().tolist()) == list(range(10))
         assert entropy_floor(loaded.pixels(slice(None))) == pytest.approx(floor, abs=0.01)
-
-
-class TestDownload:
-    """Against a real HTTP server on loopback."""
-
-    @pytest.fixture
-    def server(self):
-        import http.server
-        import threading
-
-        answers = {}
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                status, body = answers.get(self.path, (404, b""))
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-            thread = threading.Thread(target=httpd.serve_forever)
-            thread.start()
-            yield f"http://127.0.0.1:{httpd.server_address[1]}/", answers
-            httpd.shutdown()
-            thread.join()
-
-    @pytest.fixture
-    def files(self, tmp_path, monkeypatch, small_data):
-        monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(data, "SYSTEM_FOLDER", tmp_path / "nothing")
-        content = {name: (small_data / name).read_bytes() for name in NAMES}
-        digests = {name: hashlib.sha256(body).hexdigest() for name, body in content.items()}
-        for module in (data, download):
-            monkeypatch.setattr(module, "FASHION_MNIST_SHA256", digests)
-        return content
-
-    def test_the_second_mirror_serves_when_the_first_fails_or_lies(self, server, files, tmp_path):
-        url, answers = server
-        for name, body in files.items():
-            answers[f"/good/{name}.gz"] = (200, gzip.compress(body))
-        answers[f"/bad/{NAMES[0]}.gz"] = (403, b"no")
-        answers[f"/bad/{NAMES[1]}.gz"] = (200, b"<html>captive portal</html>")
-        answers[f"/bad/{NAMES[2]}.gz"] = (200, gzip.compress(files[NAMES[0]]))
-        download.ensure_data(mirrors=(url + "bad/", url + "good/"))
-        assert len(load_split("train")) == 300
-        assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(
-            name + ".gz" for name in NAMES
-        )
-
-    def test_no_mirror_is_one_sentence_and_leaves_nothing(self, server, files, tmp_path):
-        url, _ = server
-        with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
-            download.ensure_data(mirrors=(url + "bad/",))
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_a_cache_that_cannot_be_written_is_one_sentence(self, files, monkeypatch):
-        monkeypatch.setenv("VAE_HYPERBAND_CACHE", "/proc/self")
-        with pytest.raises(DataError, match="could not be downloaded"):
-            download.ensure_data(mirrors=("http://127.0.0.1:1/",))
-
-    def test_data_that_is_there_needs_no_network(self, server, files, tmp_path, monkeypatch):
-        cache = tmp_path / "cache"
-        cache.mkdir()
-        for name, body in files.items():
-            (cache / name).write_bytes(body)
-        monkeypatch.setattr(download, "_download", None)  # would raise TypeError if called
-        download.ensure_data(mirrors=())
