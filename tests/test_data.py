@@ -233,3 +233,64 @@ def test_real_fashion_mnist_has_its_known_shape_and_entropy(fashion_mnist):
         assert loaded.images_NCHW.shape == (num, 1, 28, 28)
         assert sorted(loaded.labels_N.unique().tolist()) == list(range(10))
         assert entropy_floor(loaded.pixels(slice(None))) == pytest.approx(floor, abs=0.01)
+
+
+FUZZ = """
+import gzip, random, resource, sys
+from pathlib import Path
+import numpy as np
+from vae_hyperband.errors import DataError
+from vae_hyperband.idx import read_idx
+
+rng, path, counts = random.Random(int(sys.argv[1])), Path(sys.argv[2]), [0, 0]
+array = np.random.default_rng(1).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+good = bytes([0, 0, 8, 3, 0, 0, 0, 20, 0, 0, 0, 8, 0, 0, 0, 8]) + array.tobytes()
+def flip(b):
+    b = bytearray(b); b[rng.randrange(len(b))] ^= 1 << rng.randrange(8); return bytes(b)
+def sizes(b):
+    return b[:4] + bytes(rng.choice((0, 1, 7, 8, 128, 255)) for _ in range(12)) + b[16:]
+changes = [
+    flip, sizes, gzip.compress, bytes,
+    lambda b: b[: rng.randrange(len(b))],
+    lambda b: b + rng.randbytes(rng.randrange(1, 99)),
+    lambda b: rng.randbytes(rng.randrange(200)),
+    lambda b: b[: rng.randrange(len(b))] + b[rng.randrange(len(b)) :],
+    lambda b: gzip.compress(b + bytes(50_000_000)) if rng.random() < 0.05 else b,
+]
+room = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 150_000
+for _ in range(2000):
+    content = good
+    for _ in range(rng.randrange(1, 4)):
+        content = rng.choice(changes)(content) or b"x"
+    path.write_bytes(content)
+    try:
+        found, digest = read_idx(path, 3)
+    except DataError as error:
+        counts[0] += 1
+        if str(path) not in str(error):
+            sys.exit(f"does not name its file: {error}")
+    else:
+        counts[1] += 1
+        plain = content
+        while plain[:2] == b"\\x1f\\x8b":
+            plain = gzip.decompress(plain)
+        if plain[16:] != found.numpy().tobytes() or list(found.shape) != [
+            int.from_bytes(plain[i : i + 4], "big") for i in (4, 8, 12)
+        ]:
+            sys.exit("another array than the bytes say")
+if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > room:
+    sys.exit("more memory than any of these files has")
+if min(counts) < 200:
+    sys.exit(f"{counts}: nearly always the same outcome")
+"""
+
+
+@pytest.mark.parametrize("optimized", [[], ["-O"]], ids=["", "python -O"])
+def test_2000_damaged_files_decode_exactly_or_raise_the_one_error(optimized, tmp_path):
+    """The checks are no asserts, which -O would leave out."""
+    import subprocess
+    import sys
+
+    arguments = [sys.executable, *optimized, "-c", FUZZ, "3", str(tmp_path / "file")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vae_hyperband import layers
+from vae_hyperband import convolution
 from vae_hyperband.layers import Conv, ConvTranspose, linear_from_images, linear_to_images
 from vae_hyperband.model import initialized_vae
 from vae_hyperband.objective import nats_per_image
@@ -81,8 +81,8 @@ def test_a_pack_of_layers_equals_each_of_them(
     expected_gradients = [of_x, torch.stack(others[::2]), torch.stack(others[1::2])]
 
     if batched:  # as on a GPU
-        monkeypatch.setattr(layers, "_by_patches", lambda images, weight: weight.dim() == 5)
-        monkeypatch.setattr(layers, "_one_by_one", lambda tensor: False)
+        monkeypatch.setattr(convolution, "_by_patches", lambda images, weight: weight.dim() == 5)
+        monkeypatch.setattr(convolution, "_one_by_one", lambda tensor: False)
     weights, biases = (
         torch.stack([getattr(member, name).detach() for member in members]).requires_grad_()
         for name in ("weight", "bias")

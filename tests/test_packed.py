@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vae_hyperband import layers, packed
+from vae_hyperband import convolution, packed
 from vae_hyperband.checkpoint import tree_digest
 from vae_hyperband.config import TrainConfig
 from vae_hyperband.data import Split, get_dataloader, load_split
@@ -150,8 +150,8 @@ def test_a_pack_of_batched_products_equals_the_loop_over_200_steps(train, monkey
         return states, torch.cat(losses, dim=1)
 
     ones, expected = trained()
-    monkeypatch.setattr(layers, "_by_patches", lambda images, weight: weight.dim() == 5)
-    monkeypatch.setattr(layers, "_one_by_one", lambda tensor: False)
+    monkeypatch.setattr(convolution, "_by_patches", lambda images, weight: weight.dim() == 5)
+    monkeypatch.setattr(convolution, "_one_by_one", lambda tensor: False)
     others, losses = trained()
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     for one, other in zip(ones, others, strict=True):

@@ -144,12 +144,16 @@ def test_a_trial_of_other_data_is_refused_and_not_thrown_away(train, tmp_path):
     assert (train.folder / "latest.pt").read_bytes() == before
 
 
-def test_a_damaged_checkpoint_makes_the_trial_start_anew_with_the_same_reports(train):
+def test_damaged_checkpoints_cost_a_trial_no_report(train):
+    """It goes on from the best one, if that is good, else from its start."""
     whole = train()
-    content = bytearray((train.folder / "latest.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (train.folder / "latest.pt").write_bytes(bytes(content))
-    assert train() == whole
+    for name, first in (("latest.pt", "best.pt"), ("best.pt", None)):
+        best_epoch = load_ckpt(train.folder / first)["epoch"] if first else 1
+        for path in {train.folder / "latest.pt", train.folder / name}:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(bytes(content))
+        assert train() == whole[best_epoch - 1 :]
 
 
 def test_a_trial_whose_last_process_is_still_dying_waits_for_its_lock(train, monkeypatch):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from vae_hyperband.errors import SearchError
 from vae_hyperband.search_config import SearchOptions
@@ -41,13 +42,19 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
     else:
         # a Ray on the same machine that does not answer is dead; Ray would wait for a minute
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        # Ray takes loopback to be a mistake where there may be clusters, and would listen on the
+        # address by which other machines reach this one
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = True
     signal.signal(signal.SIGTERM, before)  # ray.init sets one of its own, which exits at once
     try:
         yield

@@ -85,8 +85,8 @@ class Keeper:
     def save(self, content: dict[str, Any], improved: bool) -> None:
         """Save what a checkpoint holds as the latest, and as the best if it ``improved``.
 
-        Raises :class:`RunFolderError` if there is no room. Then no file has lost anything, and a best
-        one is kept in memory, for the next save to write.
+        Raises :class:`RunFolderError` if there is no room. Then no file has lost anything, and a
+        best one is kept in memory, for the next save to write.
         """
         if improved:
             self._unsaved_best = content

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from vae_hyperband.layers import in_pack
+
 Likelihood = Literal["bernoulli", "continuous-bernoulli", "discretized-logistic"]
 LIKELIHOODS: tuple[Likelihood, ...] = get_args(Likelihood)
 
@@ -40,10 +42,15 @@ def reconstruction_nats(
         nats_BCHW = _discretized_logistic(torch.sigmoid(logits_BCHW), x_BCHW, log_scale)
     else:
         # from logits, where it is finite for every finite input
-        nats_BCHW = _CrossEntropy.apply(logits_BCHW, x_BCHW)
+        cross_entropy = _CrossEntropy.apply if in_pack(logits_BCHW) else _cross_entropy
+        nats_BCHW = cross_entropy(logits_BCHW, x_BCHW)
         if likelihood == "continuous-bernoulli":
             nats_BCHW = nats_BCHW - _log_constant(logits_BCHW)
     return nats_BCHW.flatten(start_dim=1).sum(dim=1)
+
+
+def _cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -51,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, x: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        return _cross_entropy(logits, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

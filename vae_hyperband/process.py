@@ -48,6 +48,11 @@ def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], boo
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the folder against a second process; the kernel lets go of it when this one dies."""
+    if folder.is_symlink():
+        raise RunFolderError(
+            f"{folder} is a symbolic link, so that a run would write elsewhere than it says: "
+            "choose another --run or folder."
+        )
     make_folder(folder)
     path = folder.parent / f".{folder.name}.lock"  # beside it: what is in the folder is the run's
     with contextlib.ExitStack() as stack:

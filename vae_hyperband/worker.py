@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from ray import tune
 
-from vae_hyperband.checkpoint import LATEST, load_ckpt
 from vae_hyperband.config import RunOptions
 from vae_hyperband.errors import (
     CheckpointError,
@@ -27,6 +26,7 @@ from vae_hyperband.errors import (
     ResumeError,
 )
 from vae_hyperband.files import make_folder
+from vae_hyperband.keeping import newest_good
 from vae_hyperband.packer import SharedSplits
 from vae_hyperband.packers import Packers
 from vae_hyperband.process import lacks_memory
@@ -109,7 +109,7 @@ def _attempts(
 
     while True:
         watchdog.wake()
-        step, row = _progress(run.ckpt_folder / LATEST)
+        step, row = _progress(run.ckpt_folder)
         try:
             if row:  # a kill may have come between its checkpoint and the search's log
                 report(row)
@@ -141,11 +141,11 @@ def _attempts(
             return f"{said}; tried {count} times"
 
 
-def _progress(latest: Path) -> tuple[int, dict[str, Any]]:
-    """Step and last validation of a checkpoint; -1 and nothing if there is none that is good."""
+def _progress(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Step and last validation of the checkpoint to go on from; -1 and nothing without one."""
     with contextlib.suppress(CheckpointError):
-        content = load_ckpt(latest)
-        return content["step"], dict(content["metrics"])
+        if found := newest_good(folder):
+            return found[1]["step"], dict(found[1]["metrics"])
     return -1, {}
 
 
