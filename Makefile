@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run demo test faults slurm-test lint reproduce best bench notebook clean
+.PHONY: help setup data run demo test faults soak slurm-test lint reproduce best bench notebook clean
 
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
 	@echo "make demo    the same on garments that are drawn, without any download, in some minutes"
 	@echo "make test    set up, run the tests"
 	@echo "make faults  run the slow tests, most of which kill real processes"
+	@echo "make soak MINUTES=60  random runs under random faults, for that long"
 	@echo "make slurm-test  run slurm_job.sh on a real Slurm on this machine; root may install it"
 	@echo "make lint    check format, style and types"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
@@ -55,6 +56,10 @@ test: $(READY)  ## The tests; Fashion-MNIST is fetched if it can be, one test us
 faults: $(READY)  ## The slow tests, most of which kill real processes
 	$(BIN)/python -m pytest -m faults
 
+MINUTES ?= 60
+soak: $(READY)  ## Random runs under random faults; prints what repeats a failure
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+
 slurm-test: $(READY)  ## slurm_job.sh on a real Slurm of two nodes on this machine
 	$(BIN)/python -m pytest -m slurm
 
@@ -85,6 +90,7 @@ bench: $(READY) benchmarks/.pythae  ## How fast everything is; results in benchm
 	$(BIN)/python benchmarks/packed_step.py
 	$(BIN)/python benchmarks/packed_search.py
 	$(BIN)/python benchmarks/generation_speed.py
+	$(BIN)/python benchmarks/safety_cost.py
 
 notebook: $(READY)  ## Execute model.ipynb in place
 	$(BIN)/vae-hyperband data --install

@@ -14,7 +14,7 @@ from test_resume import digests, scalars, stop_after
 from vae_hyperband import keeping, training
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.errors import CheckpointError
+from vae_hyperband.errors import CheckpointError, FolderInUseError
 from vae_hyperband.keeping import newest_good
 from vae_hyperband.tracking import _rows_until, read_rows
 from vae_hyperband.training import fit
@@ -299,6 +299,24 @@ def test_a_really_full_disk(tmp_path, small_data, forks):
     (tmp_path / "whole").mkdir()
     assert forks.run(train_arguments("a", small_data), tmp_path / "whole") == 0
     assert found == (digests(tmp_path / "whole", "a"), scalars(tmp_path / "whole/logs/a"))
+
+
+def test_the_folder_of_a_killed_process_is_free(tmp_path, small_data, forks):
+    """While it lives, the second is told who it is; when it was killed, nothing has to be done."""
+    arguments = train_arguments("a", small_data, epochs=500)
+    child = forks.start(arguments, tmp_path)
+    place = RunOptions(
+        run="a", device="cpu", num_threads=1, data_dir=small_data,
+        checkpoints_dir=tmp_path / "checkpoints", logs_dir=tmp_path / "logs",
+    )  # fmt: skip
+    while not place.ckpt_folder.exists() or newest_good(place.ckpt_folder) is None:
+        time.sleep(0.01)
+    config = TrainConfig.from_dict(newest_good(place.ckpt_folder)[1]["config"], "its checkpoint")
+    with pytest.raises(FolderInUseError, match=f"in use by process {child} on "):
+        fit(config, place, quiet=True)
+    kill(child)
+    assert forks.wait() == -9
+    assert not fit(config, place, should_stop=lambda: True, quiet=True).finished
 
 
 def test_too_large_batches_are_one_sentence_with_the_size_that_fits(tmp_path, forks):

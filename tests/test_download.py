@@ -90,7 +90,7 @@ def drips(handler):
     """A byte at a time, so that no read ever waits for long."""
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(100):
+    for _ in range(40):
         handler.wfile.write(b"\x1f")
         handler.wfile.flush()
         time.sleep(0.05)

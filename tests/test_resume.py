@@ -183,6 +183,7 @@ def digests(tmp_path: Path, run: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.faults
 def test_resume_after_sigkill_gives_the_same_bytes(tmp_path, small_data):
     """Processes begun anew each time, as a user would; tests/test_crashes.py kills 50."""
     subprocess.run(train_command(tmp_path, small_data, "whole"), cwd=tmp_path, check=True)
@@ -226,7 +227,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 @pytest.mark.parametrize(
     "number",
     [
-        signal.SIGTERM,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.faults),
         pytest.param(signal.SIGINT, marks=pytest.mark.faults),
         pytest.param(signal.SIGUSR1, marks=pytest.mark.faults),
     ],

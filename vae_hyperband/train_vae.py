@@ -1,7 +1,8 @@
 """The main entry: ``vae-hyperband train``, or ``python -m vae_hyperband.train_vae train``.
 
 Exit status: 0 done; 2 a user's mistake, told in one sentence; 3 training diverged, or every trial
-of a search failed; 75 stopped on request and saved: the same command goes on.
+of a search failed; 70 Ray broke down; 75 stopped on request and saved; 128 + n ended at once by
+signal n. After the last three the same command goes on.
 """
 
 import argparse
@@ -126,7 +127,8 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
 
 "vae-hyperband COMMAND --help" explains each. Hyphens and underscores in options are the same.
 Exit status: 0 done, 2 a mistake in the command or its files, 3 training diverged or every trial of
-a search failed, 75 stopped on request (SIGINT, SIGTERM, SIGUSR1): the same command goes on.
+a search failed, 70 Ray broke down, 75 stopped on request (SIGINT, SIGTERM, SIGUSR1), 128 + n ended
+at once by signal n. After 70, 75, 128 + n and a kill the same command goes on.
 """
 
 
