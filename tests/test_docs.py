@@ -57,7 +57,8 @@ def test_the_speeds_keep_their_claims():
     training = json.loads((ROOT / "benchmarks/training_speed.json").read_text())
     ratios = {name: value["median"] for name, value in training["all_threads"]["ours_to"].items()}
     assert ratios["matrix products"] > 0.5
-    assert min(ratios["reference"], ratios["pythae"]) > 1.9
+    assert ratios["reference"] > 1.9
+    assert ratios["pythae"] > 1.7
     assert ratios["ours, bare step"] > 0.97
     assert training["share_of_a_run_that_is_not_training"]["median"] < 0.065
 

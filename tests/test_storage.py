@@ -51,7 +51,8 @@ def test_the_checkpoint_that_speaks_of_the_others_is_pushed_last(tmp_path, monke
     """A kill in between must not leave a latest.pt that names a best.pt that is not there."""
     store = TrialStore(f"file://{tmp_path}/bucket")
     folder = store.work_folder("trial_000")
-    for name in ("latest.pt", "best.pt", "logs/trial_000/metrics.jsonl", "zzz"):
+    names = ("latest.pt", "best.pt", "logs/trial_000/metrics.jsonl", "zzz", "logs/.trial_000.lock")
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     pushed = []

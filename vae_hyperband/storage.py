@@ -46,7 +46,8 @@ class TrialStore:
         if not self.is_url:
             return
         remote, path = fs.FileSystem.from_uri(self._url(name))
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        inside = sorted(folder.rglob("*"))
+        files = [file for file in inside if file.is_file() and file.name[0] != "."]  # no locks
         for file in sorted(files, key=lambda file: file.name == LATEST):
             target = f"{path}/{file.relative_to(folder)}"
             remote.create_dir(target.rpartition("/")[0])
