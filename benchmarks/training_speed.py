@@ -1,8 +1,8 @@
 """Claim: training at batch 128 on a CPU is limited by its matrix products: our loop does more than
 half as many images per second as the step's matrix products alone allow, about twice as many as the
-loop that tutorials teach and 1.8 times as many as pythae's trainer; it spends less than 3% of a step on anything that
-is not arithmetic. Validation after every epoch, whose arithmetic alone is a fifteenth of an
-epoch's, takes, with checkpoints, logs and pictures, 6% of a run.
+loop that tutorials teach and 1.8 times as many as pythae's trainer; it spends less than 3% of a
+step on anything that is not arithmetic. Validation after every epoch, whose arithmetic alone is a
+fifteenth of an epoch's, takes, with checkpoints, logs and pictures, 6% of a run.
 
     make bench            # or: python benchmarks/training_speed.py; 15 minutes on 2 cores
 
