@@ -24,6 +24,7 @@ from conftest import write_idx_folder
 from forking import Forks, kill
 from test_resume import digests, scalars
 
+from vae_hyperband import keeping
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.errors import CheckpointError
 from vae_hyperband.process import EXIT_STOPPED, STOP_SIGNALS
@@ -139,24 +140,31 @@ class Case:
             return None
         for path in self.random.sample(self.ckpts, max(1, len(self.ckpts) - 1)):
             path.write_bytes(change(path.read_bytes()))
-        return self.unless_all_are_damaged()
+        try:
+            self.found()
+        except CheckpointError:
+            status = self.run()
+            if status != 2 or "damaged" not in self.said().splitlines()[-1]:
+                return f"status {status} where too many checkpoints are damaged"
+            self.begin_anew()
+        return None
 
     def lose_a_file(self, seconds: float) -> str | None:
+        """Where it was the best one, and nothing holds it, the end would be another."""
         if self.ckpts:
             self.random.choice(self.ckpts).unlink()
+            found, best = self.found(), self.place / "checkpoints/a/best.pt"
+            if found and keeping._lacks_best(found[1], load_ckpt(best) if best.exists() else None):
+                self.begin_anew()
         return None
 
-    def unless_all_are_damaged(self) -> str | None:
-        for path in self.ckpts:
-            with contextlib.suppress(CheckpointError):
-                load_ckpt(path)
-                return None
-        status = self.run()
-        if status != 2 or "damaged" not in self.said().splitlines()[-1]:
-            return f"status {status} where all checkpoints are damaged"
+    def found(self) -> tuple[Path, dict] | None:
+        with contextlib.redirect_stderr(None):
+            return keeping.newest_good(self.place / "checkpoints/a")
+
+    def begin_anew(self) -> None:
         for path in self.ckpts:
             path.unlink()
-        return None
 
     def tear_the_log(self, seconds: float) -> str | None:
         log = self.place / "logs/a/metrics.jsonl"

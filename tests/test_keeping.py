@@ -57,7 +57,55 @@ def test_the_newest_good_one_is_used_and_said_and_the_end_is_the_same(
     assert [*earlier_ckpts(cut.ckpt_folder)] == [29, 28, 27]  # no damaged one is left
     for path in cut.ckpt_folder.iterdir():
         load_ckpt(path)
-    assert outcome(result) == outcome(fit(small_config, options(run="whole"), quiet=True))
+    assert outcome(result) == whole(options, small_config)
+
+
+def whole(options, small_config):
+    return outcome(fit(small_config, options(run="whole"), quiet=True))
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["damaged", "lost"])
+def test_a_best_one_that_is_gone_is_trained_again_from_an_earlier_one(
+    options, small_config, capsys, lost
+):
+    """latest.pt, and the one of step 19, are good, but not the best one; that of step 10 was it."""
+    place = options(run="cut", keep_ckpts=30, ckpt_seconds=0)
+    fit(small_config, place, should_stop=stop_after(27), quiet=True)
+    best = place.ckpt_folder / "best.pt"
+    for step in range(20, 25):
+        (place.ckpt_folder / f"step-{step:08d}.pt").unlink()
+    best.unlink() if lost else damage(best)
+    result = fit(small_config, place)
+    said = capsys.readouterr()
+    assert f"best.pt is {'not there' if lost else 'damaged'}" in said.err
+    assert "Going on from the newest good one, step-00000010.pt of step 10." in said.err
+    assert "resuming cut at step 10 of 30" in said.out
+    assert outcome(result) == whole(options, small_config)
+
+
+def test_a_best_one_that_is_the_latest_one_too_is_copied(options, small_config):
+    place = options(run="cut", keep_ckpts=0)
+    fit(small_config, place, should_stop=stop_after(21), quiet=True)
+    damage(place.ckpt_folder / "best.pt")
+    assert outcome(fit(small_config, place, quiet=True)) == whole(options, small_config)
+
+
+def test_where_the_best_one_is_damaged_for_good_it_is_said(options, small_config, capsys):
+    """Removing it is to go on without it."""
+    place = options(run="cut", keep_ckpts=0, ckpt_seconds=0)
+    fit(small_config, place, should_stop=stop_after(27), quiet=True)
+    best = place.ckpt_folder / "best.pt"
+    damage(best)
+    before = (place.ckpt_folder / "latest.pt").read_bytes()
+    with pytest.raises(CheckpointError, match=rf"remove .*cut to train anew, or {best} to go on"):
+        fit(small_config, place, quiet=True)
+    assert (place.ckpt_folder / "latest.pt").read_bytes() == before
+    best.unlink()
+    result = fit(small_config, place)
+    assert "best.pt is not there. Going on from the newest good one, latest.pt" in (
+        capsys.readouterr().err
+    )
+    assert load_ckpt(result.best)["step"] == result.state.best["step"] == 30
 
 
 def test_a_lost_latest_is_no_reason_to_begin_anew(cut, small_config, capsys):
@@ -72,7 +120,9 @@ def test_where_all_are_damaged_nothing_is_overwritten(cut, small_config):
     for path in cut.ckpt_folder.iterdir():
         damage(path)
     before = {path: path.read_bytes() for path in cut.ckpt_folder.iterdir()}
-    with pytest.raises(CheckpointError, match=r"latest\.pt is damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"latest\.pt is damaged.* remove .*cut to train anew\."
+    ):
         fit(small_config, cut, quiet=True)
     assert {path: path.read_bytes() for path in cut.ckpt_folder.iterdir()} == before
 

@@ -30,32 +30,65 @@ def earlier_ckpts(folder: Path) -> dict[int, Path]:
 def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from and its content; None if the run has none yet.
 
-    It is latest.pt, or, where that is damaged or lost, the newest good one beside it, and a note
-    says so. Raises :class:`CheckpointError` if all are damaged.
+    It is latest.pt, as long as that is good and so is the best.pt that it speaks of; else the
+    newest one beside it that lacks nothing, and a note says so. Raises :class:`CheckpointError` if
+    files are damaged and there is none.
     """
-    latest = folder / LATEST
-    all_of_them = (latest, *earlier_ckpts(folder).values(), folder / BEST)
-    files = [path for path in all_of_them if path.exists()]
-    good, damage = [], []
-    for path in files:
+    latest, best = folder / LATEST, folder / BEST
+    paths = [path for path in (latest, *earlier_ckpts(folder).values(), best) if path.exists()]
+    good, damage = {}, []
+    for path in paths:
         try:
-            good.append((path, load_ckpt(path)))
+            good[path] = load_ckpt(path)
         except CheckpointError as error:
             damage.append(error)
-        if path == latest and good:
-            return good[0]
-    if not good:
+    whole = [path for path in good if not _lacks_best(good[path], good.get(best))]
+    if not whole and (damage or not good):
         if damage:
-            raise damage[0]
+            raise CheckpointError(
+                f"{damage[0]} None of the checkpoints beside it can stand in: remove {folder} to "
+                "train anew" + (f", or {best} to go on without it." if good else ".")
+            )
         return None
-    path, content = max(good, key=lambda found: found[1]["step"])
-    why = damage[0] if latest.exists() else f"{latest} is not there."
+    path = max(whole or good, key=lambda path: (good[path]["step"], path == latest))
+    if path != latest or not whole:
+        _note(damage, latest if not latest.exists() else best, path, good[path]["step"])
+    return path, good[path]
+
+
+def _lacks_best(content: dict[str, Any], best: dict[str, Any] | None) -> bool:
+    """Whether a checkpoint speaks of a best one that is neither there nor itself."""
+    wanted = content["best"].get("step", 0)
+    return wanted not in (0, content["step"]) and (best is None or best["step"] < wanted)
+
+
+def _note(damage: list[CheckpointError], missing: Path, used: Path, step: int) -> None:
+    why = damage[0] if damage else f"{missing} is not there."
     print(
-        f"note: {why} Going on from the newest good one, {path.name} of step {content['step']}.",
+        f"note: {why} Going on from the newest good one, {used.name} of step {step}.",
         file=sys.stderr,
         flush=True,
     )
-    return path, content
+
+
+def restore(folder: Path, used: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Have the files as they were when ``used`` was the latest one; the best one's step and losses.
+
+    Where the best one is lost and ``used`` has just been validated, that is the best from now on.
+    """
+    latest, best_file = folder / LATEST, folder / BEST
+    best, metrics = content["best"], content["metrics"]
+    found = None
+    with contextlib.suppress(CheckpointError):
+        found = load_ckpt(best_file)
+    if _lacks_best(content, found):
+        validated = metrics and metrics["step"] == content["step"]
+        best = {name: metrics[name] for name in best} if validated else {}
+    if best.get("step") == content["step"] and (found is None or found["step"] < best["step"]):
+        copy_ckpt(used, best_file)
+    if used.resolve() != latest.resolve():  # there is a good latest.pt from the first step on
+        copy_ckpt(used, latest)
+    return best
 
 
 class Keeper:

@@ -4,6 +4,7 @@ A run is a pure function of its configuration and its data, so a state that was 
 exactly as if it had never been saved.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt, model_from_ckpt
+from vae_hyperband.checkpoint import BEST, copy_ckpt, load_ckpt, model_from_ckpt
 from vae_hyperband.config import (
     RESUME_MAY_CHANGE,
     RunOptions,
@@ -23,8 +24,8 @@ from vae_hyperband.config import (
     model_settings,
 )
 from vae_hyperband.data import Split
-from vae_hyperband.errors import ResumeError
-from vae_hyperband.keeping import newest_good
+from vae_hyperband.errors import CheckpointError, ResumeError
+from vae_hyperband.keeping import newest_good, restore
 from vae_hyperband.model import VAE, initialized_vae
 
 ADAM_BETAS = (0.9, 0.99)  # 0.99, not 0.999: under 4,000 steps a longer memory lags the schedule
@@ -138,7 +139,7 @@ def first_state(
     )
     state.optimizer.load_state_dict(content["optimizer"])
     state.step, state.sums = content["step"], content["sums"].to(device)
-    state.best, state.metrics = NO_BEST | content["best"], content["metrics"]
+    state.metrics = content["metrics"]
     state.resumed_from = content["digest"] if given else content["resumed_from"]
     if state.step > state.num_steps:
         raise ResumeError(
@@ -146,10 +147,8 @@ def first_state(
             f"than --epochs {config.epochs}: give more epochs, or choose another --run."
         )
     if given:
-        _bring_best_along(state, path, options.ckpt_folder)
-    latest = options.ckpt_folder / LATEST
-    if path.resolve() != latest.resolve():  # there is a good latest.pt from the first step on
-        copy_ckpt(path, latest)
+        _bring_best_along(content, path, options.ckpt_folder)
+    state.best = NO_BEST | restore(options.ckpt_folder, path, content)
     if not quiet:
         print(
             f"resuming {options.run} at step {state.step} of {state.num_steps} "
@@ -200,11 +199,10 @@ def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, 
         )
 
 
-def _bring_best_along(state: TrainState, given: Path, folder: Path) -> None:
+def _bring_best_along(content: dict[str, Any], given: Path, folder: Path) -> None:
     """A run continued in a new folder keeps its best checkpoint so far, if that can be found."""
-    if given.parent.resolve() == folder.resolve():
-        return
-    for candidate in (given, given.parent / BEST):
-        if candidate.exists() and load_ckpt(candidate)["step"] == state.best["step"]:
-            return copy_ckpt(candidate, folder / BEST)
-    state.best = dict(NO_BEST)
+    best = given.parent / BEST
+    if best.exists() and given.parent.resolve() != folder.resolve():
+        with contextlib.suppress(CheckpointError):
+            if load_ckpt(best)["step"] == content["best"]["step"]:
+                copy_ckpt(best, folder / BEST)
