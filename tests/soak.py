@@ -10,6 +10,8 @@ it; kills and signals depend on the clock, too, so that it may take a few tries.
 import argparse
 import collections
 import contextlib
+import io
+import logging
 import os
 import random
 import signal
@@ -57,7 +59,7 @@ class Case:
         chosen = {name: self.random.choice(values) for name, values in CHOICES.items()}
         if chosen["objective"] == "beta-tc":
             chosen["prior"] = "normal"
-            chosen["batch-size"] = max(2, chosen["batch-size"])
+            chosen["beta"] = 4
         if chosen["binarize"] == "dynamic":
             chosen["likelihood"] = "bernoulli"
         if chosen["prior"] == "vamp":
@@ -159,7 +161,7 @@ class Case:
         return None
 
     def found(self) -> tuple[Path, dict] | None:
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()):
             return keeping.newest_good(self.place / "checkpoints/a")
 
     def begin_anew(self) -> None:
@@ -213,6 +215,8 @@ def one_case(seed: int, forks: Forks, data: Path) -> tuple[str | None, Case]:
 
 
 def main() -> int:
+    # that steps were computed again is what its reader of event files warns of
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=None, help="of the first case")
