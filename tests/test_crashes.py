@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(options, small_config, mo
     assert logs[0].read_bytes() == logs[1].read_bytes()
 
 
-@pytest.mark.parametrize("room", [3000, 30_000])
+@pytest.mark.parametrize("room", [100, 3000, 30_000])
 def test_files_that_may_not_grow_are_said_and_leave_what_was(tmp_path, small_data, forks, room):
     """RLIMIT_FSIZE: no file, log or checkpoint, may be longer than that."""
     arguments = train_arguments("a", small_data, epochs=2)
@@ -261,7 +261,8 @@ def test_files_that_may_not_grow_are_said_and_leave_what_was(tmp_path, small_dat
     longer = train_arguments("a", small_data, epochs=3)
     assert forks.run(longer, tmp_path, max_file_bytes=room) == 2
     said = (tmp_path / "said.txt").read_text()
-    assert "cannot be written: " in said.splitlines()[-1]
+    # what is said goes to a file, too, and may find no room; that is no reason to die of it
+    assert "cannot be written: " in said.splitlines()[-1] or len(said) >= room
     assert "Traceback" not in said
     for path in tmp_path.glob("checkpoints/a/*"):
         load_ckpt(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import platform
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 
@@ -137,6 +138,50 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
     }
+
+
+class _Lossy:
+    """A stream to which nothing is written where there is no room, instead of ending the run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _no_room_is_fine():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _no_room_is_fine():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _no_room_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+
+
+@contextlib.contextmanager
+def lossy_output() -> Iterator[None]:
+    """Have a full disk cost what is said into a file on it, but not the work that says it."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(TextIO, _Lossy(out)), cast(TextIO, _Lossy(err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+        for stream in (out, err):
+            try:
+                stream.flush()
+            except OSError:  # Python would end with status 120 for what is left to write
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def on_terminal() -> bool:

@@ -31,7 +31,7 @@ from vae_hyperband.data import SplitName, get_dataloader, load_split
 from vae_hyperband.download import ensure_data
 from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.options import parse_options
-from vae_hyperband.process import keep_freed_memory, stop_flag
+from vae_hyperband.process import keep_freed_memory, lossy_output, stop_flag
 from vae_hyperband.report import say_trained, stopped
 from vae_hyperband.study_command import study_command
 from vae_hyperband.training import fit, train_epoch
@@ -141,6 +141,11 @@ def main(argv: list[str] | None = None) -> int:
         print(metadata.version("vae-hyperband"))
         return 0
     keep_freed_memory()  # evaluation and sampling, too; ``fit`` does so for those who call it
+    with lossy_output():
+        return _status_of(argv)
+
+
+def _status_of(argv: list[str]) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is no command: use one of {', '.join(COMMANDS)}.")
