@@ -142,27 +142,27 @@ class Case:
             return None
         for path in self.random.sample(self.ckpts, max(1, len(self.ckpts) - 1)):
             path.write_bytes(change(path.read_bytes()))
+        return self.judge()
+
+    def lose_a_file(self, seconds: float) -> str | None:
+        if self.ckpts:
+            self.random.choice(self.ckpts).unlink()
+        return self.judge()
+
+    def judge(self) -> str | None:
+        """Where too much is damaged, the run has to say so; where the best is lost, it ends else."""
+        best = self.place / "checkpoints/a/best.pt"
         try:
-            self.found()
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = keeping.newest_good(best.parent)
+            if found and keeping._lacks_best(found[1], load_ckpt(best) if best.exists() else None):
+                self.begin_anew()
         except CheckpointError:
             status = self.run()
             if status != 2 or "damaged" not in self.said().splitlines()[-1]:
                 return f"status {status} where too many checkpoints are damaged"
             self.begin_anew()
         return None
-
-    def lose_a_file(self, seconds: float) -> str | None:
-        """Where it was the best one, and nothing holds it, the end would be another."""
-        if self.ckpts:
-            self.random.choice(self.ckpts).unlink()
-            found, best = self.found(), self.place / "checkpoints/a/best.pt"
-            if found and keeping._lacks_best(found[1], load_ckpt(best) if best.exists() else None):
-                self.begin_anew()
-        return None
-
-    def found(self) -> tuple[Path, dict] | None:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return keeping.newest_good(self.place / "checkpoints/a")
 
     def begin_anew(self) -> None:
         for path in self.ckpts:

@@ -1,7 +1,4 @@
 import random
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -126,49 +123,11 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(RunFolderError, match="No space left"):
         save_ckpt(saved, content)
     assert saved.read_bytes() == before
     assert sorted(saved.parent.iterdir()) == names
-
-
-@pytest.mark.faults
-def test_a_process_ended_at_any_file_operation_leaves_the_old_or_the_new_state(saved, tmp_path):
-    """The n-th open, fsync, replace ... of save_ckpt is the process's last, for every n."""
-    script = textwrap.dedent("""
-        import os, sys, torch
-        from pathlib import Path
-        from vae_hyperband.checkpoint import load_ckpt, save_ckpt
-        path, last = Path(sys.argv[1]), int(sys.argv[2])
-        content = load_ckpt(path)
-        content.pop("digest")
-        content["step"] = 31
-        count = 0
-        def on_event(event, args):
-            global count
-            if event in ("open", "os.rename", "os.remove", "tempfile.mkstemp"):
-                count += 1
-                if count == last:
-                    os._exit(9)
-        real_fsync = os.fsync
-        def fsync(handle):
-            on_event("open", ())
-            real_fsync(handle)
-        os.fsync = fsync
-        sys.addaudithook(on_event)
-        save_ckpt(path, content)
-    """)
-    seen = set()
-    for last in range(1, 30):
-        path = tmp_path / f"at-{last}" / "latest.pt"
-        path.parent.mkdir()
-        path.write_bytes(saved.read_bytes())
-        code = subprocess.run([sys.executable, "-c", script, str(path), str(last)]).returncode
-        seen.add((code, load_ckpt(path)["step"]))
-        if code == 0:
-            break
-    assert seen == {(9, 30), (9, 31), (0, 31)}
 
 
 def test_the_digest_sees_every_kind_of_change():

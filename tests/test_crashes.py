@@ -11,10 +11,10 @@ from disk import Change, crashes, watch
 from forking import Forks, kill
 from test_resume import digests, scalars, stop_after
 
-from vae_hyperband import keeping, training
+from vae_hyperband import checkpoint, keeping, training
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.errors import CheckpointError, FolderInUseError
+from vae_hyperband.errors import CheckpointError, FolderInUseError, RunFolderError
 from vae_hyperband.keeping import newest_good
 from vae_hyperband.tracking import _rows_until, read_rows
 from vae_hyperband.training import fit
@@ -185,7 +185,7 @@ def test_a_process_ended_at_any_change_to_a_file_costs_nothing(tmp_path, small_d
             assert digests(place, "a") == expected
             assert not list(place.glob("checkpoints/a/.*"))  # no leftovers
     print(f"ended at each of {ended} changes; {with_state} after the first save; steps {steps}")
-    assert ended > 100
+    assert ended > 30
     assert steps == {1, 2}
 
 
@@ -233,19 +233,19 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(options, small_config, mo
         nonlocal count
         count += 1
         if 5 < count < 25:  # over the first epoch's end, whose checkpoint is the best by then
-            monkeypatch.setattr("torch.save", no_room)
+            monkeypatch.setattr(checkpoint, "write_bytes", no_room)
         else:
             monkeypatch.undo()
             monkeypatch.setattr(keeping, "save_ckpt", full_for_a_while)
         real(path, content)
 
-    def no_room(*_):
-        raise OSError(28, "No space left on device")
+    def no_room(path, content):
+        raise RunFolderError(f"{path} cannot be written: No space left on device.")
 
     monkeypatch.setattr(keeping, "save_ckpt", full_for_a_while)
     result = fit(small_config, place, quiet=True)
     said = capfd.readouterr().err
-    assert said.count("cannot be written: [Errno 28] No space left on device") >= 15
+    assert said.count("cannot be written: No space left on device.") >= 15
     assert "Training goes on, unsaved." in said
     assert load_ckpt(result.latest)["digest"] == load_ckpt(whole.latest)["digest"]
     assert load_ckpt(result.best)["digest"] == load_ckpt(whole.best)["digest"]

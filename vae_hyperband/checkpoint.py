@@ -6,8 +6,8 @@ shape, value and byte is checked before anything is used.
 """
 
 import hashlib
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.config import model_settings
-from vae_hyperband.errors import CheckpointError, RunFolderError
-from vae_hyperband.files import replacing, write_bytes
+from vae_hyperband.errors import CheckpointError
+from vae_hyperband.files import write_bytes
 from vae_hyperband.model import VAE
 
 FORMAT = "vae-hyperband checkpoint"
@@ -68,23 +68,14 @@ def save_ckpt(path: Path, content: dict[str, Any]) -> None:
 def save_pt(path: Path, content: dict[str, Any], kind: str, keys: Keys) -> None:
     """Write a file so that the path holds either the old or the new one, whatever happens.
 
-    The new file is read back and compared before it takes the old one's place. Raises
-    :class:`RunFolderError` if it cannot be written; the old file is then intact.
+    See :func:`vae_hyperband.files.write_bytes`.
     """
     version = max(keys)
     assert set(content) == keys[version], set(content) ^ keys[version]
     head = {"format": kind, "version": version, "digest": tree_digest(content)}
-    try:
-        with replacing(path) as temporary:
-            with open(temporary, "wb") as file:
-                torch.save({**head, **content}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if load_pt(Path(temporary), kind, keys)["digest"] != head["digest"]:
-                raise OSError("what was read back is not what was written")
-    # torch's zip writer reports a full disk as RuntimeError
-    except (OSError, RuntimeError, CheckpointError) as error:
-        raise RunFolderError(f"{path} cannot be written: {error}.") from error
+    buffer = io.BytesIO()
+    torch.save({**head, **content}, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def copy_ckpt(source: Path, target: Path) -> None:

@@ -61,7 +61,10 @@ def remove_leftovers(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file atomically and durably, or raise :class:`RunFolderError`."""
+    """Replace a file atomically and durably; what was written is read back and compared before.
+
+    Raises :class:`RunFolderError` if it cannot be written; the old file is then intact.
+    """
     try:
         with replacing(path) as temporary:
             with open(temporary, "wb") as file:
