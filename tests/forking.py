@@ -22,6 +22,7 @@ class Forks:
             [sys.executable, __file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env,
         )  # fmt: skip
+        assert self._server.stdout.readline() == "ready\n"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,6 +50,7 @@ def _serve() -> None:
 
     train_vae.say_trained = lambda *_: None  # its pictures take seconds, and are others' subject
 
+    print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()

@@ -27,7 +27,6 @@ from forking import Forks, kill
 from test_resume import digests, scalars
 
 from vae_hyperband import keeping
-from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.errors import CheckpointError
 from vae_hyperband.process import EXIT_STOPPED, STOP_SIGNALS
 
@@ -150,12 +149,12 @@ class Case:
         return self.judge()
 
     def judge(self) -> str | None:
-        """Where too much is damaged, the run has to say so; where the best is lost, it ends else."""
+        """Where too much is damaged, the run has to say so; without a best one it ends else."""
         best = self.place / "checkpoints/a/best.pt"
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 found = keeping.newest_good(best.parent)
-            if found and keeping._lacks_best(found[1], load_ckpt(best) if best.exists() else None):
+            if found and not best.exists() and keeping._lacks_best(found[1], None):
                 self.begin_anew()
         except CheckpointError:
             status = self.run()
