@@ -1,7 +1,9 @@
-"""SIGKILL for the processes of a search: its driver, a trial's worker, or all of them."""
+"""The processes of a search: which there are, where they listen, and SIGKILL for some of them."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -44,6 +46,29 @@ def ray_workers(pid: int, kind: str) -> list[int]:
         if title.startswith(f"ray::{kind}".encode()):
             workers.append(child)
     return workers
+
+
+def listening(pids: list[int]) -> list[tuple[str, int]]:
+    """The addresses and ports at which those processes wait for TCP connections or UDP packets."""
+    inodes = set()
+    for pid in pids:
+        for handle in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(handle))
+            except OSError:
+                continue
+            inodes |= {found[1]} if found else set()
+    addresses = []
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6), ("udp", 2)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            waits = fields[3] == "0A" or table == "udp"
+            if waits and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                raw = bytes.fromhex(address)
+                words = [raw[i : i + 4][::-1] for i in range(0, len(raw), 4)]
+                addresses.append((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return addresses
 
 
 def kill(kind: str, driver: int, random: np.random.Generator) -> bool:

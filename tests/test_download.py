@@ -242,6 +242,7 @@ def process(*mirrors):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.faults
 def test_of_eight_processes_that_start_together_one_downloads(server, files, mirrors, tmp_path):
     together = [process(mirrors[1]) for _ in range(8)]
     said = [child.communicate(timeout=120)[0] for child in together]
@@ -251,7 +252,14 @@ def test_of_eight_processes_that_start_together_one_downloads(server, files, mir
     assert in_cache(tmp_path) == sorted(name + ".gz" for name in NAMES)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.faults),
+        pytest.param(signal.SIGINT, marks=pytest.mark.faults),
+    ],
+)
 def test_a_download_that_was_killed_leaves_nothing_in_the_way(
     server, files, mirrors, tmp_path, number
 ):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NAMES, command_line
+from killing import descendants, listening
 
 from vae_hyperband.checkpoint import load_ckpt, load_model
 from vae_hyperband.errors import ConfigError
@@ -35,10 +36,25 @@ def searched(tmp_path_factory, small_data) -> tuple[Path, str]:
     command = search_command(
         train_only, "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3
     )
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return folder, done.stdout
+    said, addresses = "", set()
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            said += line
+            if " epoch " in line:  # the driver, Ray's servers and the workers are all there
+                addresses |= set(listening(descendants(process.pid)))
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "")
+    (folder / "addresses.json").write_text(json.dumps(sorted(addresses)))
+    return folder, said
+
+
+def test_every_listening_socket_of_a_search_is_on_loopback(searched):
+    addresses = json.loads((searched[0] / "addresses.json").read_text())
+    assert len(addresses) > 3
+    assert {address for address, _ in addresses} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert 8265 not in {port for _, port in addresses}  # Ray's dashboard
 
 
 def test_a_packed_search_leaves_the_same_trials_logs_and_weights(searched, tmp_path):

@@ -51,6 +51,7 @@ def slow_data(tmp_path_factory) -> Path:
     return write_idx_folder(tmp_path_factory.mktemp("data"), num_train=7200, size=12)
 
 
+@pytest.mark.faults
 def test_a_search_by_tpe_on_the_iwae_bound_gives_what_it_says(tmp_path, small_data, command):
     done = run(
         search_command(
