@@ -251,6 +251,28 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(options, small_config, mo
     assert logs[0].read_bytes() == logs[1].read_bytes()
 
 
+def test_a_best_one_for_which_there_was_no_room_is_saved_as_it_was(
+    options, small_config, monkeypatch
+):
+    """By a later save, when the weights have changed."""
+    whole = fit(small_config, options(run="whole"), should_stop=stop_after(12), quiet=True)
+    real, count = checkpoint.write_bytes, 0
+
+    def full_for_a_while(path, content):
+        nonlocal count
+        count += 1
+        if 8 < count < 14:
+            raise RunFolderError(f"{path} cannot be written: No space left on device.")
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_bytes", full_for_a_while)
+    place = options(run="cut", ckpt_seconds=0)
+    result = fit(small_config, place, should_stop=stop_after(18), quiet=True)
+    assert count > 14
+    assert load_ckpt(result.best)["step"] == 10
+    assert load_ckpt(result.best)["digest"] == load_ckpt(whole.best)["digest"]
+
+
 @pytest.mark.parametrize("room", [100, 3000, 30_000])
 def test_files_that_may_not_grow_are_said_and_leave_what_was(tmp_path, small_data, forks, room):
     """RLIMIT_FSIZE: no file, log or checkpoint, may be longer than that."""

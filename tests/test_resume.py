@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vae_hyperband import data, keeping, steps, train_vae
 from vae_hyperband.checkpoint import load_ckpt, save_ckpt, tree_digest
 from vae_hyperband.config import RESUME_MAY_CHANGE, RunOptions, TrainConfig
-from vae_hyperband.errors import ResumeError, RunFolderError
+from vae_hyperband.errors import FolderInUseError, ResumeError, RunFolderError
 from vae_hyperband.process import EXIT_STOPPED, only_writer
 from vae_hyperband.tracking import read_rows
 from vae_hyperband.training import fit
@@ -329,6 +329,12 @@ def test_two_runs_in_one_folder_the_second_is_told_who_the_first_is(options, sma
     ):
         fit(small_config, options(), quiet=True)
     assert fit(small_config, options(), quiet=True).finished  # the lock went with its holder
+
+
+def test_two_runs_may_not_share_a_log_folder(options, small_config, tmp_path):
+    place = options()
+    with only_writer(place.log_folder), pytest.raises(FolderInUseError, match="logs/a is in use"):
+        fit(small_config, options(checkpoints_dir=tmp_path / "elsewhere"), quiet=True)
 
 
 def test_logs_beyond_the_last_checkpoint_are_taken_back(options, small_config, uninterrupted):

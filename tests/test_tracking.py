@@ -78,6 +78,15 @@ def test_a_grid_has_every_image_at_its_place():
     assert (grid[0, 0] == 0.5).all()
 
 
+def test_event_files_of_one_second_are_read_in_the_order_they_were_begun(tmp_path, monkeypatch):
+    """Process ids, the next part of their names, may fall."""
+    for pid in (30, 20, 10):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        Tracker(tmp_path, 0).__exit__()
+    files = sorted(path.name for path in tmp_path.glob("events.out.tfevents.*"))
+    assert [name.split(".")[-1] for name in files] == ["30", "20", "10"]
+
+
 def test_rows_after_a_torn_line_are_not_believed(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2\n' + json.dumps({"step": 3}))
