@@ -245,6 +245,15 @@ def process(*mirrors):
 
 @pytest.mark.faults
 def test_of_eight_processes_that_start_together_one_downloads(server, files, mirrors, tmp_path):
+    for path, (status, body) in server.answers.items():
+
+        def slowly(handler, status=status, body=body):
+            time.sleep(1)  # so that all are there before the first has done
+            handler.send_response(status)
+            handler.end_headers()
+            handler.wfile.write(body)
+
+        server.answers[path] = slowly
     together = [process(mirrors[1]) for _ in range(8)]
     said = [child.communicate(timeout=120)[0] for child in together]
     assert [child.returncode for child in together] == [0] * 8, said
