@@ -121,11 +121,9 @@ def keep_freed_memory() -> None:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error of Python's or PyTorch's says that there is not enough memory."""
-    said = str(error)  # on a CPU PyTorch raises a RuntimeError
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("allocate memory" in said or "not enough memory" in said)
-    )
+    said = str(error)  # on a CPU PyTorch raises a RuntimeError, and Ray one of its own
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return memory or "allocate memory" in said or "not enough memory" in said
 
 
 def environment(device: torch.device) -> dict[str, Any]:
