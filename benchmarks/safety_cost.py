@@ -1,6 +1,6 @@
 """Claim: what keeps a run safe is nearly free: saving its checkpoints at the default interval takes
-about a hundredth of the time of training, looking for values that are not finite less than a
-hundredth of a step.
+half a hundredth of the time of training, looking for values that are not finite one and a half
+hundredths of a step.
 
     make bench            # or: python benchmarks/safety_cost.py; 3 minutes on 2 cores
 

@@ -44,6 +44,7 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
         # Ray takes loopback to be a mistake where there may be clusters, and would listen on the
         # address by which other machines reach this one
+        clusters = ray_constants.ENABLE_RAY_CLUSTER
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
             ray.init(
@@ -54,7 +55,7 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
                 **quiet,
             )
         finally:
-            ray_constants.ENABLE_RAY_CLUSTER = True
+            ray_constants.ENABLE_RAY_CLUSTER = clusters
     signal.signal(signal.SIGTERM, before)  # ray.init sets one of its own, which exits at once
     try:
         yield

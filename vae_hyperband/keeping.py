@@ -35,13 +35,21 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     files are damaged and there is none.
     """
     latest, best = folder / LATEST, folder / BEST
-    paths = [path for path in (latest, *earlier_ckpts(folder).values(), best) if path.exists()]
-    good, damage = {}, []
-    for path in paths:
-        try:
-            good[path] = load_ckpt(path)
-        except CheckpointError as error:
-            damage.append(error)
+    good: dict[Path, dict[str, Any]] = {}
+    damage: list[CheckpointError] = []
+
+    def read(*paths: Path) -> None:
+        for path in paths:
+            try:
+                if path.exists():
+                    good[path] = load_ckpt(path)
+            except CheckpointError as error:
+                damage.append(error)
+
+    read(latest, best)
+    if latest in good and not _lacks_best(good[latest], good.get(best)):
+        return latest, good[latest]
+    read(*earlier_ckpts(folder).values())
     whole = [path for path in good if not _lacks_best(good[path], good.get(best))]
     if not whole and (damage or not good):
         if damage:
@@ -159,4 +167,4 @@ class Keeper:
             # one of a later step is damaged: the run went on from before it
             kept += (stays := kept < self._keep and step < (self._last_step or 0))
             if not stays and path.resolve() != self._resumed_from:
-                path.unlink()
+                path.unlink(missing_ok=True)
