@@ -11,12 +11,16 @@ PATH = Path(__file__).parent.parent / "vae_hyperband" / "model.ipynb"
 
 
 def texts(notebook) -> list[str]:
-    return [
-        output["text"]
+    """What each cell has printed; in how many messages is a matter of time."""
+    printed = [
+        "".join(
+            output["text"]
+            for output in cell.get("outputs", [])
+            if output["output_type"] == "stream"
+        )
         for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output["output_type"] == "stream"
     ]
+    return [text for text in printed if text]
 
 
 def pictures(notebook) -> int:
