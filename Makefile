@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run demo test faults soak slurm-test lint reproduce best bench notebook clean
+.PHONY: help setup data run demo test faults soak browser-test slurm-test lint reproduce best bench notebook clean
 
 help:  ## Show this list
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
@@ -14,6 +14,7 @@ help:  ## Show this list
 	@echo "make test    set up, run the tests"
 	@echo "make faults  run the slow tests, most of which kill real processes"
 	@echo "make soak MINUTES=60  random runs under random faults, for that long"
+	@echo "make browser-test  look at the pages in a real Chromium; root may install it"
 	@echo "make slurm-test  run slurm_job.sh on a real Slurm on this machine; root may install it"
 	@echo "make lint    check format, style and types"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
@@ -59,6 +60,9 @@ faults: $(READY)  ## The slow tests, most of which kill real processes
 MINUTES ?= 60
 soak: $(READY)  ## Random runs under random faults; prints what repeats a failure
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+
+browser-test: $(READY)  ## The pages in a real Chromium
+	$(BIN)/python -m pytest -m browser
 
 slurm-test: $(READY)  ## slurm_job.sh on a real Slurm of two nodes on this machine
 	$(BIN)/python -m pytest -m slurm

@@ -23,7 +23,8 @@ FLOORS = [
     "evaluation", "study",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
     "draws", "packer", "packers", "worker", "tuning", "search", "figures", "search_figures",
-    "study_figures", "report", "options", "ckpt_commands", "search_command", "study_command",
+    "study_figures", "report", "sharing", "onnx_graph", "onnx_check", "explorer", "options",
+    "ckpt_commands", "export_command", "search_command", "study_command",
     "main_job", "train_vae", "beta_vae_tsb", "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
@@ -32,8 +33,17 @@ ALONE = {
     "optuna": {"draws"},
     "pyarrow": {"storage"},
     "sklearn": {"latents", "disentanglement", "samplers"},
-    "safetensors": {"features"},
-    "tyro": {"options", "ckpt_commands", "search_command", "study_command", "train_vae"},
+    "safetensors": {"features", "checkpoint", "sharing"},
+    "onnx": {"onnx_graph"},
+    "onnxruntime": {"onnx_check"},
+    "tyro": {
+        "options",
+        "ckpt_commands",
+        "export_command",
+        "search_command",
+        "study_command",
+        "train_vae",
+    },
     "matplotlib": {"figures", "search_figures", "study_figures"},
     "tensorboard": {"tracking"},
 }

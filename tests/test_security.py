@@ -76,7 +76,9 @@ def test_the_set_of_packages_is_pinned_and_new_enough():
     for name, oldest in (("torch", (2, 10)), ("ray", (2, 54))):
         assert tuple(map(int, pins[name].split(".")[:2])) >= oldest
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    assert extras["dev"][0] == "vae-hyperband[export]"
+    asked = [*project["dependencies"], *extras["export"], *extras["dev"][1:]]
     names = {re.match(r"[a-zA-Z0-9-]+", requirement)[0].lower() for requirement in asked}
     assert len(names) > 15
     assert names <= {name.lower() for name in pins}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.config import model_settings
-from vae_hyperband.errors import CheckpointError
+from vae_hyperband.errors import CheckpointError, ConfigError
 from vae_hyperband.files import write_bytes
 from vae_hyperband.model import VAE
 
@@ -131,10 +131,17 @@ def load_pt(path: Path, kind: str, keys: Keys) -> dict[str, Any]:
 def model_from_ckpt(content: dict[str, Any], source: Path | str = "the checkpoint") -> VAE:
     """The model of a loaded checkpoint, on the CPU; :class:`CheckpointError` if it does not fit."""
     channels, image_size, _ = content["data"]["image_shape"]
+    settings = model_settings(content["config"])
+    return _model(
+        {"image_size": image_size, "channels": channels, **settings}, content["model"], source
+    )
+
+
+def _model(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path | str) -> VAE:
     with torch.device("meta"):
-        model = VAE(image_size=image_size, channels=channels, **model_settings(content["config"]))
+        model = VAE(**settings)
     try:
-        model.load_state_dict(content["model"], assign=True)
+        model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source} is of another model: {reason}") from error
@@ -142,5 +149,48 @@ def model_from_ckpt(content: dict[str, Any], source: Path | str = "the checkpoin
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> VAE:
-    """The model of any checkpoint of ours, in eval mode. Raises :class:`CheckpointError`."""
-    return model_from_ckpt(load_ckpt(path), path).to(device).eval()
+    """The model of any checkpoint of ours, or of a folder that ``export`` wrote, in eval mode.
+
+    Raises :class:`CheckpointError`.
+    """
+    path = Path(path)
+    model = load_shared(path) if path.is_dir() else model_from_ckpt(load_ckpt(path), path)
+    return model.to(device).eval()
+
+
+# ---- a model to be handed on: weights alone, in a format that other libraries read, too
+
+SHARED_FORMAT = "vae-hyperband model"
+SHARED_WEIGHTS, SHARED_CONFIG = "model.safetensors", "config.json"
+
+
+def load_shared(folder: Path) -> VAE:
+    """The model in a folder with ``model.safetensors`` and ``config.json``.
+
+    Raises :class:`CheckpointError`: missing, not ours, or not the weights that config.json is of.
+    """
+    import safetensors.torch  # not installed everywhere that trains
+
+    path = folder / SHARED_WEIGHTS
+    try:
+        config = json.loads((folder / SHARED_CONFIG).read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load(path.read_bytes())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} holds no model that can be read ({error}): give a folder that "
+            "vae-hyperband export --format safetensors wrote, or a .pt file."
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != SHARED_FORMAT:
+        raise CheckpointError(f"{folder / SHARED_CONFIG} is not of a model of this project.")
+    if config.get("version") != 1:
+        raise CheckpointError(
+            f"{folder} has format version {config.get('version')}, but this program reads 1: use a "
+            "newer vae-hyperband."
+        )
+    try:
+        model = _model(config["model"], tensors, path)
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / SHARED_CONFIG} describes no model: {error}.") from error
+    if tree_digest(dict(model.state_dict())) != config.get("weights"):
+        raise CheckpointError(f"{path} is damaged: {SHARED_CONFIG} is of other weights.")
+    return model

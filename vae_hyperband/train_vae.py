@@ -30,6 +30,7 @@ from vae_hyperband.config import (
 from vae_hyperband.data import SplitName, get_dataloader, load_split
 from vae_hyperband.download import ensure_data
 from vae_hyperband.errors import ConfigError, VAEHyperbandError
+from vae_hyperband.export_command import export
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import keep_freed_memory, lossy_output, stop_flag
 from vae_hyperband.report import say_trained, stopped
@@ -111,6 +112,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate_ckpt,
     "sample": sample,
+    "export": export,
     "study": study_command,
     "data": data,
 }
@@ -122,6 +124,7 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   train     train one VAE or beta-VAE, or go on training it
   evaluate  what a checkpoint is worth: bounds, latent space, FID ..., with standard errors
   sample    draw images from a checkpoint
+  export    a checkpoint as ONNX, as safetensors with a card, or as a page that runs in a browser
   study     a grid of betas and latent sizes, trained and judged: the rate-distortion picture
   data      find or fetch Fashion-MNIST and check it
 

@@ -1,0 +1,48 @@
+"""Debian's Chromium, driven by Playwright."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+
+def trouble() -> str:
+    """Why there is no browser here, or nothing. Root may install Debian's package."""
+    if not _program() and os.geteuid() == 0 and shutil.which("apt-get"):
+        subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False)
+        install = ["apt-get", "install", "-y", "-q", "--no-install-recommends"]
+        subprocess.run([*install, "chromium", "fonts-liberation"], capture_output=True, check=False)
+    return "" if _program() else "no Chromium found: apt-get install chromium"
+
+
+def _program() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as play:
+        # root has no sandbox; the pages are our own
+        chromium = play.chromium.launch(executable_path=_program(), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Watched:
+    """A page and what it said and asked for that it should not have."""
+
+    def __init__(self, browser: Browser, **context: object) -> None:
+        self.context = browser.new_context(**context)
+        self.page: Page = self.context.new_page()
+        self.troubles: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.page.on(
+            "console",
+            lambda said: said.type in ("error", "warning") and self.troubles.append(said.text),
+        )
+        self.page.on("request", lambda request: self.requests.append(request.url))

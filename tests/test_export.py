@@ -1,0 +1,241 @@
+"""What ``export`` writes computes what the checkpoint's model does, and is read back."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors.torch
+import torch
+
+from vae_hyperband.checkpoint import load_ckpt, load_model
+from vae_hyperband.errors import CheckpointError
+from vae_hyperband.likelihoods import pixel_means
+from vae_hyperband.model import initialized_vae
+from vae_hyperband.onnx_check import largest_difference
+from vae_hyperband.onnx_graph import decoder_graph, encoder_graph
+from vae_hyperband.train_vae import main
+from vae_hyperband.training import fit
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory, small_data):
+    from vae_hyperband.config import RunOptions, TrainConfig
+
+    folder = tmp_path_factory.mktemp("export")
+    config = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=1, seed=3)
+    where = RunOptions(
+        run="a", device="cpu", num_threads=1, data_dir=small_data,
+        checkpoints_dir=folder / "checkpoints", logs_dir=folder / "logs",
+    )  # fmt: skip
+    return fit(config, where).best
+
+
+MODELS = {
+    "bernoulli": {},
+    "continuous": {"likelihood": "continuous-bernoulli"},
+    "logistic": {"likelihood": "discretized-logistic"},
+    "vamp": {"pseudo_inputs": 3},
+    "colour": {"channels": 3, "image_size": 32},
+    "one dimension": {"latent_dim": 1},
+}
+
+
+def vae(**settings):
+    model = initialized_vae(
+        **({"latent_dim": 16, "image_size": 28, "channels": 1, "seed": 0} | settings)
+    ).eval()
+    with torch.no_grad():
+        model.decoder.conv_t2.weight.mul_(20)  # logits from -40 to 40 and near 0
+        model.encoder.fc_logvar.bias.copy_(torch.linspace(-30, 30, model.latent_dim))  # clamped
+    return model
+
+
+def run(graph, **feeds):
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    found = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})
+    return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_onnx_runtime_computes_what_pytorch_does(settings):
+    model = vae(**settings)
+    stream = torch.Generator().manual_seed(1)
+    for num in (1, 7):
+        size = (num, model.channels, model.image_size, model.image_size)
+        x_BCHW = torch.rand(size, generator=stream)
+        z_BZ = 2 * torch.randn(num, model.latent_dim, generator=stream)
+        mu_BZ, logvar_BZ = model.encode(x_BCHW)
+        found = run(encoder_graph(model, {}), x=x_BCHW)
+        torch.testing.assert_close(found["mu"], mu_BZ, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found["logvar"], logvar_BZ, rtol=0, atol=1e-5)
+        found = run(decoder_graph(model, {}), z=z_BZ)
+        torch.testing.assert_close(found["logits"], model.decode(z_BZ), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["image"], model.decode_images(z_BZ), rtol=0, atol=1e-5)
+
+
+def test_continuous_bernoulli_means_are_right_for_every_logit():
+    """The graph has its own formula for them: a series near 0."""
+    model = vae(latent_dim=1, image_size=4, likelihood="continuous-bernoulli")
+    logits = torch.cat([torch.linspace(-90, 90, 9001), torch.linspace(-1.1, 1.1, 6999)])
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.zero_()
+    graph = decoder_graph(model, {})
+    # logits = 0 from the network: put the values in as the last layer's bias, 16,000 / 1 at a time
+    found, expected = [], pixel_means(logits.double(), "continuous-bernoulli")
+    bias = next(w for w in graph.graph.initializer if w.name == "logits.bias")
+    for value in logits[::16]:
+        bias.raw_data = np.float32(value).tobytes()
+        found.append(run(graph, z=torch.zeros(1, 1))["image"].flatten()[0].item())
+    assert np.abs(np.array(found) - expected[::16].numpy()).max() < 2e-6
+
+
+def test_the_same_weights_give_the_same_bytes():
+    first, second = (encoder_graph(vae(), {"a": "b"}).SerializeToString() for _ in range(2))
+    assert first == second
+
+
+def test_a_graph_that_computes_something_else_is_refused():
+    model, other = vae(), vae(seed=1)
+    graphs = [graph(other, {}).SerializeToString() for graph in (encoder_graph, decoder_graph)]
+    with pytest.raises(CheckpointError, match="other values"):
+        largest_difference(model, *graphs)
+
+
+def test_onnx_files_say_which_weights_they_are_of(ckpt, tmp_path, capsys):
+    out = tmp_path / "made" / "onnx"
+    assert main(["export", str(ckpt), "--format", "onnx", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.split() == [str(out / "encoder.onnx"), str(out / "decoder.onnx")]
+    session = onnxruntime.InferenceSession(out / "decoder.onnx")
+    facts = session.get_modelmeta().custom_metadata_map
+    content = load_ckpt(ckpt)
+    assert facts["weights"] == content["weights"]
+    assert json.loads(facts["config"]) == content["config"]
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_a_package_that_is_missing_is_one_sentence(ckpt, tmp_path, missing, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("onnx_graph", "onnx_check", "explorer"):
+        monkeypatch.delitem(sys.modules, f"vae_hyperband.{name}", raising=False)
+
+    class Hidden:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == missing:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [Hidden, *sys.meta_path])
+    assert main(["export", str(ckpt), "--format", "onnx", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"vae-hyperband: This format needs the package {missing}: "
+        "pip install 'vae-hyperband[export]'.\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def hub(ckpt, tmp_path):
+    out = tmp_path / "hub"
+    assert main(["export", str(ckpt), "--format", "safetensors", "--out", str(out)]) == 0
+    return out
+
+
+def test_load_model_takes_what_export_wrote(ckpt, hub):
+    ours, theirs = load_model(ckpt).state_dict(), load_model(hub).state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_every_kind_of_model_is_written_and_read(options, small_config, tmp_path):
+    import dataclasses
+
+    for i, settings in enumerate(
+        [{"prior": "vamp", "pseudo_inputs": 3}, {"likelihood": "discretized-logistic"}]
+    ):
+        config = dataclasses.replace(small_config, epochs=1, **settings)
+        best, out = fit(config, options(run=f"r{i}")).best, tmp_path / f"hub{i}"
+        assert main(["export", str(best), "--format", "safetensors", "--out", str(out)]) == 0
+        x = torch.rand(3, 1, 8, 8)
+        torch.testing.assert_close(load_model(out).reconstruct(x), load_model(best).reconstruct(x))
+
+
+def test_the_card_tells_data_metrics_licence_and_weights(ckpt, tmp_path, small_data):
+    report, out = tmp_path / "report.json", tmp_path / "hub"
+    data = ["--data-dir", str(small_data)]
+    command = ["evaluate", str(ckpt), "--parts", "likelihood", "--json", str(report), *data]
+    assert main([*command, "--split", "test"]) == 0
+    command = ["export", str(ckpt), "--format", "safetensors", "--out", str(out)]
+    assert main([*command, "--evaluation", str(report), "--license", "cc-by-4.0"]) == 0
+    card, content = (out / "README.md").read_text(), load_ckpt(ckpt)
+    assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: vae-hyperband\n")
+    assert f"`{content['data']['digest']}`" in card
+    assert f"`{content['weights']}`" in card
+    assert "test split, 60 images" in card
+    bound = json.loads(report.read_text())["bound"]["mean"]
+    assert math.isfinite(bound)
+    assert f"{bound:.2f} +- " in card
+
+
+def test_an_evaluation_of_another_checkpoint_is_refused(ckpt, tmp_path, capsys):
+    (tmp_path / "other.json").write_text('{"checkpoint_digest": "0"}')
+    command = ["export", str(ckpt), "--format", "safetensors", "--out", str(tmp_path / "hub")]
+    assert main([*command, "--evaluation", str(tmp_path / "other.json")]) == 2
+    assert "is not an evaluation of" in capsys.readouterr().err
+    assert main([*command, "--license", "MIT licence\n- x"]) == 2
+    assert "--license" in capsys.readouterr().err
+
+
+def _flip_a_bit(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def _edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGES = {
+    "a flipped bit": (_flip_a_bit, "is damaged"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model that can"),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), "no model that can"),
+    "cut weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"),
+        "no model that can",
+    ),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "no model that can"),
+    "not ours": (lambda folder: (folder / "config.json").write_text("[]"), "not of a model of"),
+    "of another size": (
+        lambda folder: _edit(folder, model={"latent_dim": 5, "image_size": 8, "channels": 1}),
+        "of another model",
+    ),
+    "no description": (lambda folder: _edit(folder, model={"size": 5}), "describes no model"),
+    "impossible": (lambda folder: _edit(folder, model={"latent_dim": 0}), "describes no model"),
+    "of tomorrow": (lambda folder: _edit(folder, version=2), "newer vae-hyperband"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_sentence(hub, damage):
+    harm, said = DAMAGES[damage]
+    harm(hub)
+    with pytest.raises(CheckpointError, match=said):
+        load_model(hub)
+
+
+def test_other_libraries_read_the_weights_without_us(ckpt, hub):
+    tensors = safetensors.torch.load_file(hub / "model.safetensors")
+    weight = load_ckpt(ckpt)["model"]["encoder.conv1.weight"]
+    assert torch.equal(tensors["encoder.conv1.weight"], weight)

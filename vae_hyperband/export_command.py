@@ -1,0 +1,164 @@
+"""``export``: a trained model in the forms that other programs, and people, can use."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from vae_hyperband.bounds import eval_dataloader
+from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
+from vae_hyperband.ckpt_commands import LABEL_NAMES
+from vae_hyperband.config import read_json, require_number
+from vae_hyperband.data import Split, as_trained, load_split
+from vae_hyperband.errors import CheckpointError, ConfigError
+from vae_hyperband.files import make_folder, write_bytes, write_text
+from vae_hyperband.latents import encode_split
+from vae_hyperband.model import VAE
+from vae_hyperband.options import parse_options
+from vae_hyperband.report import say
+from vae_hyperband.samplers import Mixture, SamplerConfig, get_sampler
+from vae_hyperband.sharing import DATA_NAMES, write_shared
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write a trained model for other programs, or as a page to touch. Nothing is uploaded.
+
+    vae-hyperband export checkpoints/mine/best.pt --format web --out explorer
+
+    web: explorer/index.html, which runs encoder and decoder in any browser, without a network.
+    onnx: encoder.onnx and decoder.onnx, compared with PyTorch as they are written.
+    safetensors: weights, config.json and a model card, as model hubs lay them out; load_model
+    reads the folder.
+    """
+
+    ckpt: tyro.conf.Positional[Path]
+    """The checkpoint."""
+    format: Literal["web", "onnx", "safetensors"]
+    """What to write."""
+    out: Path
+    """The folder to write it to; made if it is not there."""
+    license: str = "mit"
+    """The weights' licence, for the card (safetensors)."""
+    evaluation: Path | None = None
+    """What "evaluate --json" wrote of this checkpoint, for the card (safetensors)."""
+    sampler: Literal["prior", "mixture"] = "prior"
+    """Also draw z from the mixture fitted to the training latents (web)."""
+    split: Literal["validation", "test"] = "validation"
+    """Whose images are on the map (web)."""
+    num_images: int = 1000
+    """How many images are on the map (web)."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped (web)."""
+
+
+def export(argv: list[str]) -> int:
+    args = parse_options(ExportArgs, argv, "vae-hyperband export")
+    require_number("num_images", args.num_images, 2)
+    content = load_ckpt(args.ckpt)
+    write = {"web": _web, "onnx": _onnx, "safetensors": _safetensors}[args.format]
+    for path in write(args, content):
+        print(path)
+    return 0
+
+
+def _safetensors(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+    report = read_json(args.evaluation) if args.evaluation else None
+    if report is not None and report.get("checkpoint_digest") != content["digest"]:
+        raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
+    return write_shared(content, args.out, args.license, report)
+
+
+def _facts(content: dict[str, Any]) -> dict[str, str]:
+    return {"weights": content["weights"], "config": json.dumps(content["config"])}
+
+
+def _onnx(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+    with needs_onnx():
+        from vae_hyperband.onnx_check import largest_difference
+        from vae_hyperband.onnx_graph import decoder_graph, encoder_graph
+    model = model_from_ckpt(content, args.ckpt).eval()
+    graphs = {
+        name: make(model, _facts(content)).SerializeToString()
+        for name, make in (("encoder.onnx", encoder_graph), ("decoder.onnx", decoder_graph))
+    }
+    apart = largest_difference(model, graphs["encoder.onnx"], graphs["decoder.onnx"])
+    say(f"ONNX Runtime and PyTorch differ by at most {apart:.1e}")
+    make_folder(args.out)
+    for name, graph in graphs.items():
+        write_bytes(args.out / name, graph)
+    return [args.out / name for name in graphs]
+
+
+def _web(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+    with needs_onnx():
+        from vae_hyperband.explorer import page
+    config = content["config"]
+    model = model_from_ckpt(content, args.ckpt).eval()
+    split = _first(load_split(args.split, args.data_dir, config["dataset"]), args.num_images)
+    if split.image_shape != tuple(content["data"]["image_shape"]):
+        raise CheckpointError(
+            f"{args.ckpt} was trained on images of another size than the {args.split} split has: "
+            "give the --data-dir it was trained on."
+        )
+    split = as_trained(split, config)
+    posteriors = encode_split(model, eval_dataloader(split))
+    html = page(
+        model,
+        split,
+        posteriors,
+        tuple(LABEL_NAMES.get(config["dataset"], ())),
+        f"A VAE of {DATA_NAMES[config['dataset']]}",
+        _shown(content, model),
+        _mixture(args, config["dataset"]),
+    )
+    make_folder(args.out)
+    write_text(args.out / "index.html", html)
+    return [args.out / "index.html"]
+
+
+def _first(split: Split, num: int) -> Split:
+    return dataclasses.replace(
+        split, images_NCHW=split.images_NCHW[:num], labels_N=split.labels_N[:num]
+    )
+
+
+def _shown(content: dict[str, Any], model: VAE) -> dict[str, str]:
+    shown = {
+        "latent dimension": str(model.latent_dim),
+        "beta": f"{content['config']['beta']:g}",
+        "epochs": str(content["epoch"]),
+    }
+    if content["metrics"]:
+        shown["validation bound"] = f"{content['metrics']['bound']:.1f} nats/image"
+    return shown | {"weights": content["weights"][:12]}
+
+
+def _mixture(args: ExportArgs, dataset: str) -> Mixture | None:
+    if args.sampler == "prior":
+        return None
+    sampler = get_sampler(
+        "mixture",
+        args.ckpt,
+        lambda: load_split("train", args.data_dir, dataset),
+        SamplerConfig(),
+        say,
+    )
+    assert isinstance(sampler, Mixture)
+    return sampler
+
+
+class needs_onnx:
+    """``with needs_onnx():`` around imports of what is installed on request only."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        if isinstance(error, ModuleNotFoundError) and error.name in ("onnx", "onnxruntime"):
+            raise ConfigError(
+                f"This format needs the package {error.name}: pip install 'vae-hyperband[export]'."
+            ) from error

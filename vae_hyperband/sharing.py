@@ -1,0 +1,175 @@
+"""A model to be handed on: safetensors, a config.json and a model card, in one folder.
+
+The folder is laid out as model hubs expect it. Nothing is uploaded.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from vae_hyperband.checkpoint import (
+    SHARED_CONFIG,
+    SHARED_FORMAT,
+    SHARED_WEIGHTS,
+    model_from_ckpt,
+)
+from vae_hyperband.errors import ConfigError
+from vae_hyperband.files import make_folder, write_bytes, write_text
+from vae_hyperband.model import VAE
+from vae_hyperband.report import table_of
+
+#: What the data sets are called, and where hubs have them.
+DATA_NAMES = {"fashion-mnist": "Fashion-MNIST", "drawn": "drawn garments", "custom": "own images"}
+DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
+
+#: What ``license:`` in the head of a card may be; hubs read it as an SPDX-like word.
+LICENSE_WORDS = "abcdefghijklmnopqrstuvwxyz0123456789.-"
+
+ARCHITECTURE = """\
+| | layer | output |
+|---|---|---|
+| encoder | convolution 3x3, stride 2, ReLU | 32 x {half} x {half} |
+| | convolution 3x3, stride 2, ReLU | 64 x {small} x {small} |
+| | linear, twice | mu and log sigma^2, {latent_dim} each |
+| decoder | linear | 64 x {small} x {small} |
+| | transposed convolution 3x3, stride 2, ReLU | 32 x {half} x {half} |
+| | transposed convolution 3x3, stride 2 | {channels} x {size} x {size} logits |
+"""
+
+CARD = """\
+---
+license: {license}
+library_name: vae-hyperband
+tags:
+- variational-autoencoder
+- image-generation
+{datasets}---
+
+# A variational autoencoder of {data_name}, latent dimension {latent_dim}, beta {beta:g}
+
+Kingma & Welling 2014 (beta: Higgins et al. 2017), {parameters:,} parameters, likelihood
+{likelihood}, prior {prior}. Trained {epochs} epochs ({step:,} steps) with vae-hyperband.
+
+```python
+from vae_hyperband import load_model
+
+model = load_model("path/to/this/folder")
+images = model.sample(64)  # (64, {channels}, {size}, {size}), in [0, 1]
+```
+
+## Architecture
+
+{architecture}
+## Data
+
+{data_name}, {num_images:,} training images of {size}x{size}x{channels}, SHA-256 of the file
+`{data_digest}`.
+
+## Metrics
+
+{metrics}
+
+## Configuration
+
+```json
+{config}
+```
+
+SHA-256 of the weights, as `train` prints it: `{weights}`.
+"""
+
+
+def write_shared(
+    content: dict[str, Any], folder: Path, license: str, report: dict[str, Any] | None
+) -> list[Path]:
+    """Write a loaded checkpoint's model, to be read by :func:`~vae_hyperband.load_model`.
+
+    ``report`` is an evaluation of the same checkpoint, for the card.
+    """
+    if not license or not set(license) <= set(LICENSE_WORDS):
+        raise ConfigError(f"--license is {license!r}, but must be a word such as mit or cc-by-4.0.")
+    model = model_from_ckpt(content)
+    tensors = {name: tensor.contiguous() for name, tensor in content["model"].items()}
+    config = {
+        "format": SHARED_FORMAT,
+        "version": 1,
+        "model": _arguments(model),
+        "weights": content["weights"],
+        "checkpoint": content["digest"],
+        "trained": content["config"],
+        "epoch": content["epoch"],
+        "step": content["step"],
+        "data": content["data"],
+        "environment": content["environment"],
+        "validation": content["metrics"],
+        "evaluation": report,
+    }
+    make_folder(folder)
+    # the weights last: without them nobody takes the folder for a model
+    write_text(folder / "README.md", card(content, model, license, report))
+    write_text(folder / SHARED_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_bytes(folder / SHARED_WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
+    return [folder / name for name in (SHARED_WEIGHTS, SHARED_CONFIG, "README.md")]
+
+
+def _arguments(model: VAE) -> dict[str, Any]:
+    return {
+        "latent_dim": model.latent_dim,
+        "image_size": model.image_size,
+        "channels": model.channels,
+        "likelihood": model.likelihood,
+        "pseudo_inputs": len(model.vamp.logits_KCHW) if model.vamp else 0,
+    }
+
+
+def card(content: dict[str, Any], model: VAE, license: str, report: dict[str, Any] | None) -> str:
+    """The model card, in Markdown, with the head that hubs read."""
+    config, size = content["config"], model.image_size
+    known = DATASETS.get(config["dataset"])
+    return CARD.format(
+        license=license,
+        datasets=f"datasets:\n- {known}\n" if known else "",
+        data_name=DATA_NAMES[config["dataset"]],
+        latent_dim=model.latent_dim,
+        beta=config["beta"],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        likelihood=model.likelihood,
+        prior=config.get("prior", "normal"),
+        epochs=content["epoch"],
+        step=content["step"],
+        architecture=ARCHITECTURE.format(
+            half=size // 2,
+            small=size // 4,
+            latent_dim=model.latent_dim,
+            channels=model.channels,
+            size=size,
+        ),
+        size=size,
+        channels=model.channels,
+        num_images=content["data"]["num_images"],
+        data_digest=content["data"]["digest"],
+        metrics=_metrics(content, report),
+        config=json.dumps(config, indent=2),
+        weights=content["weights"],
+    )
+
+
+def _metrics(content: dict[str, Any], report: dict[str, Any] | None) -> str:
+    """What was measured, and how; an evaluation if there is one."""
+    if report is not None:
+        return (
+            f"By `vae-hyperband evaluate --split {report['split']}`; bounds at beta = 1, in nats "
+            f"per image, summed over pixels.\n\n```\n{table_of(report)}\n```"
+        )
+    if not content["metrics"]:
+        return "None: it was not validated before this checkpoint was written."
+    rows = {
+        "bound (beta = 1)": content["metrics"]["bound"],
+        "reconstruction": content["metrics"]["recon_loss"],
+        "KL divergence": content["metrics"]["KL_divergence"],
+    }
+    lines = [f"| {name} | {value:.2f} |" for name, value in rows.items()]
+    head = "On the validation split, nats per image, summed over pixels, one draw of z per image:"
+    return "\n".join([head, "", "| | nats |", "|---|---|", *lines])

@@ -1,0 +1,97 @@
+// Drawing or dropping an image, which is encoded; then the page starts.
+
+const INK = 20; // the drawing area has so many pixels for one of the image
+const board = $("draw"), pen = board.getContext("2d", { willReadFrequently: true });
+
+function clearBoard() {
+  pen.fillStyle = "#fff";
+  pen.fillRect(0, 0, board.width, board.height);
+}
+
+/** The drawing at the model's size, bright where there is ink. */
+function drawnPixels() {
+  const small = document.createElement("canvas");
+  [small.width, small.height] = [W, H];
+  const tool = small.getContext("2d");
+  tool.imageSmoothingQuality = "high";
+  tool.drawImage(board, 0, 0, W, H);
+  const { data } = tool.getImageData(0, 0, W, H), pixels = new Float32Array(PIXELS);
+  for (let p = 0; p < H * W; p++) {
+    const grey = (0.299 * data[4 * p] + 0.587 * data[4 * p + 1] + 0.114 * data[4 * p + 2]) / 255;
+    for (let c = 0; c < C; c++) {
+      pixels[c * H * W + p] = C === 1 ? 1 - grey : data[4 * p + Math.min(c, 2)] / 255;
+    }
+  }
+  return pixels;
+}
+
+const encodeDrawing = latest(async () => setZ((await model.encode(drawnPixels())).mu));
+
+/** An image file, fitted into the area; a white garment on black is turned round. */
+async function place(file) {
+  try {
+    const picture = await createImageBitmap(file);
+    const scale = Math.min(board.width / picture.width, board.height / picture.height);
+    const [wide, high] = [picture.width * scale, picture.height * scale];
+    clearBoard();
+    pen.filter = $("dark").checked ? "none" : "invert(1)";
+    pen.drawImage(picture, (board.width - wide) / 2, (board.height - high) / 2, wide, high);
+    pen.filter = "none";
+    await encodeDrawing();
+  } catch {
+    $("said").textContent = `${file.name} is not an image that this browser can read.`;
+  }
+}
+
+function startDrawing() {
+  [board.width, board.height] = [W * INK, H * INK];
+  clearBoard();
+  let last = null;
+  const spot = (event) => {
+    const box = board.getBoundingClientRect();
+    return [(event.clientX - box.left) * board.width / box.width,
+      (event.clientY - box.top) * board.height / box.height];
+  };
+  const stroke = (event) => {
+    const [x, y] = spot(event);
+    Object.assign(pen, { strokeStyle: "#000", lineWidth: 2.4 * INK, lineCap: "round" });
+    pen.beginPath();
+    pen.moveTo(...(last ?? [x, y]));
+    pen.lineTo(x, y);
+    pen.stroke();
+    last = [x, y];
+    encodeDrawing();
+  };
+  board.addEventListener("pointerdown", (event) => {
+    board.setPointerCapture(event.pointerId);
+    last = null;
+    stroke(event);
+  });
+  board.addEventListener("pointermove", (event) => event.buttons && stroke(event));
+  $("clear").addEventListener("click", () => { clearBoard(); encodeDrawing(); });
+  $("file").addEventListener("change", () => $("file").files[0] && place($("file").files[0]));
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    if (event.dataTransfer.files[0]) place(event.dataTransfer.files[0]);
+  });
+}
+
+try {
+  drawPoints();
+  startMap();
+  startSamples();
+  startPair();
+  startDrawing();
+  model = await startModel();
+  await setPair();
+  await setZ(linkedZ() ?? muOf(0));
+  addEventListener("hashchange", () => linkedZ() && setZ(linkedZ()));
+  window.explorer = { ...model, drawZ, setZ, z: () => z, nearest }; // for the console, and for tests
+  $("main").removeAttribute("aria-busy");
+} catch (error) {
+  $("trouble").hidden = false;
+  $("trouble").textContent = `This page cannot run here (${error}). It needs a browser with ` +
+    "WebAssembly SIMD and DecompressionStream, as all have from 2023 on.";
+  throw error;
+}
