@@ -116,6 +116,8 @@ def violation(changes: list[Change], rows: list, folder: Path, load) -> str | No
         step = found[1]["step"]
         if said and step < said[-1]:
             return f"{where}: step {step}, but {said[-1]} was said to be saved"
+        if said and not list((folder / "l/a").glob("events.out.tfevents.*")):
+            return f"{where}: no event file"
         best = folder / "c/a/best.pt"
         if found[1]["best"]["step"] and (
             not best.exists() or load(best)["step"] < found[1]["best"]["step"]

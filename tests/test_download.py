@@ -96,6 +96,15 @@ def drips(handler):
         time.sleep(0.05)
 
 
+def drips_headers(handler):
+    """The same before the answer has begun."""
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\n")
+    for _ in range(handler.server.num_drops):
+        handler.wfile.write(b"x")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
 def cut_off(body):
     def answer(handler):
         handler.send_response(200)
@@ -148,6 +157,7 @@ FAULTS = {
     "another length": lambda files: of_another_length(gzip.compress(files[NAMES[0]])),
     "silence": lambda files: says_nothing,
     "drops": lambda files: drips,
+    "drops of headers": lambda files: drips_headers,
     "no end": lambda files: without_end,
     "a circle": lambda files: to_itself,
     "a local file": lambda files: to_a_file,

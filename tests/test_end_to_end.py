@@ -84,6 +84,21 @@ def test_betas_are_trained_side_by_side_and_shown_on_loopback(tmp_path, small_da
     assert "cannot be used" in done.stderr
 
 
+def test_a_signal_to_the_beta_comparison_reaches_every_training(tmp_path, small_data):
+    """As a batch system sends it: to one process, not to a terminal's."""
+    command = [sys.executable, "-m", "vae_hyperband.beta_vae_tsb", "--betas", "0.5", "4"]
+    command += ["--epochs", "4000", "--dataset", "custom", "--data-dir", small_data, "--no-serve"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        files = [tmp_path / f"checkpoints/betas-beta-{beta}/latest.pt" for beta in ("0.5", "4")]
+        while not all(path.exists() for path in files) and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(30) == 75
+        assert "the same command goes on" in process.stdout.read()
+    for path in files:
+        assert load_ckpt(path)["step"] > 0
+
+
 def test_a_mistake_in_the_beta_comparison_is_one_sentence(tmp_path):
     command = [sys.executable, "-m", "vae_hyperband.beta_vae_tsb", "--data-dir", tmp_path]
     done = subprocess.run([*command, "--no-serve"], cwd=tmp_path, capture_output=True, text=True)

@@ -1,13 +1,16 @@
 """Which checkpoints of a run there are, and which one it goes on from."""
 
 import dataclasses
+import errno
 import os
+from pathlib import Path
 
 import pytest
+import torch
 from test_resume import outcome, stop_after
 
-from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.errors import CheckpointError, RunFolderError
+from vae_hyperband.checkpoint import load_ckpt, tree_digest
+from vae_hyperband.errors import CheckpointError, RunFolderError, VAEHyperbandError
 from vae_hyperband.keeping import Keeper, earlier_ckpts, newest_good
 from vae_hyperband.training import fit
 
@@ -178,3 +181,95 @@ def test_leftovers_of_a_kill_are_removed(cut, small_config):
     leftover.write_bytes(b"half of a checkpoint")
     fit(small_config, cut, quiet=True)
     assert not leftover.exists()
+
+
+def of_tomorrow(path, monkeypatch):
+    """As a newer program may write it: another version, one more key, a digest of all of it."""
+    content = torch.load(path, weights_only=True)
+    payload = {k: v for k, v in content.items() if k not in ("format", "version", "digest")}
+    payload["more"] = 1
+    head = {"format": content["format"], "version": 3, "digest": tree_digest(payload)}
+    torch.save({**head, **payload}, path)
+    return "use a newer vae-hyperband"
+
+
+def stale(path, monkeypatch):
+    """A network file system that does not answer for a moment, or another owner's file."""
+    real = Path.read_bytes
+
+    def read(self):
+        if self == path:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    return "Stale file handle"
+
+
+def no_memory(path, monkeypatch):
+    def load(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", load)
+    return "memory"
+
+
+@pytest.mark.parametrize("trouble", [of_tomorrow, stale, no_memory])
+def test_a_file_that_may_be_good_is_never_replaced_by_an_older_one(
+    cut, small_config, monkeypatch, trouble
+):
+    latest = cut.ckpt_folder / "latest.pt"
+    with monkeypatch.context() as patch:
+        said = trouble(latest, patch)
+        before = {path.name: os.stat(path) for path in cut.ckpt_folder.iterdir()}
+        with pytest.raises((VAEHyperbandError, MemoryError)) as raised:
+            fit(small_config, cut, quiet=True)
+        assert said in str(raised.value) or raised.type is MemoryError
+    assert {path.name: os.stat(path) for path in cut.ckpt_folder.iterdir()} == before
+    if trouble is not of_tomorrow:
+        assert newest_good(cut.ckpt_folder)[1]["step"] == 25
+
+
+def test_taking_the_latest_one_away_during_a_run_costs_nothing(options, small_config):
+    place, calls = options(ckpt_seconds=0, keep_ckpts=2), []
+
+    def take_away():
+        calls.append(0)
+        if len(calls) == 15:
+            os.rename(place.ckpt_folder / "latest.pt", place.ckpt_folder / "kept.pt")
+        return False
+
+    result = fit(small_config, place, should_stop=take_away)
+    assert result.finished
+    assert load_ckpt(place.ckpt_folder / "latest.pt")["step"] == 30
+    assert load_ckpt(place.ckpt_folder / "kept.pt")["step"] < 30
+    assert outcome(result) == whole(options, small_config)
+
+
+def test_leftovers_of_copies_of_earlier_ones_are_removed(cut, small_config):
+    leftover = cut.ckpt_folder / ".step-00000024.pt-a1b2"
+    leftover.write_bytes(b"half")
+    fit(small_config, cut, quiet=True)
+    assert not leftover.exists()
+
+
+def test_a_best_one_that_is_not_beside_the_given_one_is_said(cut, options, small_config, capsys):
+    alone = cut.checkpoints_dir.parent / "mail" / "latest.pt"
+    alone.parent.mkdir()
+    alone.write_bytes((cut.ckpt_folder / "latest.pt").read_bytes())
+    fit(small_config, options(run="new", resume_ckpt=alone), quiet=True)
+    assert f"the best checkpoint so far, of step 20, is not at {alone.parent / 'best.pt'}" in (
+        capsys.readouterr().err
+    )
+    fit(small_config, options(run="newer", resume_ckpt=cut.ckpt_folder / "latest.pt"), quiet=True)
+    assert "best checkpoint so far" not in capsys.readouterr().err
+
+
+def test_logs_of_a_run_whose_checkpoints_are_elsewhere_are_kept(options, small_config, capsys):
+    first = fit(small_config, options(), quiet=True)
+    rows = (first.log_folder / "metrics.jsonl").read_bytes()
+    assert capsys.readouterr().err == ""
+    again = options(checkpoints_dir=first.log_folder.parent.parent / "others")
+    fit(small_config, again, quiet=True)
+    assert (first.log_folder / "metrics.before.jsonl").read_bytes() == rows
+    assert "metrics.before.jsonl" in capsys.readouterr().err

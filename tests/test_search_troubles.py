@@ -321,11 +321,21 @@ def test_a_refused_command_does_not_bind_the_next_one(tmp_path, small_data):
     assert "--batch-sizes has more than" in done.stderr  # and not: other settings
 
 
+def test_trials_whose_log_is_gone_are_not_removed(tmp_path, small_data):
+    trained = tmp_path / "checkpoints/s/trials/trial_000/latest.pt"
+    trained.parent.mkdir(parents=True)
+    trained.write_bytes(b"an hour of work")
+    done = run(search_command(small_data), tmp_path, status=2)
+    assert "holds trials, but not the log of their search" in done.stderr
+    assert trained.read_bytes() == b"an hour of work"
+
+
 def test_a_second_driver_is_told_who_the_first_is(tmp_path, small_data):
     folder = tmp_path / "checkpoints/s"
     command = search_command(small_data, "--max-epochs", 60, "--batch-sizes", 32)
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         while not (folder / "search.json").exists():
+            assert process.poll() is None
             time.sleep(0.1)
         done = run(command, tmp_path, status=2)
         process.send_signal(signal.SIGINT)  # in its first seconds, while Ray starts

@@ -1,5 +1,6 @@
 """Nothing runs because it was loaded, nobody outside is listened to, no run leaves its folder."""
 
+import errno
 import os
 import re
 import tomllib
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from vae_hyperband import train_vae
+from vae_hyperband import process, train_vae
 from vae_hyperband.config import RunOptions, check_run_name
 from vae_hyperband.errors import ConfigError, RunFolderError
+from vae_hyperband.files import check_place, write_bytes
 from vae_hyperband.process import only_writer
+from vae_hyperband.training import fit
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +67,46 @@ def test_a_run_folder_that_is_a_link_is_refused(tmp_path):
     with pytest.raises(RunFolderError, match="symbolic link"), only_writer(tmp_path / "run"):
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["checkpoints/.a.lock", "logs/a/metrics.jsonl", "logs/.a.lock"])
+def test_a_link_in_the_place_of_a_file_of_a_run_leads_nowhere(
+    tmp_path, options, small_config, place
+):
+    """Where a folder is shared, another user may have put one there."""
+    precious = tmp_path / "precious.txt"
+    precious.write_text("years of work\n")
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).symlink_to(precious)
+    if "lock" in place:
+        with pytest.raises(RunFolderError, match="cannot be written"):
+            fit(small_config, options(), quiet=True)
+    else:
+        fit(small_config, options(), quiet=True)
+    assert precious.read_text() == "years of work\n"
+
+
+def test_a_lock_that_the_file_system_does_not_have_is_not_somebody_else(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(process.fcntl, "flock", flock)
+    with pytest.raises(RunFolderError, match="No locks available"), only_writer(tmp_path / "run"):
+        pass
+
+
+def test_checkpoints_and_logs_in_one_folder_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="the same folder"):
+        RunOptions(checkpoints_dir=tmp_path, logs_dir=tmp_path / "x" / "..")
+
+
+def test_a_file_that_cannot_be_replaced_leaves_no_other(tmp_path):
+    (tmp_path / "x.npy").mkdir()
+    with pytest.raises(RunFolderError):
+        write_bytes(tmp_path / "x.npy", b"1")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+    with pytest.raises(RunFolderError, match="is a folder"):
+        check_place(tmp_path / "x.npy")
 
 
 def test_the_set_of_packages_is_pinned_and_new_enough():

@@ -84,3 +84,23 @@ def test_a_second_signal_ends_at_once(number):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 128 + number
     assert done.stderr.count(signal.Signals(number).name) == 1
+
+
+@pytest.mark.parametrize("reader", ["died of the same Ctrl-C", "has a full disk"])
+def test_what_nobody_can_read_does_not_cost_the_save(tmp_path, small_data, reader):
+    """As "train 2>&1 | tee log" with Ctrl-C, which ends tee first."""
+    arguments = train_arguments("a", small_data, **{"epochs": 4000, "val-interval": 4000})
+    command = [sys.executable, "-m", "vae_hyperband.train_vae", *map(str, arguments)]
+    end, other = os.pipe()
+    full = os.open("/dev/full", os.O_WRONLY) if "full" in reader else other
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=full, stderr=full)
+    os.close(other)
+    latest = tmp_path / "checkpoints/a/latest.pt"
+    deadline = time.monotonic() + 60
+    while not latest.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.close(end)
+    before = newest_good(latest.parent)[1]["step"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == EXIT_STOPPED
+    assert newest_good(latest.parent)[1]["step"] > before

@@ -87,10 +87,20 @@ def test_event_files_of_one_second_are_read_in_the_order_they_were_begun(tmp_pat
     assert [name.split(".")[-1] for name in files] == ["30", "20", "10"]
 
 
-def test_rows_after_a_torn_line_are_not_believed(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2\n' + json.dumps({"step": 3}))
-    assert read_rows(path) == [{"step": 1}]
+def test_a_damaged_line_costs_itself_and_is_said_a_torn_one_is_not(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step, "split": "train"}) for step in range(5)]
+    path.write_text("\n".join([*rows[:2], rows[2][:-3], *rows[3:], '{"step": 5, "spl']))
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 3, 4]
+    with Tracker(tmp_path, start_step=3):
+        pass
+    assert path.read_text().splitlines() == [*rows[:2], rows[3]]
+    assert "1 damaged lines of" in capsys.readouterr().err
+    path.write_text("\n".join([*rows, '{"step": 5, "spl']))
+    with Tracker(tmp_path, start_step=9):
+        pass
+    assert path.read_text().splitlines() == rows
+    assert capsys.readouterr().err == ""
     assert read_rows(tmp_path / "missing.jsonl") == []
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from vae_hyperband.config import Dataset, Places, RunOptions, TrainConfig
@@ -72,9 +73,16 @@ def train_beta(args: BetaArgs, beta: float) -> FitResult:
         checkpoints_dir=args.checkpoints_dir,
         logs_dir=args.logs_dir,
     )
-    # Ctrl-C reaches every process of the terminal: each saves its own run
-    with stop_flag() as should_stop:
-        return fit(config, options, should_stop=should_stop, quiet=True)
+    # Ctrl-C reaches every process of the terminal; other signals the first one, which sets _stop
+    with stop_flag() as came:
+        return fit(config, options, should_stop=lambda: came() or _stop[0].is_set(), quiet=True)
+
+
+_stop: list[Event] = []  # in a process that trains: set when it has to stop
+
+
+def _take(stop: Event) -> None:
+    _stop.append(stop)
 
 
 def compare(args: BetaArgs, should_stop: Callable[[], bool]) -> bool:
@@ -83,13 +91,16 @@ def compare(args: BetaArgs, should_stop: Callable[[], bool]) -> bool:
     Whether all of them finished (False: stopped on request, the same command goes on).
     """
     num_workers = min(len(args.betas), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(num_workers, context, _take, (stop,)) as pool:
         runs = {beta: pool.submit(train_beta, args, beta) for beta in args.betas}
         print("beta   reconstruction      KL   bound (validation, nats/image; bound at beta = 1)")
         for beta, run in runs.items():
             while not run.done() and not should_stop():
                 wait([run], timeout=0.2)
             if should_stop():
+                stop.set()
                 pool.shutdown(cancel_futures=True)  # waits for those under way, which are saving
                 return False
             losses = run.result().state.metrics

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.config import model_settings
-from vae_hyperband.errors import CheckpointError, ConfigError
+from vae_hyperband.errors import CheckpointError, ConfigError, DamagedError, RunFolderError
 from vae_hyperband.files import write_bytes
 from vae_hyperband.model import VAE
 
 FORMAT = "vae-hyperband checkpoint"
 LATEST, BEST = "latest.pt", "best.pt"
 
+HEAD = ("format", "version", "digest")  # the digest is of all the rest
 Keys = dict[int, frozenset[str]]  # what a file of each version of a format holds
 
 _KEYS_1 = frozenset(
@@ -79,14 +80,22 @@ def save_pt(path: Path, content: dict[str, Any], kind: str, keys: Keys) -> None:
 
 
 def copy_ckpt(source: Path, target: Path) -> None:
-    """Make ``target`` the same checkpoint as ``source``, atomically and durably."""
-    write_bytes(target, source.read_bytes())
+    """Make ``target`` the same checkpoint as ``source``, atomically and durably.
+
+    Raises :class:`RunFolderError`.
+    """
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise RunFolderError(f"{source} cannot be read: {error.strerror}.") from error
+    write_bytes(target, content)
 
 
 def load_ckpt(path: Path | str) -> dict[str, Any]:
     """The verified content of a checkpoint, tensors on the CPU, plus its "digest".
 
-    Raises :class:`CheckpointError`: missing, damaged, not ours, or of a newer version.
+    Raises :class:`CheckpointError`: missing, not to be read, of a newer version; and
+    :class:`DamagedError`, which is one: damaged, or not ours.
     """
     content = load_pt(Path(path), FORMAT, KEYS)
     if "weights" not in content:
@@ -100,28 +109,34 @@ def load_pt(path: Path, kind: str, keys: Keys) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"No {what} at {path}: give the path of a .pt file of a run.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+    except OSError as error:  # which says nothing of what the file holds
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     # whatever a damaged or foreign file makes the unpickler, the zip reader or torch raise
     except Exception as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} is damaged or not a {what} of this project ({type(error).__name__}): "
             "give the path of a best.pt or latest.pt."
         ) from error
     if not isinstance(content, dict) or content.get("format") != kind:
-        raise CheckpointError(f"{path} is a PyTorch file, but not a {what} of this project.")
-    version = content.get("version")
-    if not isinstance(version, int) or version not in keys:
+        raise DamagedError(f"{path} is a PyTorch file, but not a {what} of this project.")
+    version: Any = content.get("version")
+    payload = {name: content[name] for name in content if name not in HEAD}
+    try:
+        intact = tree_digest(payload) == content.get("digest")
+    except TypeError:  # a value of a type that no checkpoint has
+        intact = False
+    if intact and (not isinstance(version, int) or version not in keys):
         raise CheckpointError(
             f"{path} has format version {version}, but this program reads versions up to "
             f"{max(keys)}: use a newer vae-hyperband."
         )
-    payload = {name: content[name] for name in content if name in keys[version]}
-    try:
-        intact = set(payload) == keys[version] and tree_digest(payload) == content.get("digest")
-    except TypeError:  # a value of a type that no checkpoint has
-        intact = False
-    if not intact:
-        raise CheckpointError(
+    if not intact or set(payload) != keys[version]:
+        raise DamagedError(
             f"{path} is damaged: its content does not match its own digest; use another "
             "checkpoint, such as best.pt or latest.pt beside it."
         )

@@ -181,6 +181,8 @@ class Places:
     def __post_init__(self) -> None:
         check_types(self)
         check_run_name(self.run)
+        same = self.checkpoints_dir.resolve() == self.logs_dir.resolve()
+        require(not same, "--checkpoints-dir and --logs-dir are the same folder: give two.")
 
     @property
     def ckpt_folder(self) -> Path:

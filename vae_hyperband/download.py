@@ -9,9 +9,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,30 @@ def _fetch(url: str, name: str, sha256: str, deadline: float) -> None:
     cache = cache_folder()
     with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
         path = Path(folder) / (name + ".gz")
-        _copy_from(url, path, deadline)
+        _in_time(lambda: _copy_from(url, path, deadline), deadline)
         _, found = read_idx(path, _num_dims(name))
         if found != sha256:
             raise DataError(f"its content has SHA-256 {found}, expected {sha256}")
         os.replace(path, cache / path.name)
+
+
+def _in_time(work: Callable[[], None], deadline: float) -> None:
+    """Do it, or raise TimeoutError at the deadline: a server may send a header for ever."""
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(deadline - time.monotonic(), 0))
+    if raised:
+        raise raised.pop()  # not to be kept by its own traceback, with an open socket
+    if thread.is_alive():
+        raise TimeoutError("it took too long")
 
 
 def _copy_from(url: str, path: Path, deadline: float) -> None:

@@ -23,6 +23,10 @@ class CheckpointError(VAEHyperbandError):
     """A checkpoint that is missing, damaged, not ours or of another model."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose content is not what was written: another one may take its place."""
+
+
 class ResumeError(CheckpointError):
     """A checkpoint that is fine, but does not belong to the run that was asked for."""
 

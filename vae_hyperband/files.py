@@ -30,7 +30,11 @@ class replacing:
         if kind is not None:
             os.unlink(self.temporary)
             return
-        os.replace(self.temporary, self.path)
+        try:
+            os.replace(self.temporary, self.path)
+        except OSError:
+            os.unlink(self.temporary)
+            raise
         fsync_folder(self.path.parent)
 
 
@@ -88,6 +92,8 @@ def write_text(path: Path, text: str) -> None:
 
 def check_place(path: Path) -> None:
     """Raise :class:`RunFolderError` if no file could be written there."""
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder: give the name of a file.")
     try:
         with tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
@@ -122,12 +128,21 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
+def no_link(path: str | Path, flags: int) -> int:
+    """As ``open``'s opener: refuse a symbolic link, which would have another file changed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 class AppendedFile:
     """A file that is appended to; what a full disk does not take is kept for the next try."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
+        try:
+            self._file = open(path, "ab", buffering=0, opener=no_link)  # noqa: SIM115, close()
+            fsync_folder(path.parent)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
         self._waiting = bytearray()
 
     def write(self, content: bytes) -> None:

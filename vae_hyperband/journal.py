@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vae_hyperband.errors import RunFolderError, SearchError
+from vae_hyperband.files import fsync_folder, no_link
 
 Event = dict[str, Any]
 
@@ -27,7 +28,8 @@ class Journal:
 
     def __enter__(self) -> Self:
         try:
-            self._file = file = open(self.path, "ab", buffering=0)
+            self._file = file = open(self.path, "ab", buffering=0, opener=no_link)
+            fsync_folder(self.path.parent)
             whole = sum(len(_line(event)) for event in self.events)
             if file.tell() > whole:  # a torn line
                 file.truncate(whole)

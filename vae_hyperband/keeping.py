@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt, save_ckpt
-from vae_hyperband.errors import CheckpointError, RunFolderError
+from vae_hyperband.errors import DamagedError, RunFolderError
 from vae_hyperband.files import remove_leftovers
 
 
@@ -31,19 +31,20 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from and its content; None if the run has none yet.
 
     It is latest.pt, as long as that is good and so is the best.pt that it speaks of; else the
-    newest one beside it that lacks nothing, and a note says so. Raises :class:`CheckpointError` if
-    files are damaged and there is none.
+    newest one beside it that lacks nothing, and a note says so. Raises :class:`DamagedError` if
+    files are damaged and there is none, :class:`CheckpointError` if one cannot be read, but may
+    well be good.
     """
     latest, best = folder / LATEST, folder / BEST
     good: dict[Path, dict[str, Any]] = {}
-    damage: list[CheckpointError] = []
+    damage: list[DamagedError] = []
 
     def read(*paths: Path) -> None:
         for path in paths:
             try:
                 if path.exists():
                     good[path] = load_ckpt(path)
-            except CheckpointError as error:
+            except DamagedError as error:
                 damage.append(error)
 
     read(latest, best)
@@ -53,7 +54,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     whole = [path for path in good if not _lacks_best(good[path], good.get(best))]
     if not whole and (damage or not good):
         if damage:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{damage[0]} None of the checkpoints beside it can stand in: remove {folder} to "
                 "train anew" + (f", or {best} to go on without it." if good else ".")
             )
@@ -70,7 +71,7 @@ def _lacks_best(content: dict[str, Any], best: dict[str, Any] | None) -> bool:
     return wanted not in (0, content["step"]) and (best is None or best["step"] < wanted)
 
 
-def _note(damage: list[CheckpointError], missing: Path, used: Path, step: int) -> None:
+def _note(damage: list[DamagedError], missing: Path, used: Path, step: int) -> None:
     why = damage[0] if damage else f"{missing} is not there."
     print(
         f"note: {why} Going on from the newest good one, {used.name} of step {step}.",
@@ -87,8 +88,8 @@ def restore(folder: Path, used: Path, content: dict[str, Any]) -> dict[str, Any]
     latest, best_file = folder / LATEST, folder / BEST
     best, metrics = content["best"], content["metrics"]
     found = None
-    with contextlib.suppress(CheckpointError):
-        found = load_ckpt(best_file)
+    with contextlib.suppress(DamagedError):
+        found = load_ckpt(best_file) if best_file.exists() else None
     if _lacks_best(content, found):
         validated = metrics and metrics["step"] == content["step"]
         best = {name: metrics[name] for name in best} if validated else {}
@@ -114,13 +115,14 @@ class Keeper:
         flush_logs: Callable[[], None] = lambda: None,
     ) -> None:
         self.latest, self.best = folder / LATEST, folder / BEST
-        for path in (self.latest, self.best):
+        for path in (self.latest, self.best, *earlier_ckpts(folder).values()):
             remove_leftovers(path)
         self._keep, self._flush_logs = keep, flush_logs
         self._resumed_from = resumed_from.resolve() if resumed_from else None
         self._last_step: int | None = None  # of a latest.pt that is good
-        with contextlib.suppress(CheckpointError):
-            self._last_step = load_ckpt(self.latest)["step"]
+        if self.latest.exists():
+            with contextlib.suppress(DamagedError):
+                self._last_step = load_ckpt(self.latest)["step"]
         self._unsaved_best: dict[str, Any] | None = None
 
     def save(self, content: dict[str, Any], improved: bool) -> None:
@@ -152,7 +154,7 @@ class Keeper:
 
     def _keep_previous(self, step: int) -> None:
         """Give the latest.pt that is about to be replaced a second name."""
-        if not self._keep or self._last_step in (None, step):
+        if not self._keep or self._last_step in (None, step) or not self.latest.exists():
             return
         second = self.latest.with_name(f"step-{self._last_step:08d}.pt")
         second.unlink(missing_ok=True)  # of the same step, but perhaps damaged since

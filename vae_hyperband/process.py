@@ -17,12 +17,13 @@ from typing import Any, TextIO, cast
 import torch
 
 from vae_hyperband.errors import DeviceError, FolderInUseError, RunFolderError
-from vae_hyperband.files import make_folder
+from vae_hyperband.files import make_folder, no_link
 
 #: Exit status of a run or search that was told to stop, saved, and goes on when started again
 #: (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 
+_STOPS: list[int] = []  # the signals that this process was stopped by
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -30,13 +31,16 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], bool]]:
     """A function that says whether SIGINT, SIGTERM or SIGUSR1 came; a second one ends at once."""
     came: list[int] = []
+    _STOPS.clear()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if came:
             os._exit(128 + number)
         came.append(number)
+        _STOPS.append(number)
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: {doing} (again: stop at once)\n".encode())
+        with contextlib.suppress(OSError):  # who reads may have died of the same Ctrl-C
+            os.write(2, f"\n{name}: {doing} (again: stop at once)\n".encode())
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
@@ -58,20 +62,19 @@ def only_writer(folder: Path) -> Iterator[None]:
     path = folder.parent / f".{folder.name}.lock"  # beside it: what is in the folder is the run's
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(path, "a+", encoding="utf-8"))
-        except OSError as error:
-            raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
-        try:
+            file = stack.enter_context(open(path, "a+", encoding="utf-8", opener=no_link))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise FolderInUseError(
                 f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, "
                 "or choose another --run."
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+        with contextlib.suppress(OSError):  # the lock holds; who has it is for the message only
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
@@ -139,7 +142,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 class _Lossy:
-    """A stream to which nothing is written where there is no room, instead of ending the run."""
+    """A stream to which nothing is written where there is no room, instead of ending the run.
+
+    Nor where nobody reads any more, once the run was told to stop: it has to be saved then.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -162,7 +168,8 @@ def _no_room_is_fine() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        gone = bool(_STOPS) and error.errno in (errno.EPIPE, errno.EIO)
+        if not gone and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
 
 

@@ -120,7 +120,12 @@ def _check_same_search(config: SearchConfig, options: SearchOptions) -> str:
         return search_id
     if (folder / LATEST).exists():
         raise SearchError(f"{folder} holds a training run: choose another --run for the search.")
-    shutil.rmtree(folder / "trials", ignore_errors=True)  # of a search whose log is gone
+    if any((folder / "trials").glob(f"*/{LATEST}")):  # what was trained is not for us to remove
+        raise SearchError(
+            f"{folder} holds trials, but not the log of their search, {DECISIONS}: bring it back, "
+            "give --fresh to start anew, or choose another --run."
+        )
+    shutil.rmtree(folder / "trials", ignore_errors=True)  # of one that was refused
     search_id = secrets.token_hex(4)
     store_for(options, search_id).check()  # a mistake about it must not be noted as what was asked
     write_text(path, json.dumps({"id": search_id, **asked}, indent=2) + "\n")

@@ -202,7 +202,16 @@ def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, 
 def _bring_best_along(content: dict[str, Any], given: Path, folder: Path) -> None:
     """A run continued in a new folder keeps its best checkpoint so far, if that can be found."""
     best = given.parent / BEST
-    if best.exists() and given.parent.resolve() != folder.resolve():
-        with contextlib.suppress(CheckpointError):
-            if load_ckpt(best)["step"] == content["best"]["step"]:
-                copy_ckpt(best, folder / BEST)
+    step = content["best"].get("step", 0)
+    if given.parent.resolve() == folder.resolve() or step in (0, content["step"]):
+        return
+    with contextlib.suppress(CheckpointError):
+        if load_ckpt(best)["step"] == step:
+            copy_ckpt(best, folder / BEST)
+            return
+    print(
+        f"note: the best checkpoint so far, of step {step}, is not at {best}; the best of this run "
+        "will be one from here on.",
+        file=sys.stderr,
+        flush=True,
+    )

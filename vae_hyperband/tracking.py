@@ -9,6 +9,7 @@ import json
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams, image, scalar
 from tqdm import tqdm
 
-from vae_hyperband.files import AppendedFile, make_folder, remove_leftovers, write_text
+from vae_hyperband.files import AppendedFile, make_folder, remove_leftovers, write_bytes
 from vae_hyperband.process import on_terminal
 
 
@@ -50,10 +51,12 @@ class Tracker:
 
     def __init__(self, folder: Path, start_step: int, tensorboard: bool = True) -> None:
         make_folder(folder)
+        if start_step == 0:
+            _put_aside(folder / "metrics.jsonl")
         self._files = []
         for name in ("metrics.jsonl", "timing.jsonl"):
             remove_leftovers(folder / name)
-            write_text(folder / name, _rows_until(folder / name, start_step))
+            write_bytes(folder / name, _rows_until(folder / name, start_step))
             self._files.append(AppendedFile(folder / name))
         self._metrics, self._timing = self._files
         self._board = None
@@ -135,14 +138,12 @@ class EventFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a line torn by a kill, and what follows it, is left out."""
+    """The rows of a JSON-lines file; a line torn by a kill, or damaged, is left out."""
     rows: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
-            except ValueError:
-                break
     return rows
 
 
@@ -150,8 +151,28 @@ def _line(row: dict[str, Any]) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def _rows_until(path: Path, step: int) -> str:
-    return b"".join(_line(row) for row in read_rows(path) if row["step"] <= step).decode()
+def _rows_until(path: Path, step: int) -> bytes:
+    """What a run that goes on from there keeps of the file. A kill may tear the last line."""
+    rows = read_rows(path)
+    lost = path.read_bytes().count(b"\n") - len(rows) if path.exists() else 0
+    if lost > 0:
+        print(f"note: {lost} damaged lines of {path} are left out", file=sys.stderr, flush=True)
+    return b"".join(_line(row) for row in rows if row["step"] <= step)
+
+
+def _put_aside(path: Path) -> None:
+    """Keep the rows of a run whose checkpoints are not there, as one that starts anew finds them.
+
+    A run that was killed before its first validation is not meant: it computes the same rows.
+    """
+    if any(row["split"] == "validation" for row in read_rows(path)):
+        aside = path.with_name("metrics.before.jsonl")
+        os.replace(path, aside)
+        print(
+            f"note: {path} is of a run whose checkpoints are not here; kept as {aside.name}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class Progress:

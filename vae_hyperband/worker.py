@@ -20,6 +20,7 @@ from vae_hyperband.config import RunOptions
 from vae_hyperband.errors import (
     CheckpointError,
     ConfigError,
+    DamagedError,
     DivergedError,
     FolderInUseError,
     OutOfMemoryError,
@@ -129,7 +130,7 @@ def _attempts(
                 return reason(error)
             time.sleep(0.5)
             continue
-        except CheckpointError as error:
+        except DamagedError as error:
             said = reason(error)
             shutil.rmtree(run.ckpt_folder)  # the trial from its start gives the same reports
         except Exception as error:
