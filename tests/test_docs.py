@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 import vae_hyperband
-from vae_hyperband import ckpt_commands, export_command, search_command, study_command, train_vae
+from vae_hyperband import (
+    ckpt_commands,
+    export_command,
+    run_commands,
+    search_command,
+    study_command,
+    train_vae,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -202,7 +209,14 @@ def test_every_command_of_the_readme_exists(line, monkeypatch):
             raise KeyboardInterrupt
 
         real = train_vae.parse_options
-        for room in (train_vae, ckpt_commands, export_command, search_command, study_command):
+        for room in (
+            train_vae,
+            ckpt_commands,
+            export_command,
+            run_commands,
+            search_command,
+            study_command,
+        ):
             monkeypatch.setattr(room, "parse_options", stop_after_parsing)
         # what these commands name is made by the commands before them
         content = {"config": train_vae.TrainConfig().to_dict()}

@@ -24,8 +24,8 @@ FLOORS = [
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
     "draws", "packer", "packers", "worker", "tuning", "search", "figures", "search_figures",
     "study_figures", "report", "sharing", "onnx_graph", "onnx_check", "explorer", "options",
-    "ckpt_commands", "export_command", "search_command", "study_command",
-    "main_job", "train_vae", "beta_vae_tsb", "__init__",
+    "animations", "comparing", "ckpt_commands", "export_command", "run_commands",
+    "search_command", "study_command", "main_job", "train_vae", "beta_vae_tsb", "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
 ALONE = {
@@ -40,12 +40,14 @@ ALONE = {
         "options",
         "ckpt_commands",
         "export_command",
+        "run_commands",
         "search_command",
         "study_command",
         "train_vae",
     },
     "matplotlib": {"figures", "search_figures", "study_figures"},
-    "tensorboard": {"tracking"},
+    "tensorboard": {"tracking", "animations"},
+    "PIL": {"animations"},
 }
 
 

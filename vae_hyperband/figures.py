@@ -19,6 +19,12 @@ from vae_hyperband.randomness import generator
 from vae_hyperband.tracking import image_grid, read_rows
 
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#B0B0B0"
+CYCLE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOSSES = {
+    "bound": "bound = reconstruction + KL",
+    "recon_loss": "reconstruction",
+    "KL_divergence": "KL divergence",
+}
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -61,12 +67,7 @@ def curves(log_folder: Path, path: Path) -> Path:
     rows = read_rows(log_folder / "metrics.jsonl")
     figure = Figure(figsize=(10, 3))
     axes = figure.subplots(1, 3)
-    titles = {
-        "bound": "bound = reconstruction + KL",
-        "recon_loss": "reconstruction",
-        "KL_divergence": "KL divergence",
-    }
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+    for axis, (name, title) in zip(axes, LOSSES.items(), strict=True):
         for split, color in (("train", GREY), ("validation", BLUE)):
             points = [(row["step"], row[name]) for row in rows if row["split"] == split]
             if points:
@@ -79,6 +80,24 @@ def curves(log_folder: Path, path: Path) -> Path:
             axis.set_ylim(low - 0.4 * room, high + 0.6 * room)
         axis.set(xlabel="step", ylabel="nats/image", title=title)
     axes[0].legend()
+    return save_figure(figure, path)
+
+
+@styled
+def overlaid(runs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+    """The validation losses of several runs over each other, from the rows of metrics.jsonl."""
+    figure = Figure(figsize=(10, 3.2))
+    for axis, (name, title) in zip(figure.subplots(1, 3), LOSSES.items(), strict=True):
+        for i, (run, rows) in enumerate(runs.items()):
+            points = [(row["step"], row[name]) for row in rows if row["split"] == "validation"]
+            if points:
+                color, line = CYCLE[i % len(CYCLE)], ("-", "--", ":")[i // len(CYCLE) % 3]
+                axis.plot(
+                    *zip(*points, strict=True), line, color=color, label=run, marker="o", ms=3
+                )
+        axis.set(xlabel="step", ylabel="nats/image", title=title)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 5))
     return save_figure(figure, path)
 
 

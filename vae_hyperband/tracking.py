@@ -26,9 +26,12 @@ from tqdm import tqdm
 from vae_hyperband.files import AppendedFile, make_folder, remove_leftovers, write_bytes
 from vae_hyperband.process import on_terminal
 
+COLUMNS = 8  # of a logged grid
+MARGIN = 2  # pixels between the images of a grid
+
 
 def image_grid(
-    images_NCHW: Tensor, columns: int, margin: int = 2, background: float = 1.0
+    images_NCHW: Tensor, columns: int, margin: int = MARGIN, background: float = 1.0
 ) -> Tensor:
     """Images in [0, 1] side by side, filled row by row: (C, height, width)."""
     num, channels, height, width = images_NCHW.shape
@@ -91,7 +94,7 @@ class Tracker:
         """Each argument is a batch of images in [0, 1] and becomes one grid, 8 to a row."""
         if self._board:
             for name, images in images_NCHW.items():
-                grid = image_grid(images, columns=8)
+                grid = image_grid(images, COLUMNS)
                 self._show(image(f"images/{name}", grid, dataformats="CHW"), step)
 
     def hyperparameters(self, config: dict[str, Any], metrics: dict[str, float], step: int) -> None:

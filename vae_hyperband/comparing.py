@@ -1,0 +1,103 @@
+"""Runs side by side: what differs in their configuration, what came of it."""
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from vae_hyperband.checkpoint import BEST, load_ckpt
+from vae_hyperband.config import Places
+from vae_hyperband.errors import ConfigError
+from vae_hyperband.tracking import read_rows
+
+#: Rows of the table, as they are called in a checkpoint's metrics; nats per image.
+LOSSES = {"bound": "bound (beta = 1)", "recon_loss": "reconstruction", "KL_divergence": "KL"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run: what its best checkpoint and its logs say."""
+
+    name: str
+    config: dict[str, Any]
+    data_digest: str
+    weights: str  # SHA-256, of the best checkpoint
+    epoch: int
+    losses: dict[str, float]  # of the validation that the best checkpoint was written after
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    images_per_second: float | None  # median; None if it was never logged
+
+
+def read_run(name: str, places: Places) -> Run:
+    """Raises :class:`CheckpointError` if there is no best checkpoint of that name."""
+    place = dataclasses.replace(places, run=name)
+    content = load_ckpt(place.ckpt_folder / BEST)
+    speeds = [row["images_per_second"] for row in read_rows(place.log_folder / "timing.jsonl")]
+    return Run(
+        name,
+        content["config"],
+        content["data"]["digest"],
+        content["weights"],
+        content["epoch"],
+        {loss: content["metrics"][loss] for loss in LOSSES},
+        read_rows(place.log_folder / "metrics.jsonl"),
+        statistics.median(speeds) if speeds else None,
+    )
+
+
+def differing(runs: list[Run]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs, with each one's value; None: it has none."""
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    found = {name: [run.config.get(name) for run in runs] for name in names}
+    found["data"] = [run.data_digest[:12] for run in runs]
+    return {
+        name: values for name, values in found.items() if any(v != values[0] for v in values[1:])
+    }
+
+
+def as_data(runs: list[Run]) -> dict[str, Any]:
+    """The comparison as plain data for JSON."""
+    return {
+        "differs": differing(runs),
+        "runs": [
+            {key: value for key, value in dataclasses.asdict(run).items() if key != "rows"}
+            for run in runs
+        ],
+    }
+
+
+def table(runs: list[Run]) -> str:
+    """The comparison as lines of text; the lowest bound has a star."""
+    if len({run.name for run in runs}) < max(len(runs), 2):
+        raise ConfigError("compare takes two or more different runs.")
+    rows: list[list[str]] = [["", *(run.name for run in runs)]]
+    differs = differing(runs)
+    for name, values in differs.items():
+        rows.append([name, *("-" if value is None else _short(value) for value in values)])
+    if not differs:
+        rows.append(["(the same configuration and data)", *("" for _ in runs)])
+    rows.append(["best epoch", *(str(run.epoch) for run in runs)])
+    for loss, title in LOSSES.items():
+        best = min(run.losses[loss] for run in runs)
+        # the parts have no best value: less KL is more reconstruction
+        star = "*" if loss == "bound" else ""
+        cells = [f"{run.losses[loss]:.2f}{star * (run.losses[loss] == best)}" for run in runs]
+        rows.append([title, *cells])
+    speeds = [f"{run.images_per_second:,.0f}" if run.images_per_second else "-" for run in runs]
+    rows.append(["images/s (median)", *speeds])
+    return "\n".join([_lines(rows), "", "* lowest; validation split, nats per image"])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _lines(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

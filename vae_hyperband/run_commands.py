@@ -1,0 +1,96 @@
+"""The commands that look at runs: ``compare`` and ``animate``."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from vae_hyperband import animations, comparing, figures
+from vae_hyperband.bounds import eval_dataloader
+from vae_hyperband.checkpoint import BEST, load_ckpt, model_from_ckpt
+from vae_hyperband.config import Places, require
+from vae_hyperband.data import as_trained, load_split
+from vae_hyperband.files import check_place
+from vae_hyperband.latents import encode_split
+from vae_hyperband.options import parse_options
+
+
+@dataclass(frozen=True)
+class CompareArgs:
+    """Runs side by side: what differs in their configuration, and what came of it.
+
+    vae-hyperband compare betas-beta-1 betas-beta-4 --out compare.png
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Names of runs: folders below checkpoints/ and logs/."""
+    out: Path | None = None
+    """Also draw their validation curves over each other, into this .png, .svg or .pdf."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    checkpoints_dir: Path = Path("checkpoints")
+    """Folder that holds one folder of checkpoints per run."""
+    logs_dir: Path = Path("logs")
+    """Folder that holds one folder of logs per run."""
+
+
+@dataclass(frozen=True)
+class AnimateArgs:
+    """A moving picture of a run, as .gif or .webp.
+
+    vae-hyperband animate mine --kind walk --out walk.gif
+    """
+
+    run: tyro.conf.Positional[str]
+    """Name of the run: its folder below checkpoints/ and logs/."""
+    kind: Literal["walk", "training"] = "walk"
+    """walk: from garment to garment through the latent space; training: samples of the same noise
+    after each validation."""
+    out: Path = Path("walk.gif")
+    """The file to write; its ending says which format."""
+    seed: int = 0
+    """Decides which validation images a walk goes through."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped."""
+    checkpoints_dir: Path = Path("checkpoints")
+    """Folder that holds one folder of checkpoints per run."""
+    logs_dir: Path = Path("logs")
+    """Folder that holds one folder of logs per run."""
+
+
+def compare(argv: list[str]) -> int:
+    args = parse_options(CompareArgs, argv, "vae-hyperband compare")
+    places = Places(checkpoints_dir=args.checkpoints_dir, logs_dir=args.logs_dir)
+    if args.out:
+        kinds = (".png", ".svg", ".pdf")
+        require(args.out.suffix in kinds, f"--out is {args.out}, but must end in .png, .svg, .pdf.")
+        check_place(args.out)
+    runs = [comparing.read_run(name, places) for name in args.runs]
+    table = comparing.table(runs)
+    print(json.dumps(comparing.as_data(runs), indent=2) if args.json else table)
+    if args.out:
+        figures.overlaid({run.name: run.rows for run in runs}, args.out)
+    return 0
+
+
+def animate(argv: list[str]) -> int:
+    args = parse_options(AnimateArgs, argv, "vae-hyperband animate")
+    require(
+        args.out.suffix in animations.FORMATS,
+        f"--out is {args.out}, but must end in {' or '.join(animations.FORMATS)}.",
+    )
+    check_place(args.out)
+    place = Places(run=args.run, checkpoints_dir=args.checkpoints_dir, logs_dir=args.logs_dir)
+    if args.kind == "training":
+        animations.over_training(place.log_folder, args.out)
+    else:
+        ckpt = place.ckpt_folder / BEST
+        content = load_ckpt(ckpt)
+        model = model_from_ckpt(content, ckpt).eval()
+        split = load_split("validation", args.data_dir, content["config"]["dataset"])
+        posteriors = encode_split(model, eval_dataloader(as_trained(split, content["config"])))
+        animations.latent_walk(model, posteriors, args.out, args.seed)
+    print(args.out)
+    return 0
