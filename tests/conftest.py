@@ -5,7 +5,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +108,15 @@ def command(tmp_path: Path) -> Command:
 
 def command_line(*argv: object) -> list[str]:
     return [sys.executable, "-m", "vae_hyperband.train_vae", *map(str, argv)]
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[object]:
+    """A real browser. CI has to have one; elsewhere, without it, its tests are skipped."""
+    from chromium import browser, trouble
+
+    if why := trouble():
+        assert not os.environ.get("CI"), why
+        pytest.skip(why)
+    with browser() as found:
+        yield found

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
-from chromium import Watched, browser, trouble
+from chromium import Watched
 
 from vae_hyperband import figures
 from vae_hyperband.bounds import eval_dataloader
@@ -22,16 +21,6 @@ from vae_hyperband.train_vae import main
 from vae_hyperband.training import fit
 
 browsing = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """CI has to have one; elsewhere, without it, these tests are skipped."""
-    if why := trouble():
-        assert not os.environ.get("CI"), why
-        pytest.skip(why)
-    with browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

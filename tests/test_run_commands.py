@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from chromium import Watched
 from PIL import Image
 
 from vae_hyperband.animations import latent_walk, logged_pictures
@@ -13,9 +14,11 @@ from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.latents import Posteriors
 from vae_hyperband.model import initialized_vae
+from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.tracking import Tracker
 from vae_hyperband.train_vae import main
 from vae_hyperband.training import fit
+from vae_hyperband.trials import SearchResult, TrialRecord, write_result
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,91 @@ def test_two_runs_of_one_configuration_are_said_to_be_so(places, capsys):
     assert "(the same configuration and data)" in capsys.readouterr().out
 
 
+def searched(folder, **config):
+    """A finished search of three trials, written as a search writes it."""
+
+    def row(epoch, bound):
+        return {"epoch": epoch, "step": epoch, "bound": bound, "total_loss": bound,
+                "recon_loss": bound - 9, "KL_divergence": 9.0}  # fmt: skip
+
+    drawn = {"latent_dim": 16, "learning_rate": 1e-3, "batch_size": 64, "beta": 1.0}
+    trials = [
+        TrialRecord(0, drawn, [row(1, 200.0), row(2, 110.5)], "finished"),
+        TrialRecord(1, {**drawn, "beta": 4.0}, [row(1, 99.25), row(2, 90.75)], "finished"),
+        TrialRecord(2, {**drawn, "learning_rate": 9e-3}, [], "failed", "<b>diverged</b> & died"),
+    ]
+    config = SearchConfig(num_trials=3, max_epochs=2, dataset="custom", **config)
+    folder.mkdir(parents=True)
+    write_result(SearchResult(config, trials, folder))
+
+
+def test_a_run_s_report_has_all_there_is_to_see_and_needs_nothing_else(runs, places, small_data):
+    data, out = ["--data-dir", str(small_data)], runs / "report.html"
+    assert main(["report", "other", "--out", str(out), *places, *data]) == 0
+    page = out.read_text()
+    content = load_ckpt(runs / "checkpoints/other/best.pt")
+    for fact in (content["weights"], content["data"]["digest"], "Run other", "kl warmup epochs"):
+        assert fact in page
+    assert f"{content['metrics']['bound']:.2f}" in page
+    # curves, three validations, reconstructions, samples, traversals
+    assert page.count("<img") == page.count('src="data:image/png;base64,') == 1 + 3 + 3
+    assert page.count("<img") == page.count('alt="')
+    assert "default-src 'none'" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_report_takes_the_evaluation_of_its_checkpoint_and_of_no_other(runs, places, small_data):
+    data, place = ["--data-dir", str(small_data)], runs / "logs/one/evaluation.json"
+    best = runs / "checkpoints/one/best.pt"
+    how = ["--parts", "likelihood", "--json", str(place)]
+    assert main(["evaluate", str(best), *how, *data]) == 0
+    assert main(["report", "one", *places, *data]) == 0
+    assert "mean +- standard error" in (runs / "logs/one/report.html").read_text()
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"checkpoint_digest": "0"}))
+    assert main(["report", "one", *places, *data]) == 0
+    assert "mean +- standard error" not in (runs / "logs/one/report.html").read_text()
+
+
+def test_a_search_s_report_has_every_trial_with_its_reasons(runs, places):
+    searched(runs / "checkpoints/s", betas=(1.0, 4.0))
+    assert main(["report", "s", *places]) == 0
+    page = (runs / "logs/s/report.html").read_text()
+    assert page.count("<tr><td") + page.count('<tr class="winner"><td') == 3
+    assert '<tr class="winner"><td data-value="1"' in page
+    assert "&lt;b&gt;diverged&lt;/b&gt; &amp; died" in page
+    assert "<b>diverged" not in page
+    assert "trial_001 won with 90.75" in page
+
+
+@pytest.mark.browser
+def test_the_table_is_sorted_by_a_click_and_fits_a_phone(runs, chromium):
+    if not (runs / "checkpoints/t").exists():
+        searched(runs / "checkpoints/t")
+    where = ["--checkpoints-dir", str(runs / "checkpoints"), "--logs-dir", str(runs / "logs")]
+    out = runs / "sorted.html"
+    assert main(["report", "t", "--out", str(out), *where]) == 0
+    watched = Watched(chromium, viewport={"width": 390, "height": 844})
+    page = watched.page
+    page.goto(out.as_uri())
+    numbers = "[...document.querySelectorAll('tbody tr td:first-child')].slice(0, 3)"
+    order = f"{numbers}.map(cell => cell.dataset.value).join('')"
+    assert page.evaluate(order) == "012"
+    page.click("th button >> text=bound")
+    assert page.evaluate(order) == "102"  # what has no value comes last
+    page.click("th button >> text=bound")
+    assert page.evaluate(order) == "012"
+    page.click("th button >> text=outcome")
+    assert page.evaluate(order) in ("201", "210")
+    page.locator("th button >> text=trial").press("Enter")
+    assert page.evaluate(order) == "012"
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
+    assert watched.requests == [out.as_uri()]
+    assert watched.troubles == []
+    watched.context.close()
+
+
 MISTAKES = {
+    "no such report": (["report", "none"], "No checkpoint at"),
     "one run": (["compare", "one"], "two or more"),
     "one run twice": (["compare", "one", "one"], "two or more"),
     "no such run": (["compare", "one", "none"], "No checkpoint at"),

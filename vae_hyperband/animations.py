@@ -41,15 +41,21 @@ def logged_pictures(log_folder: Path, tag: str) -> dict[int, Image.Image]:
     return {step: Image.open(io.BytesIO(png)).convert("RGB") for step, png in found.items()}
 
 
+def logged_samples(log_folder: Path) -> dict[int, Image.Image]:
+    """What a run's samples of the same noise looked like after each validation, by its step."""
+    pictures = logged_pictures(log_folder, "images/random_samples")
+    return {step: _on_paper(picture) for step, picture in pictures.items()}
+
+
 def over_training(log_folder: Path, path: Path) -> Path:
     """Samples of the same noise after each validation; the last ones stay for two seconds."""
-    pictures = logged_pictures(log_folder, "images/random_samples")
+    pictures = logged_samples(log_folder)
     if len(pictures) < 2:
         raise ConfigError(
             f"{log_folder} has {len(pictures)} pictures of samples: at least two validations with "
             "TensorBoard's files are needed."
         )
-    frames = [_on_paper(pictures[step]) for step in sorted(pictures)]
+    frames = [pictures[step] for step in sorted(pictures)]
     return _save(frames, [300] * (len(frames) - 1) + [2000], path)
 
 

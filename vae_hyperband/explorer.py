@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vae_hyperband.data import Split
 from vae_hyperband.errors import ConfigError
+from vae_hyperband.html_report import csp_digest
 from vae_hyperband.latents import Posteriors
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import kl_per_dimension
@@ -105,14 +106,11 @@ def _as_global(module: str) -> str:
 
 
 def _policy(script: str, css: str) -> str:
-    def digest(text: str) -> str:
-        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
     return "; ".join(
         [
             "default-src 'none'",
-            f"script-src {digest(script)} 'wasm-unsafe-eval'",
-            f"style-src {digest(css)}",
+            f"script-src {csp_digest(script)} 'wasm-unsafe-eval'",
+            f"style-src {csp_digest(css)}",
             "img-src data: blob:",
             "base-uri 'none'",
             "form-action 'none'",

@@ -1,4 +1,4 @@
-"""The commands that look at runs: ``compare`` and ``animate``."""
+"""The commands that look at runs: ``report``, ``compare`` and ``animate``."""
 
 import json
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Literal
 
 import tyro
 
-from vae_hyperband import animations, comparing, figures
+from vae_hyperband import animations, comparing, figures, html_report
 from vae_hyperband.bounds import eval_dataloader
 from vae_hyperband.checkpoint import BEST, load_ckpt, model_from_ckpt
 from vae_hyperband.config import Places, require
 from vae_hyperband.data import as_trained, load_split
-from vae_hyperband.files import check_place
+from vae_hyperband.files import check_place, make_folder, write_text
 from vae_hyperband.latents import encode_split
 from vae_hyperband.options import parse_options
 
@@ -58,6 +58,43 @@ class AnimateArgs:
     """Folder that holds one folder of checkpoints per run."""
     logs_dir: Path = Path("logs")
     """Folder that holds one folder of logs per run."""
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Write what there is to see of a run or a search into one HTML file, which needs no network.
+
+    vae-hyperband report mine
+    """
+
+    run: tyro.conf.Positional[str]
+    """Name of the run or search: its folder below checkpoints/ and logs/."""
+    out: Path | None = None
+    """The file to write (default: report.html in the run's folder below logs/)."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped."""
+    checkpoints_dir: Path = Path("checkpoints")
+    """Folder that holds one folder of checkpoints per run."""
+    logs_dir: Path = Path("logs")
+    """Folder that holds one folder of logs per run."""
+
+
+def report(argv: list[str]) -> int:
+    args = parse_options(ReportArgs, argv, "vae-hyperband report")
+    place = Places(
+        run=args.run,
+        data_dir=args.data_dir,
+        checkpoints_dir=args.checkpoints_dir,
+        logs_dir=args.logs_dir,
+    )
+    if args.out:
+        check_place(args.out)
+    page = html_report.report(place)
+    out = args.out or place.log_folder / "report.html"
+    make_folder(out.resolve().parent)
+    write_text(out, page)
+    print(out)
+    return 0
 
 
 def compare(argv: list[str]) -> int:

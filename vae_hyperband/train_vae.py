@@ -34,7 +34,7 @@ from vae_hyperband.export_command import export
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import keep_freed_memory, lossy_output, stop_flag
 from vae_hyperband.report import say_trained, stopped
-from vae_hyperband.run_commands import animate, compare
+from vae_hyperband.run_commands import animate, compare, report
 from vae_hyperband.study_command import study_command
 from vae_hyperband.training import fit, train_epoch
 
@@ -114,6 +114,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate_ckpt,
     "sample": sample,
     "export": export,
+    "report": report,
     "compare": compare,
     "animate": animate,
     "study": study_command,
@@ -128,6 +129,7 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   evaluate  what a checkpoint is worth: bounds, latent space, FID ..., with standard errors
   sample    draw images from a checkpoint
   export    a checkpoint as ONNX, as safetensors with a card, or as a page that runs in a browser
+  report    a run or a search as one HTML file to keep and hand on
   compare   runs side by side: what differs, what came of it, their curves
   animate   a moving picture: samples over training, or a walk through the latent space
   study     a grid of betas and latent sizes, trained and judged: the rate-distortion picture

@@ -1,0 +1,17 @@
+// A click on a column's head sorts the table by it; a second one the other way round.
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    const head = button.closest("th"), body = head.closest("table").tBodies[0];
+    const down = head.getAttribute("aria-sort") === "ascending";
+    for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const value = (row) => row.cells[head.cellIndex].dataset.value;
+    const rows = [...body.rows].sort((a, b) => {
+      const [x, y] = [value(a), value(b)], [p, q] = [Number(x), Number(y)];
+      if (x === "" || y === "") return (x === "") - (y === ""); // what has no value comes last
+      const order = Number.isNaN(p) || Number.isNaN(q) ? x.localeCompare(y) : p - q;
+      return down ? -order : order;
+    });
+    body.append(...rows);
+  });
+}
