@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vae_hyperband
-from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt, tree_digest
+from vae_hyperband.checkpoint import copy_ckpt, load_ckpt, load_model, save_ckpt, tree_digest
 from vae_hyperband.errors import CheckpointError, RunFolderError
 from vae_hyperband.training import fit
 
@@ -60,6 +60,12 @@ def test_no_truncated_file_is_ever_loaded(saved, tmp_path):
         path.write_bytes(good[: rng.randrange(len(good))])
         with pytest.raises(CheckpointError, match=r"damaged|not a checkpoint"):
             load_ckpt(path)
+
+
+def test_a_copy_of_a_file_that_is_gone_is_told_apart_from_a_crash(tmp_path):
+    """Training goes on, unsaved, as on a full disk."""
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        copy_ckpt(tmp_path / "best.pt", tmp_path / "latest.pt")
 
 
 def test_foreign_files_are_refused_by_name(tmp_path, saved):

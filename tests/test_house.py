@@ -23,9 +23,10 @@ FLOORS = [
     "evaluation", "study",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
     "draws", "packer", "packers", "worker", "tuning", "search", "figures", "search_figures",
-    "study_figures", "report", "animations", "html_report", "sharing", "onnx_graph", "onnx_check",
-    "explorer", "options", "comparing", "ckpt_commands", "export_command", "run_commands",
-    "search_command", "study_command", "main_job", "train_vae", "beta_vae_tsb", "__init__",
+    "study_figures", "projector", "report", "animations", "html_report", "sharing", "onnx_graph",
+    "onnx_check", "explorer", "options", "comparing", "ckpt_commands", "export_command",
+    "run_commands", "search_command", "study_command", "main_job", "train_vae", "beta_vae_tsb",
+    "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
 ALONE = {
@@ -47,7 +48,7 @@ ALONE = {
     },
     "matplotlib": {"figures", "search_figures", "study_figures"},
     "tensorboard": {"tracking", "animations"},
-    "PIL": {"animations", "html_report"},
+    "PIL": {"animations", "html_report", "projector"},
 }
 
 

@@ -27,7 +27,9 @@ def test_a_url_store_gives_back_what_was_pushed(tmp_path):
 
 
 def test_a_folder_store_is_trained_in_without_copies(tmp_path):
-    options = SearchOptions(run="s", checkpoints_dir=tmp_path, logs_dir=tmp_path).absolute()
+    options = SearchOptions(
+        run="s", checkpoints_dir=tmp_path, logs_dir=tmp_path / "logs"
+    ).absolute()
     store = store_for(options, "12ab")
     folder = store.work_folder("trial_000")
     assert folder == tmp_path / "s/trials/trial_000"

@@ -1,18 +1,29 @@
 import json
+import re
+import shlex
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
+from vae_hyperband import train_vae
+from vae_hyperband.data import load_split
+from vae_hyperband.objective import kl_per_dimension
+from vae_hyperband.options import parse_options
+from vae_hyperband.projector import write_projector
 from vae_hyperband.tracking import Tracker, image_grid, read_rows
 from vae_hyperband.training import fit
+
+
+KINDS = ("images", "scalars", "histograms", "tensors")
 
 
 @pytest.fixture
 def board(options, small_config):
     result = fit(small_config, options(), quiet=True)
-    board = EventAccumulator(str(result.log_folder), size_guidance={"images": 0, "scalars": 0})
+    board = EventAccumulator(str(result.log_folder), size_guidance=dict.fromkeys(KINDS, 0))
     board.Reload()
     return board, result
 
@@ -48,6 +59,39 @@ def test_tensorboard_shows_input_reconstruction_and_the_same_samples_improving(b
     samples = [e.encoded_image_string for e in events.Images("images/random_samples")]
     assert len(set(samples)) == 3
     assert samples[0].startswith(b"\x89PNG")
+
+
+def test_kl_per_dimension_configuration_and_command_are_shown(board, small_data):
+    events, result = board
+    found = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
+    command, table = found.split("\n\n")
+    assert "| latent_dim | 4 |" in table
+    words = shlex.split(command.strip("`"))
+    args = parse_options(train_vae.TrainArgs, words[2:], "")
+    assert args.recipe == result.state.config
+    histograms = events.Histograms("KL_per_dimension")
+    assert [event.step for event in histograms] == [10, 20, 30]
+    assert sum(histograms[-1].histogram_value.bucket) == 4  # latent dimensions
+    model = result.state.model
+    images = load_split("validation", small_data, "custom").pixels(slice(32))
+    kl_Z = kl_per_dimension(*model.encode(images)).mean(dim=0).detach()
+    assert histograms[-1].histogram_value.sum == pytest.approx(kl_Z.sum().item(), rel=1e-5)
+
+
+def test_the_projector_gets_latents_labels_and_a_sprite(tmp_path):
+    images = torch.rand(5, 1, 8, 8)
+    write_projector(tmp_path, torch.arange(15.0).view(5, 3), images, torch.arange(5), ("a", "b"))
+    config = (tmp_path / "projector_config.pbtxt").read_text()
+    paths = re.findall(r'path: "(.*)"', config)
+    assert all((tmp_path / path).is_file() for path in paths)
+    assert len(paths) == 3
+    vectors = (tmp_path / paths[0]).read_text().splitlines()
+    assert [line.split("\t")[0] for line in vectors] == ["0", "3", "6", "9", "12"]
+    assert (tmp_path / paths[1]).read_text().split() == ["a", "b", "2", "3", "4"]
+    with Image.open(tmp_path / paths[2]) as sprite:
+        assert sprite.size == (24, 24)  # 3 x 3 places
+        assert abs(sprite.getpixel((8, 0)) - 255 * (1 - images[1, 0, 0, 0].item())) <= 1
+        assert sprite.getpixel((8, 16)) == 255  # nothing there
 
 
 def test_hyperparameters_stand_beside_the_final_metrics(board):

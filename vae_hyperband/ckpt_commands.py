@@ -13,15 +13,14 @@ from torch import Tensor
 from vae_hyperband import figures
 from vae_hyperband.checkpoint import load_ckpt, load_model
 from vae_hyperband.config import RunOptions, require_number
-from vae_hyperband.data import CLASS_NAMES, load_split
-from vae_hyperband.drawn import KINDS
+from vae_hyperband.data import load_split
 from vae_hyperband.errors import ConfigError, RunFolderError
 from vae_hyperband.evaluation import evaluate
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.files import check_place, replacing, write_text
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import cpu_threads, pick_device
-from vae_hyperband.report import say, table_of
+from vae_hyperband.report import LABEL_NAMES, say, table_of
 from vae_hyperband.samplers import SamplerConfig, SamplerName, generate, get_sampler
 
 
@@ -113,10 +112,6 @@ def sample(argv: list[str]) -> int:
         figures.images(images_NCHW / 255, title, args.out)
     print(args.out)
     return 0
-
-
-#: What the labels of a data set are called.
-LABEL_NAMES = {"fashion-mnist": CLASS_NAMES, "drawn": KINDS}
 
 
 def label_number(label: str, names: Sequence[str]) -> int | None:

@@ -10,7 +10,6 @@ import tyro
 
 from vae_hyperband.bounds import eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
-from vae_hyperband.ckpt_commands import LABEL_NAMES
 from vae_hyperband.config import read_json, require_number
 from vae_hyperband.data import Split, as_trained, load_split
 from vae_hyperband.errors import CheckpointError, ConfigError
@@ -18,7 +17,7 @@ from vae_hyperband.files import make_folder, write_bytes, write_text
 from vae_hyperband.latents import encode_split
 from vae_hyperband.model import VAE
 from vae_hyperband.options import parse_options
-from vae_hyperband.report import say
+from vae_hyperband.report import LABEL_NAMES, say
 from vae_hyperband.samplers import Mixture, SamplerConfig, get_sampler
 from vae_hyperband.sharing import DATA_NAMES, write_shared
 

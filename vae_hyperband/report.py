@@ -7,14 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vae_hyperband import figures
 from vae_hyperband.checkpoint import load_model
 from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.data import as_trained, load_split
+from vae_hyperband.data import CLASS_NAMES, as_trained, load_split
+from vae_hyperband.drawn import KINDS
 from vae_hyperband.process import EXIT_STOPPED
+from vae_hyperband.projector import NUM_IMAGES, write_projector
 from vae_hyperband.search_config import METRICS
 from vae_hyperband.training import FitResult
 from vae_hyperband.trials import SearchResult, describe
+
+#: What the labels of a data set are called.
+LABEL_NAMES = {"fashion-mnist": CLASS_NAMES, "drawn": KINDS}
 
 
 def program(name: str) -> str:
@@ -170,4 +177,10 @@ def draw_run(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> 
         "samples.png": lambda path: figures.samples(model, path),
         "traversal.png": lambda path: figures.traversal(model, images, path),
     }
+    shown = split.pixels(slice(NUM_IMAGES))
+    with torch.no_grad():
+        mu_NZ, _ = model.encode(shown)
+    write_projector(
+        folder, mu_NZ, shown, split.labels_N[:NUM_IMAGES], LABEL_NAMES.get(config.dataset, ())
+    )
     return [function(folder / name) for name, function in draw.items()]

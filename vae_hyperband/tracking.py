@@ -20,7 +20,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard.summary import hparams, image, scalar
+from torch.utils.tensorboard.summary import histogram, hparams, image, scalar, text
 from tqdm import tqdm
 
 from vae_hyperband.files import AppendedFile, make_folder, remove_leftovers, write_bytes
@@ -96,6 +96,16 @@ class Tracker:
             for name, images in images_NCHW.items():
                 grid = image_grid(images, COLUMNS)
                 self._show(image(f"images/{name}", grid, dataformats="CHW"), step)
+
+    def configuration(self, command: str, config: dict[str, Any]) -> None:
+        """What the run is, as text: the command that repeats it, and a table."""
+        rows = "".join(f"| {name} | {value} |\n" for name, value in config.items())
+        said = f"`{command}`\n\n| setting | value |\n|---|---|\n{rows}"
+        self._show(text("configuration", said), 0)
+
+    def kl_per_dimension(self, step: int, kl_Z: Tensor) -> None:
+        """A histogram over the latent dimensions: those near 0 nats say nothing."""
+        self._show(histogram("KL_per_dimension", kl_Z.cpu().numpy(), bins=30), step)
 
     def hyperparameters(self, config: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         """The row of this run in TensorBoard's HParams table."""

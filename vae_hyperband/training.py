@@ -9,6 +9,7 @@ Shape suffixes: B images of a batch, N images of a split, C channels, H height, 
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from vae_hyperband.data import (
 from vae_hyperband.engines import Engine, graph_engine
 from vae_hyperband.errors import DeviceError, DivergedError, OutOfMemoryError, RunFolderError
 from vae_hyperband.keeping import Keeper
-from vae_hyperband.objective import held_out_weights, knobs_at
+from vae_hyperband.objective import held_out_weights, kl_per_dimension, knobs_at
 from vae_hyperband.process import (
     cpu_threads,
     environment,
@@ -182,6 +183,7 @@ def fit(
                 )
             if state.step == 0:
                 tracker.pictures(0, input=held_out.pixels(slice(NUM_PICTURES)))
+                tracker.configuration(train_command(config, options.run), config.to_dict())
             while state.step < state.num_steps:
                 losses = engine.train_epoch(state, train_loader, on_step, on_losses)
                 finished = state.step == state.num_steps
@@ -223,6 +225,15 @@ def _memory_explained(state: TrainState, train: Split, device: torch.device) -> 
         ) from error
 
 
+def train_command(config: TrainConfig, run: str) -> str:
+    """The command that trains such a run, data and folders apart."""
+    usual, words = TrainConfig().to_dict(), ["vae-hyperband", "train", "--run", run]
+    for name, value in config.to_dict().items():
+        if value != usual[name]:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join(words)
+
+
 def _validate(state: TrainState, engine: Engine, loader: DataLoader, tracker: Tracker) -> bool:
     """Evaluate, log and remember; whether this is the best model so far.
 
@@ -252,6 +263,9 @@ def _validate(state: TrainState, engine: Engine, loader: DataLoader, tracker: Tr
         # the same noise each time, so that one sees the same garments become clearer
         random_samples=state.model.sample(64, generator(config.seed, "pictures")),
     )
+    with torch.no_grad():
+        kl_NZ = kl_per_dimension(*state.model.encode(images_BCHW))
+    tracker.kl_per_dimension(state.step, kl_NZ.mean(dim=0))
     return improved
 
 
