@@ -16,7 +16,6 @@ from vae_hyperband.projector import write_projector
 from vae_hyperband.tracking import Tracker, image_grid, read_rows
 from vae_hyperband.training import fit
 
-
 KINDS = ("images", "scalars", "histograms", "tensors")
 
 
