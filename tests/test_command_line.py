@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -338,3 +339,34 @@ def test_a_config_of_another_model_in_a_checkpoint_is_refused(trained, tmp_path,
     save_ckpt(tmp_path / "odd.pt", content)
     assert train_vae.main(["sample", str(tmp_path / "odd.pt")]) == 2
     assert "is of another model" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    tmp_path, small_data, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--run", "a", "--dataset", "custom", "--data-dir", str(small_data)]
+    argv += ["--epochs", "2", "--batch-size", "32", "--num-threads", "1", "--device", "cpu"]
+    assert train_vae.main([*argv, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    config = json.loads(said[: said.index("}") + 1])
+    assert config["epochs"] == 2
+    assert config["latent_dim"] == 32
+    assert "train --run a --dataset custom --batch-size 32 --epochs 2" in said
+    assert "cpu, 1 CPU threads" in said
+    assert "steps        20\n" in said
+    assert re.search(r"about \d+ s, [\d,]+ images/s", said)
+    assert list(tmp_path.iterdir()) == []
+    assert train_vae.main(argv) == 0
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    argv[argv.index("--epochs") + 1] = "3"
+    assert train_vae.main([*argv, "--dry-run"]) == 0
+    assert "steps        30, of which 20 are done: it would go on" in capsys.readouterr().out
+    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_dry_run_finds_mistakes_too(tmp_path, capsys):
+    argv = ["train", "--dry-run", "--dataset", "custom", "--data-dir", str(tmp_path)]
+    assert train_vae.main(argv) == 2
+    assert "No file train-images-idx3-ubyte" in capsys.readouterr().err

@@ -18,7 +18,7 @@ FLOORS = [
     "layers", "likelihoods", "model",
     "objective",
     "features", "distances", "bounds", "checkpoint", "keeping", "process", "state", "tracking",
-    "steps", "stacked", "packed", "engines", "training",
+    "steps", "stacked", "packed", "engines", "training", "dry_run",
     "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring",
     "evaluation", "study",
     "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import tyro
@@ -21,12 +23,25 @@ def parse_options(
     said = io.StringIO()
     optional: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _colours_as_wanted():
             return tyro.cli(args_type, args=argv, prog=prog, **optional)
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
         raise ConfigError(_one_sentence(said.getvalue(), prog)) from None
+
+
+@contextlib.contextmanager
+def _colours_as_wanted() -> Iterator[None]:
+    """None where NO_COLOR is set (no-color.org), which tyro does not look at."""
+    terminal = os.environ.get("TERM")
+    if os.environ.get("NO_COLOR") and terminal is not None:
+        os.environ["TERM"] = "dumb"
+    try:
+        yield
+    finally:
+        if terminal is not None:
+            os.environ["TERM"] = terminal
 
 
 def _one_sentence(box: str, prog: str) -> str:

@@ -29,6 +29,7 @@ from vae_hyperband.config import (
 )
 from vae_hyperband.data import SplitName, get_dataloader, load_split
 from vae_hyperband.download import ensure_data
+from vae_hyperband.dry_run import dry_run
 from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.export_command import export
 from vae_hyperband.options import parse_options
@@ -55,6 +56,8 @@ class TrainArgs:
     where: tyro.conf.OmitArgPrefixes[RunOptions]
     config: Path | None = None
     """Take the configuration from this JSON file, such as a search's best_config.json."""
+    dry_run: bool = False
+    """Print the configuration, where it would be computed and how long it would take; then end."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ class DataArgs:
 
 def train(argv: list[str]) -> int:
     args = parse_options(TrainArgs, argv, "vae-hyperband train", default=_train_default(argv))
+    if args.dry_run:
+        print(dry_run(args.recipe, args.where))
+        return 0
     with stop_flag() as should_stop:
         trained = fit(args.recipe, args.where, should_stop=should_stop)
     if not trained.finished:

@@ -1,0 +1,77 @@
+"""The help of every command: kept in docs/help.txt, with an example that its own parser takes.
+
+After a change: python tests/test_help.py
+"""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vae_hyperband import train_vae
+
+PATH = Path(__file__).parent.parent / "docs" / "help.txt"
+COMMANDS = ["", *train_vae.COMMANDS]
+
+
+def help_of(command: str) -> str:
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "100")
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            train_vae.main([*command.split(), "--help"])
+    return said.getvalue()
+
+
+def golden() -> str:
+    return "\n".join(
+        f"$ vae-hyperband {command} --help".replace("  ", " ") + "\n" + help_of(command)
+        for command in COMMANDS
+    )
+
+
+def test_the_help_is_the_one_of_the_documentation():
+    assert PATH.read_text() == golden()
+
+
+@pytest.mark.parametrize("command", train_vae.COMMANDS)
+def test_every_command_teaches_with_an_example(command):
+    parts = PATH.read_text().split(f"$ vae-hyperband {command} --help\n")
+    assert len(parts) == 2
+    text = parts[1].split("\n$ vae-hyperband ")[0]
+    assert re.search(rf"vae-hyperband {command}\b", text[text.index("]") :]), text[:500]
+
+
+def test_no_colours_where_nobody_sees_them_or_nobody_wants_them():
+    assert "\x1b" not in PATH.read_text()
+    words = [sys.executable, "-m", "vae_hyperband.train_vae", "train", "--help"]
+    master, slave = os.openpty()  # a terminal
+    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+    with subprocess.Popen(words, stdout=slave, env=environment) as process:
+        os.close(slave)
+        said = b""
+        with contextlib.suppress(OSError):  # its end
+            while part := os.read(master, 1 << 16):
+                said += part
+    os.close(master)
+    assert process.returncode == 0
+    assert b"--latent-dim" in said
+    assert b"\x1b" not in said
+
+
+def test_the_shell_completes_options():
+    """As the FAQ says: the scripts for bash and zsh come out of the command itself."""
+    words = [sys.executable, "-m", "vae_hyperband.train_vae", "train"]
+    done = subprocess.run(
+        [*words, "--tyro-print-completion", "bash"], capture_output=True, text=True, check=True
+    )
+    assert "--latent-dim" in done.stdout
+
+
+if __name__ == "__main__":
+    PATH.write_text(golden())
