@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -46,3 +47,15 @@ class Watched:
             lambda said: said.type in ("error", "warning") and self.troubles.append(said.text),
         )
         self.page.on("request", lambda request: self.requests.append(request.url))
+
+
+def until(page: Page, expression: str, arg: object = None, seconds: float = 30) -> None:
+    """Wait until the page says yes.
+
+    Playwright's own wait_for_function evaluates text in the page, which a strict
+    Content-Security-Policy forbids now and then; what comes over the debugging protocol is allowed.
+    """
+    deadline = time.monotonic() + seconds
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < deadline, f"never came true: {expression}"
+        time.sleep(0.05)

@@ -190,7 +190,8 @@ def test_the_pages_tables_are_what_was_measured(scripts):
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    text = README + (ROOT / "docs" / "guide.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -243,6 +244,14 @@ def test_the_python_of_the_readme_runs(fashion_mnist, tmp_path, monkeypatch, opt
     assert names["report"]["num_images"] == 10_000
     # by hand and by fit: the same loop, the same noise, the same images
     assert names["losses"]["bound"] == pytest.approx(names["report"]["bound"]["mean"], abs=1e-3)
+
+
+def test_every_file_that_the_guide_links_exists():
+    text = (ROOT / "docs" / "guide.md").read_text()
+    targets = re.findall(r"\]\((?!http)([^)#]+)", text)
+    assert len(targets) > 10
+    for target in targets:
+        assert (ROOT / "docs" / target).is_file(), target
 
 
 def test_every_file_and_picture_that_the_readme_links_exists():

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from chromium import Watched
+from chromium import Watched, until
 
 from vae_hyperband import figures
 from vae_hyperband.bounds import eval_dataloader
@@ -101,7 +101,8 @@ def z_of(page):
 
 def settle(page, before):
     """Wait until z is another one."""
-    page.wait_for_function(
+    until(
+        page,
         "before => explorer.z().some((value, i) => Math.abs(value - before[i]) > 1e-6)",
         arg=before.tolist(),
     )
@@ -170,7 +171,7 @@ def test_sliders_are_ordered_by_what_their_dimension_says_and_change_the_image(w
     labels = web.locator("#sliders label span").all_text_contents()
     assert [int(label.split("]")[0][2:]) for label in labels] == order
     shown = "document.getElementById('image').toDataURL()"
-    web.wait_for_function("document.getElementById('image').width === 28")
+    until(web, "document.getElementById('image').width === 28")
     before, z = web.evaluate(shown), z_of(web)
     slider = web.locator("#sliders input").first
     slider.focus()
@@ -180,7 +181,7 @@ def test_sliders_are_ordered_by_what_their_dimension_says_and_change_the_image(w
     expected[order[0]] = now[order[0]]
     assert now[order[0]] >= 4
     assert torch.equal(now, expected)
-    web.wait_for_function(f"before => {shown} !== before", arg=before)
+    until(web, f"before => {shown} !== before", arg=before)
 
 
 @browsing
@@ -213,13 +214,13 @@ def test_the_map_is_worked_by_keyboard_and_pointer(web, split, model):
     canvas.click(position={"x": 40, "y": 60})
     settle(web, taken)
     canvas.hover(position={"x": 90, "y": 90})
-    dark = "Array.from(document.getElementById('map').getContext('2d')"
-    before = web.evaluate(f"{dark}.getImageData(0, 0, 640, 640).data).reduce((a, b) => a + b)")
-    canvas.hover(position={"x": 120, "y": 200})
-    web.wait_for_function(
-        f"before => {dark}.getImageData(0, 0, 640, 640).data).reduce((a, b) => a + b) !== before",
-        arg=before,
+    seen = (
+        "Array.from(document.getElementById('map').getContext('2d').getImageData(0, 0, 640, 640)"
+        ".data).reduce((a, b) => a + b)"
     )
+    before = web.evaluate(seen)
+    canvas.hover(position={"x": 120, "y": 200})
+    until(web, f"before => {seen} !== before", before)
 
 
 @browsing
@@ -265,7 +266,7 @@ def test_samples_are_of_the_prior_and_of_the_mixture(web, ckpt):
 def test_a_link_brings_back_the_same_z(chromium, exported, web):
     web.evaluate("explorer.setZ([0.5, -1.25, 0.0625, 2, -3, 0.75])")
     web.click("#link")
-    web.wait_for_function("location.hash.length > 3")
+    until(web, "location.hash.length > 3")
     fragment = web.evaluate("location.hash")
     again = opened(chromium, exported, fragment)
     assert z_of(again.page).tolist() == [0.5, -1.25, 0.0625, 2, -3, 0.75]
@@ -308,7 +309,7 @@ def test_drawing_and_files_are_encoded(web, model, split, tmp_path):
         web.click("#clear")
     (tmp_path / "text.png").write_text("no image")
     web.set_input_files("#file", tmp_path / "text.png")
-    web.wait_for_function("document.getElementById('said').textContent.includes('not an image')")
+    until(web, "document.getElementById('said').textContent.includes('not an image')")
 
 
 @browsing

@@ -5,7 +5,7 @@ import json
 import urllib.request
 
 import pytest
-from chromium import Watched
+from chromium import Watched, until
 from screenshots import tensorboard
 
 from vae_hyperband.config import RunOptions, TrainConfig
@@ -51,12 +51,9 @@ def test_the_promised_scalars_of_both_runs_are_shown(address, page):
 
 def test_inputs_reconstructions_and_samples_are_shown(address, page):
     page.goto(f"{address}?tagFilter=images#timeseries")
-    page.wait_for_function(
-        "document.querySelectorAll('image-card img').length >= 6", timeout=60_000
-    )
-    page.wait_for_function(
-        "[...document.querySelectorAll('image-card img')].every(image => image.naturalWidth === 82)"
-    )
+    until(page, "document.querySelectorAll('image-card img').length >= 6")
+    images = "[...document.querySelectorAll('image-card img')]"
+    until(page, f"{images}.every(image => image.naturalWidth === 82)")
     for kind in ("input", "reconstruction", "random_samples"):
         page.get_by_text(f"images/{kind}", exact=True).first.wait_for()
 
