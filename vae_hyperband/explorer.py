@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vae_hyperband.data import Split
 from vae_hyperband.errors import ConfigError
-from vae_hyperband.html_report import csp_digest
+from vae_hyperband.html_report import csp_digest, style
 from vae_hyperband.latents import Posteriors
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import kl_per_dimension
@@ -68,7 +68,7 @@ def page(
         raise ConfigError(f"Images of {model.channels} channels cannot be shown: 1 or 3 can.")
     data, share = _data(model, split, posteriors, names, mixture)
     script = "\n".join([_as_global(_runtime("ort.wasm.bundle.min.mjs").decode()), *_scripts()])
-    css = (FOLDER / "explorer.css").read_text(encoding="utf-8")
+    css = style("explorer.css")
     parts = {
         "csp": _policy(script, css),
         "css": css,

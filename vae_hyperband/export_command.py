@@ -1,7 +1,9 @@
 """``export``: a trained model in the forms that other programs, and people, can use."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,14 +152,14 @@ def _mixture(args: ExportArgs, dataset: str) -> Mixture | None:
     return sampler
 
 
-class needs_onnx:
-    """``with needs_onnx():`` around imports of what is installed on request only."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
-        if isinstance(error, ModuleNotFoundError) and error.name in ("onnx", "onnxruntime"):
-            raise ConfigError(
-                f"This format needs the package {error.name}: pip install 'vae-hyperband[export]'."
-            ) from error
+@contextlib.contextmanager
+def needs_onnx() -> Iterator[None]:
+    """Around imports of what is installed on request only."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxruntime"):
+            raise
+        raise ConfigError(
+            f"This format needs the package {error.name}: pip install 'vae-hyperband[export]'."
+        ) from error

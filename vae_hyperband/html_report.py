@@ -138,6 +138,10 @@ def search_report(found: SearchResult, name: str) -> str:
     return _page(f"Search {name}", summary_of(found), parts)
 
 
+def _best(loss: str) -> Callable[[TrialRecord], Any]:
+    return lambda trial: trial.best_row[loss] if trial.best_row else ""
+
+
 _COLUMNS: dict[str, Callable[[TrialRecord], Any]] = {
     "trial": lambda trial: trial.number,
     "outcome": lambda trial: trial.outcome or "",
@@ -146,10 +150,7 @@ _COLUMNS: dict[str, Callable[[TrialRecord], Any]] = {
     "learning_rate": lambda trial: trial.drawn["learning_rate"],
     "batch_size": lambda trial: trial.drawn["batch_size"],
     "beta": lambda trial: trial.drawn["beta"],
-    **{
-        loss: lambda trial, loss=loss: trial.best_row[loss] if trial.best_row else ""  # type: ignore[misc]
-        for loss in ("bound", "recon_loss", "KL_divergence")
-    },
+    **{loss: _best(loss) for loss in ("bound", "recon_loss", "KL_divergence")},
     "why": lambda trial: trial.why,
 }
 
@@ -158,7 +159,7 @@ def _trials(found: SearchResult) -> str:
     columns = dict(_COLUMNS)
     metric = found.config.metric
     if metric not in columns:
-        columns[metric] = lambda trial: trial.best_row[metric] if trial.best_row else ""
+        columns[metric] = _best(metric)
     head = "".join(
         f'<th scope="col"><button>{escape(name.replace("_", " "))}</button></th>'
         for name in columns
@@ -220,7 +221,7 @@ def _figure(png: bytes, caption: str, about: str) -> str:
 
 
 def _page(title: str, head: str, sections: list[str]) -> str:
-    css, script = ((WEB / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    css, script = style("report.css"), (WEB / "report.js").read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; style-src {csp_digest(css)}; script-src {csp_digest(script)}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
@@ -234,6 +235,11 @@ def _page(title: str, head: str, sections: list[str]) -> str:
         f"<h1>{escape(title)}</h1>{lines}\n<main>\n{chr(10).join(sections)}\n</main>\n"
         f"<footer>Made by vae-hyperband.</footer>\n<script>{script}</script>\n</body>\n</html>\n"
     )
+
+
+def style(name: str) -> str:
+    """A page's style sheet: what all pages have, then its own."""
+    return "".join((WEB / file).read_text(encoding="utf-8") for file in ("base.css", name))
 
 
 def csp_digest(text: str) -> str:

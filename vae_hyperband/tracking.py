@@ -156,7 +156,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows
 
 
@@ -178,7 +180,7 @@ def _put_aside(path: Path) -> None:
 
     A run that was killed before its first validation is not meant: it computes the same rows.
     """
-    if any(row["split"] == "validation" for row in read_rows(path)):
+    if any(row.get("split") == "validation" for row in read_rows(path)):
         aside = path.with_name("metrics.before.jsonl")
         os.replace(path, aside)
         print(
