@@ -110,6 +110,12 @@ def command_line(*argv: object) -> list[str]:
     return [sys.executable, "-m", "vae_hyperband.train_vae", *map(str, argv)]
 
 
+def written(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """Everything below a folder and when it was written; reading changes nothing of it."""
+    facts = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in facts.items()}
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[object]:
     """A real browser. CI has to have one; elsewhere, without it, its tests are skipped."""

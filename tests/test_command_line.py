@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, command_line, write_idx_folder
+from conftest import NAMES, command_line, write_idx_folder, written
 
 from vae_hyperband import train_vae
 from vae_hyperband.checkpoint import load_ckpt, save_ckpt
@@ -358,12 +358,12 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert re.search(r"about \d+ s, [\d,]+ images/s", said)
     assert list(tmp_path.iterdir()) == []
     assert train_vae.main(argv) == 0
-    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    before = written(tmp_path)
     capsys.readouterr()
     argv[argv.index("--epochs") + 1] = "3"
     assert train_vae.main([*argv, "--dry-run"]) == 0
     assert "steps        30, of which 20 are done: it would go on" in capsys.readouterr().out
-    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+    assert written(tmp_path) == before
 
 
 def test_a_dry_run_finds_mistakes_too(tmp_path, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import written
 from test_resume import outcome, stop_after
 
 from vae_hyperband.checkpoint import load_ckpt, tree_digest
@@ -221,11 +222,11 @@ def test_a_file_that_may_be_good_is_never_replaced_by_an_older_one(
     latest = cut.ckpt_folder / "latest.pt"
     with monkeypatch.context() as patch:
         said = trouble(latest, patch)
-        before = {path.name: os.stat(path) for path in cut.ckpt_folder.iterdir()}
+        before = written(cut.ckpt_folder)
         with pytest.raises((VAEHyperbandError, MemoryError)) as raised:
             fit(small_config, cut, quiet=True)
         assert said in str(raised.value) or raised.type is MemoryError
-    assert {path.name: os.stat(path) for path in cut.ckpt_folder.iterdir()} == before
+    assert written(cut.ckpt_folder) == before
     if trouble is not of_tomorrow:
         assert newest_good(cut.ckpt_folder)[1]["step"] == 25
 

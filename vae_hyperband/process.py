@@ -23,20 +23,18 @@ from vae_hyperband.files import make_folder, no_link
 #: (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 
-_STOPS: list[int] = []  # the signals that this process was stopped by
+_STOPS: list[int] = []  # the signal that this process was told to stop by, if any
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
 def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], bool]]:
     """A function that says whether SIGINT, SIGTERM or SIGUSR1 came; a second one ends at once."""
-    came: list[int] = []
     _STOPS.clear()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if came:
+        if _STOPS:
             os._exit(128 + number)
-        came.append(number)
         _STOPS.append(number)
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # who reads may have died of the same Ctrl-C
@@ -44,7 +42,7 @@ def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], boo
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(_STOPS)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
