@@ -31,21 +31,24 @@ def pictures(notebook) -> int:
     )
 
 
+@pytest.mark.faults  # for its two minutes: make test is for seeing quickly
 # ipykernel says on every start that its loopback TCP connection is not encrypted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:jupyter_client")
 def test_the_notebook_runs_and_its_outputs_are_current(fashion_mnist, tmp_path):
     committed = nbformat.read(PATH, as_version=4)
     executed = nbformat.read(PATH, as_version=4)
     NotebookClient(executed, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
-    assert pictures(executed) == pictures(committed) == 6
+    assert pictures(executed) == pictures(committed) == 9
     ours, theirs = texts(executed), texts(committed)
     assert len(ours) == len(theirs) > 0
     number = re.compile(r"\d+(?:\.\d+)?")
     for now, then in zip(ours, theirs, strict=True):
         assert number.sub("", now).split() == number.sub("", then).split()
+        # bit-exact on one machine class; other CPUs round differently, and training comes to other
+        # weights, as another seed does: losses differ by tenths of a nat, FIDs by several percent
+        near = 0.2 if "FID" in then else 0.02
         for a, b in zip(number.findall(now), number.findall(then), strict=True):
-            # bit-exact on one machine class; other CPUs round differently, and training diverges
-            assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.6)
+            assert float(a) == pytest.approx(float(b), rel=near, abs=0.6)
 
 
 def test_the_notebook_names_no_place_of_the_machine_that_ran_it():
