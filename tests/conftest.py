@@ -1,6 +1,7 @@
 """Small data that the tests make themselves, real Fashion-MNIST where one test needs it."""
 
 import gzip
+import json
 import os
 import struct
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import descendants, listening
 
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import load_split
@@ -126,3 +128,37 @@ def chromium() -> Iterator[object]:
         pytest.skip(why)
     with browser() as found:
         yield found
+
+
+SEARCHED = ["--dataset", "custom", "--batch-sizes", 32, 64, "--latent-dims", 2, 4]
+
+
+def search_command(small_data: Path, run: str, *extra: object) -> list[str]:
+    return command_line(
+        "search", "--run", run, "--data-dir", small_data, "--device", "cpu", *SEARCHED, *extra
+    )
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory, small_data) -> tuple[Path, str]:
+    """One finished ASHA search, shared: its working folder and what it printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    train_only = folder / "data"  # a search that opened the test file would not find it
+    train_only.mkdir()
+    for file in small_data.glob("train-*"):
+        (train_only / file.name).write_bytes(file.read_bytes())
+    command = search_command(
+        train_only, "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3
+    )
+    said, addresses = "", set()
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            said += line
+            if " epoch " in line:  # the driver, Ray's servers and the workers are all there
+                addresses |= set(listening(descendants(process.pid)))
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "")
+    (folder / "addresses.json").write_text(json.dumps(sorted(addresses)))
+    return folder, said

@@ -40,7 +40,7 @@ def nodes(monkeypatch):
 def test_places_and_shares(nodes, options, resources, in_packs, places, each):
     nodes(resources)
     options = SearchOptions(**options)
-    assert cluster.num_places(options, in_packs) == places
+    assert cluster.num_places(cluster.nodes(), options, in_packs) == places
     assert cluster.trial_resources(options, in_packs) == each
 
 

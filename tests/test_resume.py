@@ -297,7 +297,7 @@ def test_other_data_is_refused(options, small_config, tmp_path):
 
     fit(small_config, options(), should_stop=stop_after(5), quiet=True)
     other = write_idx_folder(tmp_path / "other", num_train=420)
-    with pytest.raises(ResumeError, match=r"data: .*'digest'"):
+    with pytest.raises(ResumeError, match=r"data's digest: "):
         fit(small_config, options(data_dir=other), quiet=True)
 
 

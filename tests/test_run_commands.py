@@ -1,14 +1,17 @@
 """``compare`` and ``animate`` on real runs of a second."""
 
 import dataclasses
+import io
 import json
+import shutil
 
 import pytest
 import torch
 from chromium import Watched
+from conftest import write_idx_folder
 from PIL import Image
 
-from vae_hyperband.animations import latent_walk, logged_pictures
+from vae_hyperband.animations import latent_walk, logged_pictures, logged_samples
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.errors import ConfigError
@@ -157,10 +160,10 @@ def test_the_table_is_sorted_by_a_click_and_fits_a_phone(runs, chromium):
 
 
 MISTAKES = {
-    "no such report": (["report", "none"], "No checkpoint at"),
+    "no such report": (["report", "none"], "has no run none; there are one, other, same."),
     "one run": (["compare", "one"], "two or more"),
     "one run twice": (["compare", "one", "one"], "two or more"),
-    "no such run": (["compare", "one", "none"], "No checkpoint at"),
+    "no such run": (["compare", "one", "none"], "has no run none; there are one, other, same."),
     "another folder": (["compare", "one", "../one"], "plain name"),
     "a strange file": (["compare", "one", "other", "--out", "x.txt"], "must end in"),
     "a strange picture": (["animate", "one", "--out", "x.mp4"], "must end in"),
@@ -181,6 +184,107 @@ def test_a_mistake_is_one_sentence(places, small_data, mistake, capsys, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_run_is_said_to_be_what_it_is(tmp_path, capsys):
+    places = ["--checkpoints-dir", str(tmp_path), "--logs-dir", str(tmp_path / "logs")]
+    for command in ("report", "animate"):
+        assert main([command, "mine", *places]) == 2
+        assert "has no run mine, and no other" in capsys.readouterr().err
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/search.json").write_text("{}")
+    for argv in (["report", "s"], ["compare", "s", "t"], ["animate", "s"]):
+        assert main([*argv, *places]) == 2
+        assert "s is a search that has not ended" in capsys.readouterr().err
+    (tmp_path / "s/trials.json").write_text("{}")
+    assert main(["compare", "s", "t", *places]) == 2
+    assert "vae-hyperband report s shows it" in capsys.readouterr().err
+    assert main(["report", "s", *places]) == 2
+    assert "trials.json is damaged" in capsys.readouterr().err
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/latest.pt").touch()
+    assert main(["report", "r", *places]) == 2
+    assert "has not been validated yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"likelihood": "continuous-bernoulli"}, "likelihood"),
+        ({"binarize": "dynamic"}, "binarize"),
+        ({}, "data"),
+    ],
+)
+def test_losses_by_different_yardsticks_are_not_compared(
+    runs, places, small_data, tmp_path, capsys, settings, named
+):
+    data = small_data if settings else write_idx_folder(tmp_path / "data", num_train=120)
+    config = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=1, **settings)
+    where = RunOptions(
+        run="odd", device="cpu", num_threads=1, data_dir=data, tensorboard=False,
+        checkpoints_dir=tmp_path / "checkpoints", logs_dir=tmp_path / "logs",
+    )  # fmt: skip
+    fit(config, where, quiet=True)
+    shutil.copytree(runs / "checkpoints/one", tmp_path / "checkpoints/one")
+    folders = ["--checkpoints-dir", str(tmp_path / "checkpoints")]
+    folders += ["--logs-dir", str(tmp_path / "logs")]
+    assert main(["compare", "one", "odd", *folders]) == 0
+    said = capsys.readouterr().out
+    assert "*" not in said
+    assert said.endswith(f"The runs differ in {named}: their losses cannot be compared.\n")
+    assert main(["compare", "one", "odd", "--json", *folders]) == 0
+    assert named in json.loads(capsys.readouterr().out)["incomparable"]
+    assert main(["compare", "one", "other", "--json", *places]) == 0
+    assert json.loads(capsys.readouterr().out)["incomparable"] == ""
+
+
+@pytest.mark.parametrize("size", [8, 12], ids=["of the same size", "of another size"])
+def test_other_images_than_the_run_s_are_refused(runs, places, tmp_path, size, capsys):
+    other = write_idx_folder(tmp_path / "data", num_train=600, num_test=90, size=size)
+    ckpt = str(runs / "checkpoints/one/best.pt")
+    for argv in (
+        ["report", "one", "--out", str(tmp_path / "r.html"), *places],
+        ["animate", "one", "--out", str(tmp_path / "w.gif"), *places],
+        ["export", ckpt, "--format", "web", "--out", str(tmp_path / "page")],
+        ["evaluate", ckpt],
+    ):
+        assert main([*argv, "--data-dir", str(other)]) == 2
+        assert "--data-dir it was trained on" in capsys.readouterr().err
+    argv = ["evaluate", ckpt, "--split", "test", "--parts", "likelihood"]
+    if size == 12:
+        assert main([*argv, "--data-dir", str(other)]) == 2
+        assert "trained on images of shape (1, 8, 8), but the" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_rows_without_what_is_drawn_are_left_out(runs, places, tmp_path, capsys):
+    shutil.copytree(runs, tmp_path / "copy")
+    logs = tmp_path / "copy/logs/one"
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        with open(logs / name, "a") as file:
+            file.write('{"step": 5}\n')
+    places = ["--checkpoints-dir", str(tmp_path / "copy/checkpoints")]
+    places += ["--logs-dir", str(tmp_path / "copy/logs")]
+    out = tmp_path / "new/folder/c.png"  # which is made
+    assert main(["compare", "one", "other", "--out", str(out), *places]) == 0
+    with Image.open(out) as drawn:
+        assert drawn.size[0] > 1000
+
+
+def test_pictures_of_a_long_training_are_thinned_out_evenly(tmp_path):
+    with Tracker(tmp_path, start_step=0) as tracker:
+        for step in range(1, 402):
+            tracker.pictures(step, random_samples=torch.full((1, 1, 4, 4), 0.5))
+    found = list(logged_samples(tmp_path, 101))
+    assert found == list(range(1, 402, 4))
+    assert list(logged_samples(tmp_path, 4)) == [1, 134, 268, 401]
+    assert len(logged_samples(tmp_path, 1000)) == 401
+
+
+def test_each_kind_of_animation_has_a_file_of_its_own(runs, places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["animate", "one", "--kind", "training", *places]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["training.gif"]
+
+
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_samples_over_training_have_a_frame_per_validation(runs, places, ending, tmp_path):
     out = tmp_path / f"training.{ending}"
@@ -188,7 +292,7 @@ def test_samples_over_training_have_a_frame_per_validation(runs, places, ending,
     with Image.open(out) as moving:
         assert moving.n_frames == 3
         assert moving.info.get("loop") == 0
-        assert moving.size == (3 * (8 * 10 + 2), 3 * (8 * 10 + 2))
+        assert moving.size == (3 * (8 * 10 + 2), 3 * (8 * 10 + 2 + 6))
         if ending == "webp":  # the margins are white, as paper is
             assert moving.convert("RGB").getpixel((3 * 10 + 1, 100)) == (255, 255, 255)
             assert moving.convert("L").getextrema()[0] < 128
@@ -205,7 +309,9 @@ def test_pictures_of_steps_that_were_taken_back_do_not_count(tmp_path):
         tracker.pictures(2, random_samples=grey(0.75))
     found = logged_pictures(tmp_path, "images/random_samples")
     assert sorted(found) == [1, 2]
-    assert [found[step].getpixel((5, 5))[0] for step in (1, 2)] == [63, 191]
+    for step, grey in ((1, 63), (2, 191)):
+        with Image.open(io.BytesIO(found[step])) as picture:
+            assert picture.convert("RGB").getpixel((5, 5))[0] == grey
 
 
 def test_a_walk_starts_and_stops_at_the_images_and_comes_back(tmp_path):

@@ -4,50 +4,15 @@ import json
 import signal
 import socket
 import subprocess
-from pathlib import Path
 
 import pytest
-from conftest import NAMES, command_line
-from killing import descendants, listening
+from conftest import NAMES, search_command
 
 from vae_hyperband.checkpoint import load_ckpt, load_model
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.process import EXIT_STOPPED
 from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.trials import read_result
-
-COMMON = ["--dataset", "custom", "--batch-sizes", 32, 64, "--latent-dims", 2, 4]
-
-
-def search_command(small_data: Path, run: str, *extra: object) -> list[str]:
-    return command_line(
-        "search", "--run", run, "--data-dir", small_data, "--device", "cpu", *COMMON, *extra
-    )
-
-
-@pytest.fixture(scope="session")
-def searched(tmp_path_factory, small_data) -> tuple[Path, str]:
-    """One finished ASHA search, shared: its working folder and what it printed."""
-    folder = tmp_path_factory.mktemp("searched")
-    train_only = folder / "data"  # a search that opened the test file would not find it
-    train_only.mkdir()
-    for file in small_data.glob("train-*"):
-        (train_only / file.name).write_bytes(file.read_bytes())
-    command = search_command(
-        train_only, "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3
-    )
-    said, addresses = "", set()
-    with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            said += line
-            if " epoch " in line:  # the driver, Ray's servers and the workers are all there
-                addresses |= set(listening(descendants(process.pid)))
-        errors = process.stderr.read()
-    assert (process.returncode, errors) == (0, "")
-    (folder / "addresses.json").write_text(json.dumps(sorted(addresses)))
-    return folder, said
 
 
 def test_every_listening_socket_of_a_search_is_on_loopback(searched):

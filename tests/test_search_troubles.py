@@ -88,13 +88,13 @@ def test_a_search_by_tpe_on_the_iwae_bound_gives_what_it_says(tmp_path, small_da
 def test_a_search_goes_on_in_another_place_with_its_trials_behind_a_url(tmp_path, slow_data):
     command = search_command(
         slow_data, "--algorithm", "grid", "--grid-points", 2, "--max-epochs", 9,
-        "--batch-sizes", 32, 64,
+        "--batch-sizes", 32,
     )  # fmt: skip
     calm = tmp_path / "calm"
     calm.mkdir()
     run(command, calm)
     expected = read_result(calm / "checkpoints/s")
-    assert len(expected.trials) == 8
+    assert len(expected.trials) == 4
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     stored = [*command, "--storage", f"file://{tmp_path}/bucket"]
@@ -119,14 +119,14 @@ def test_a_trial_that_hangs_is_ended_and_named_and_the_search_goes_on(tmp_path):
     data = write_idx_folder(tmp_path / "data", num_train=60_000, size=12)
     done = run(
         search_command(
-            data, "--scheduler", "none", "--num-trials", 5, "--max-epochs", 2,
+            data, "--scheduler", "none", "--num-trials", 3, "--max-epochs", 2,
             "--batch-sizes", 512, 1, "--trial-timeout", 25, "--max-failures", 1,
         ),
         tmp_path,
     )  # fmt: skip
     result = read_result(tmp_path / "checkpoints/s")
     slow = [trial for trial in result.trials if trial.drawn["batch_size"] == 1]
-    assert 0 < len(slow) < 5
+    assert len(slow) == 1
     for trial in result.trials:
         assert trial.outcome == ("failed" if trial in slow else "finished")
     for trial in slow:

@@ -58,7 +58,8 @@ def test_a_study_trains_judges_and_remembers(places, monkeypatch):
         assert math.isnan(value_of(row, "mig"))
     content = json.loads((places.log_folder / "study.json").read_text())
     assert content == {"split": "validation", "rows": rows}
-    head, *lines = table(rows).splitlines()
+    head, *lines, about = table(rows).splitlines()
+    assert "+-: half of the 95% interval over seeds" in about
     assert head.split()[:4] == ["latent", "beta", "n", "bound"]
     assert [line.split()[:3] for line in lines] == [["3", "0.5", "2"], ["3", "2", "2"]]
     assert lines[1].split()[3] == f"{over_seeds(rows[2:], 'bound')['mean']:.2f}"

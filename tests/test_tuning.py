@@ -46,7 +46,8 @@ def search(tmp_path, monkeypatch):
     with Journal(tmp_path / "decisions.jsonl") as journal:
 
         def make(places=2, **settings):
-            monkeypatch.setattr(tuning, "num_places", lambda options, in_packs: places)
+            monkeypatch.setattr(tuning, "num_places", lambda *_: places)
+            monkeypatch.setattr(tuning, "nodes", lambda: [])
             return Search(journal, **settings)
 
         yield make

@@ -80,17 +80,26 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
         ) from error
 
 
-def with_gpus(options: SearchOptions) -> SearchOptions:
-    """The options with their GPUs per trial filled in; needs Ray to be there.
+#: What one machine has of each kind: {"CPU": 8, "GPU": 1}.
+Resources = dict[str, float]
 
-    "auto" takes a whole GPU per trial if the cluster has one; several trials share one if
+
+def nodes() -> list[Resources]:
+    """The machines of the cluster as they are now; nodes may come and go."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def with_gpus(options: SearchOptions, machines: list[Resources]) -> SearchOptions:
+    """The options with their GPUs per trial filled in.
+
+    "auto" takes a whole GPU per trial if there is one; several trials share one if
     --gpus-per-trial says a fraction.
     """
     if options.gpus_per_trial is not None:
         return options
     wanted = options.device.startswith("cuda")
     if options.device == "auto":
-        wanted = ray.cluster_resources().get("GPU", 0) > 0
+        wanted = any(machine.get("GPU", 0) > 0 for machine in machines)
     return dataclasses.replace(options, gpus_per_trial=float(wanted))
 
 
@@ -99,28 +108,26 @@ def trial_device(options: SearchOptions) -> str:
     return "cuda" if options.gpus_per_trial else "cpu"
 
 
-def num_lanes(resources: dict[str, float], options: SearchOptions) -> int:
-    """How many trials, or packs of them, the CPUs of one node have room for."""
-    return int(resources.get("CPU", 0) // options.cpus_per_trial)
+def num_lanes(machine: Resources, options: SearchOptions) -> int:
+    """How many trials, or packs of them, the CPUs of one machine have room for."""
+    return int(machine.get("CPU", 0) // options.cpus_per_trial)
 
 
-def num_places(options: SearchOptions, in_packs: int = 0) -> int:
-    """How many trials can run side by side now; nodes may come and go.
+def num_places(machines: list[Resources], options: SearchOptions, in_packs: int = 0) -> int:
+    """How many trials can run side by side.
 
     ``in_packs`` are the places that packing processes have, where those compute.
     """
-    places = float(in_packs)
-    for node in ray.nodes() if not in_packs else []:
-        if node["Alive"]:
-            lanes, gpus = num_lanes(node["Resources"], options), node["Resources"].get("GPU", 0)
-            if options.gpus_per_trial:
-                places += int(min(lanes, gpus / options.gpus_per_trial))
-            else:
-                places += lanes
-    return max(1, min(int(places), options.max_concurrent or int(places)))
+    places = in_packs
+    for machine in machines if not in_packs else []:
+        lanes = num_lanes(machine, options)
+        if options.gpus_per_trial:
+            lanes = min(lanes, int(machine.get("GPU", 0) / options.gpus_per_trial))
+        places += lanes
+    return max(1, min(places, options.max_concurrent or places))
 
 
-def trial_resources(options: SearchOptions, in_packs: int = 0) -> dict[str, float]:
+def trial_resources(options: SearchOptions, in_packs: int = 0) -> Resources:
     """What Ray keeps free for each trial.
 
     Where packing processes compute, its share of the CPUs: they ask for the GPUs themselves, and
@@ -128,19 +135,17 @@ def trial_resources(options: SearchOptions, in_packs: int = 0) -> dict[str, floa
     """
     if not in_packs:
         return {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0}
-    cpus = sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    share = min(options.cpus_per_trial, cpus / in_packs)
+    share = min(options.cpus_per_trial, sum(node.get("CPU", 0) for node in nodes()) / in_packs)
     return {"cpu": max(0.01, int(share * 100) / 100)}  # Ray knows no less than 0.0001
 
 
-def check_resources(options: SearchOptions) -> None:
+def check_resources(machines: list[Resources], options: SearchOptions) -> None:
     """Without this, Ray would wait for resources that never come."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     asked = {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial or 0}
     for kind, amount in asked.items():
-        most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+        most = max((machine.get(kind, 0.0) for machine in machines), default=0.0)
         if amount > most:
             raise SearchError(
-                f"A trial asks for {amount:g} {kind}, but no machine of the cluster has more than "
-                f"{most:g}: lower --{kind.lower()}s-per-trial."
+                f"A trial asks for {amount:g} {kind}, but no machine has more than {most:g}: lower "
+                f"--{kind.lower()}s-per-trial."
             )

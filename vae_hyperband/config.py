@@ -165,7 +165,7 @@ class TrainConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where a run or a search computes, reads and writes. Nothing here changes its result."""
+    """Where a run or a search computes, reads and writes. It changes no more than last bits."""
 
     run: str = "vae"
     """Name of the run: its folder under checkpoints/ and logs/."""
@@ -195,7 +195,7 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Places):
-    """Where and how one run is computed. Nothing here changes its result."""
+    """Where and how one run is computed: device and threads change no more than last bits."""
 
     num_threads: int | None = None
     """CPU threads of the training process (default: PyTorch's own choice)."""
@@ -226,8 +226,8 @@ def check_run_name(name: str) -> None:
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=")
     require(
         0 < len(name) <= 100 and set(name) <= allowed and name[0] not in ".-",
-        f"--run is {name!r}, but must be a plain name: letters, digits and . _ - + = only, not "
-        "starting with a dot or a dash.",
+        f"The run is called {name!r}, but needs a plain name: letters, digits and . _ - + = only, "
+        "not starting with a dot or a dash.",
     )
 
 

@@ -2,17 +2,23 @@
 
 import json
 import math
+import os
+import shlex
 import time
+from typing import Any
 
 import torch
 
 from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.data import Split, as_trained, get_dataloader, load_split
-from vae_hyperband.keeping import newest_good
+from vae_hyperband.data import Split, get_dataloader, load_split
 from vae_hyperband.process import cpu_threads, pick_device
-from vae_hyperband.state import TrainState, new_state
+from vae_hyperband.state import TrainState, ckpt_to_resume, new_state
 from vae_hyperband.training import train_command, train_epoch
 
+#: Options of a place that the command has to repeat.
+PLACES = ("data_dir", "checkpoints_dir", "logs_dir", "device", "num_threads")
+
+NOTHING_WRITTEN = "Nothing was written."
 TRIAL_SECONDS = 2.0  # of training, on a model that is thrown away
 
 
@@ -20,19 +26,20 @@ def dry_run(config: TrainConfig, options: RunOptions) -> str:
     """The configuration, where it would be computed, and how long it would take, as text.
 
     Raises what :func:`~vae_hyperband.training.fit` would raise for the configuration, the device,
-    the data and damaged checkpoints.
+    the data, and a run of that name with other settings.
     """
     device = pick_device(options.device)
+    before = busy()
     with cpu_threads(options.num_threads):
-        train = as_trained(load_split("train", options.data_dir, config.dataset), config.to_dict())
+        train = load_split("train", options.data_dir, config.dataset)
         num_steps = config.epochs * math.ceil(len(train) / config.batch_size)
-        found = newest_good(options.ckpt_folder)
+        found, _ = ckpt_to_resume(config, options, train)
         done = found[1]["step"] if found else 0
-        seconds = _seconds_per_step(config, train, device)
+        seconds = seconds_per_step(config, train, device)
         left = max(num_steps - done, 0)
         lines = [
-            json.dumps(config.to_dict(), indent=2),
-            f"command      {train_command(config, options.run)}",
+            a_line_each(config.to_dict()),
+            f"command      {_command(config, options)}",
             f"device       {device}, {torch.get_num_threads()} CPU threads",
             f"data         {len(train):,} training images {train.image_shape}",
             f"checkpoints  {options.ckpt_folder}, logs {options.log_folder}",
@@ -40,12 +47,39 @@ def dry_run(config: TrainConfig, options: RunOptions) -> str:
             + (f", of which {done:,} are done: it would go on" if done else ""),
             f"training     about {left * seconds:,.0f} s, {config.batch_size / seconds:,.0f} "
             "images/s; validation and pictures on top",
-            "Nothing was written.",
+            *before,
+            NOTHING_WRITTEN,
         ]
     return "\n".join(lines)
 
 
-def _seconds_per_step(config: TrainConfig, train: Split, device: torch.device) -> float:
+def _command(config: TrainConfig, options: RunOptions) -> str:
+    """The command that trains this, in this place."""
+    words, usual = [train_command(config, options.run)], RunOptions()
+    for name in PLACES:
+        if (value := getattr(options, name)) != getattr(usual, name):
+            words += ["--" + name.replace("_", "-"), shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def busy() -> list[str]:
+    """What to do where other programs use this machine's cores, or nothing."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    if load < cores / 2:
+        return []
+    return [
+        f"note         the load of these {cores} cores was {load:.1f} over the last minute: beside "
+        "other programs, --num-threads 1 may be several times faster"
+    ]
+
+
+def a_line_each(settings: dict[str, Any]) -> str:
+    """JSON with one line for each setting."""
+    lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in settings.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def seconds_per_step(config: TrainConfig, train: Split, device: torch.device) -> float:
     """Of training, by trying it on a new model."""
     state = new_state(config, train.image_shape, len(train), device)
     loader = get_dataloader(train, config.batch_size, seed=config.seed, shuffle=True, device=device)

@@ -19,13 +19,14 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vae_hyperband.board import Board
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt
-from vae_hyperband.cluster import check_resources, ray_for, with_gpus
+from vae_hyperband.cluster import check_resources, nodes, ray_for, with_gpus
 from vae_hyperband.config import differences, read_json
 from vae_hyperband.data import Split, load_split
 from vae_hyperband.draws import draw, importance
@@ -35,11 +36,11 @@ from vae_hyperband.journal import Journal, read_events
 from vae_hyperband.process import only_writer, stop_flag
 from vae_hyperband.search_config import METRICS, SearchConfig, SearchOptions
 from vae_hyperband.storage import TrialStore, store_for
-from vae_hyperband.trials import RESULT, SearchResult, read_result, write_result
+from vae_hyperband.trials import ASKED, RESULT, SearchResult, read_result, write_result
 from vae_hyperband.tuning import run_trials
 from vae_hyperband.watching import Watch
 
-ASKED, DECISIONS = "search.json", "decisions.jsonl"
+DECISIONS = "decisions.jsonl"
 STOPPING = "stopping; what was done is kept"
 
 
@@ -63,7 +64,8 @@ def search(
     with only_writer(folder):
         if options.fresh:
             _move_aside(options)
-        store = store_for(options, _check_same_search(config, options))
+        found = search_there(config, options)
+        store = store_for(options, _begin(config, options) if found is None else found)
         if not (folder / RESULT).exists():
             store.check()
             with Journal(folder / DECISIONS) as journal:
@@ -104,20 +106,21 @@ def _move_aside(options: SearchOptions) -> None:
         best.ckpt_folder.rmdir()  # the lock made it
 
 
-def _check_same_search(config: SearchConfig, options: SearchOptions) -> str:
-    """Note what is searched in an empty folder, or refuse another search; the search's id."""
+def search_there(config: SearchConfig, options: SearchOptions) -> str | None:
+    """The id of the search in the folder, which the same command goes on with; None if there is
+    none. Changes nothing; raises :class:`SearchError` where the folder holds something else.
+    """
     folder = options.ckpt_folder
-    path, asked = folder / ASKED, json.loads(json.dumps(config.to_dict()))
-    asked["storage"] = options.storage
-    if path.exists() and (read_events(folder / DECISIONS) or (folder / RESULT).exists()):
-        there = read_json(path)
+    begun = (folder / RESULT).exists() or read_events(folder / DECISIONS)
+    if begun and (folder / ASKED).exists():
+        there = read_json(folder / ASKED)
         search_id = there.pop("id", "")
-        if changed := differences(there, asked):
+        if changed := differences(there, _asked(config, options)):
             raise SearchError(
                 f"{folder} holds a search with other settings ({'; '.join(changed)}): give the "
                 "same ones to go on, --fresh to start anew, or choose another --run."
             )
-        return search_id
+        return str(search_id)
     if (folder / LATEST).exists():
         raise SearchError(f"{folder} holds a training run: choose another --run for the search.")
     if any((folder / "trials").glob(f"*/{LATEST}")):  # what was trained is not for us to remove
@@ -125,11 +128,35 @@ def _check_same_search(config: SearchConfig, options: SearchOptions) -> str:
             f"{folder} holds trials, but not the log of their search, {DECISIONS}: bring it back, "
             "give --fresh to start anew, or choose another --run."
         )
+    return None
+
+
+def _asked(config: SearchConfig, options: SearchOptions) -> dict[str, Any]:
+    """What a search is known by, as its search.json holds it."""
+    return {**json.loads(json.dumps(config.to_dict())), "storage": options.storage}
+
+
+def _begin(config: SearchConfig, options: SearchOptions) -> str:
+    """Note what is searched in a folder without a search; the new search's id."""
+    folder = options.ckpt_folder
     shutil.rmtree(folder / "trials", ignore_errors=True)  # of one that was refused
     search_id = secrets.token_hex(4)
     store_for(options, search_id).check()  # a mistake about it must not be noted as what was asked
-    write_text(path, json.dumps({"id": search_id, **asked}, indent=2) + "\n")
+    asked = {"id": search_id, **_asked(config, options)}
+    write_text(folder / ASKED, json.dumps(asked, indent=2) + "\n")
     return search_id
+
+
+def load_splits(config: SearchConfig, options: SearchOptions) -> tuple[Split, Split]:
+    """The training and the validation split.
+
+    A user's mistake about them must be one sentence here, not one per trial.
+    """
+    train = load_split("train", options.data_dir, config.dataset)
+    held_out = load_split("validation", options.data_dir, config.dataset)
+    if max(config.batch_sizes) > len(train):
+        raise SearchError(f"--batch-sizes has more than the {len(train)} training images.")
+    return train, held_out
 
 
 def _check_same_data(journal: Journal, train: Split, held_out: Split) -> None:
@@ -152,11 +179,7 @@ def _train(
 ) -> None:
     """Start or join Ray and train until the board is finished, or a signal comes."""
     config = board.config
-    # a user's mistake about the data must be one sentence here, not one per trial
-    train = load_split("train", options.data_dir, config.dataset)
-    held_out = load_split("validation", options.data_dir, config.dataset)
-    if max(config.batch_sizes) > len(train):
-        raise SearchError(f"--batch-sizes has more than the {len(train)} training images.")
+    train, held_out = load_splits(config, options)
     _check_same_data(journal, train, held_out)
     print(
         f"{config.total_trials} trials of up to {config.max_epochs} epochs on {len(train):,} "
@@ -164,8 +187,8 @@ def _train(
         flush=True,
     )
     with ray_for(options):
-        options = with_gpus(options)
-        check_resources(options)
+        options = with_gpus(options, nodes())
+        check_resources(nodes(), options)
         check_shared(options, store)
         journal.append(
             "start",
@@ -180,15 +203,15 @@ def _train(
 
 def check_shared(options: SearchOptions, store: TrialStore) -> None:
     """Refuse a cluster some node of which cannot see the trials' folder."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 or store.is_url:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) == 1 or store.is_url:
         return
     token = Path(store.root) / f".seen-{secrets.token_hex(4)}"  # another folder has no such file
     make_folder(token.parent)
     token.touch()
     sees = ray.remote(num_cpus=0)(os.path.exists)
     try:
-        for node in nodes:
+        for node in alive:
             place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             if not ray.get(sees.options(scheduling_strategy=place).remote(str(token))):
                 raise SearchError(

@@ -16,6 +16,7 @@ from vae_hyperband.process import stop_flag
 from vae_hyperband.report import program, say_trained, stopped, summary_of
 from vae_hyperband.search import STOPPING, search
 from vae_hyperband.search_config import SearchConfig, SearchOptions
+from vae_hyperband.search_dry_run import search_dry_run
 from vae_hyperband.training import FitResult, fit
 from vae_hyperband.trials import SearchResult
 
@@ -34,11 +35,17 @@ class SearchArgs:
     where: tyro.conf.OmitArgPrefixes[SearchOptions]
     final_epochs: int = 0
     """Then train the best configuration for this many epochs, as run <run>-best; 0: do not."""
+    dry_run: bool = False
+    """Print the space, the first trials, where they would run and how long it would take; then
+    end."""
 
 
 def search_command(argv: list[str]) -> int:
     args = parse_options(SearchArgs, argv, "vae-hyperband search")
     require_number("final_epochs", args.final_epochs, 0)
+    if args.dry_run:
+        print(search_dry_run(args.space, args.where))
+        return 0
     with stop_flag(STOPPING) as should_stop:
         return _search_and_train(args, argv, should_stop)
 

@@ -117,6 +117,11 @@ def _data_facts(train: Split) -> dict[str, Any]:
     }
 
 
+def _named(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of the data, as a message says them."""
+    return {f"data's {name}": value for name, value in facts.items()}
+
+
 def first_state(
     config: TrainConfig,
     options: RunOptions,
@@ -129,11 +134,10 @@ def first_state(
 
     ``where`` is the environment that computes the run.
     """
-    found, given = _ckpt_to_resume(options)
+    found, given = ckpt_to_resume(config, options, train)
     if found is None:
         return new_state(config, train.image_shape, len(train), device)
     path, content = found
-    _check_same_run(config, content, train, path)
     state = _state_of(
         config, model_from_ckpt(content, path).to(device), math.ceil(len(train) / config.batch_size)
     )
@@ -141,11 +145,6 @@ def first_state(
     state.step, state.sums = content["step"], content["sums"].to(device)
     state.metrics = content["metrics"]
     state.resumed_from = content["digest"] if given else content["resumed_from"]
-    if state.step > state.num_steps:
-        raise ResumeError(
-            f"{path} was trained for {state.step / state.steps_per_epoch:.2f} epochs already, more "
-            f"than --epochs {config.epochs}: give more epochs, or choose another --run."
-        )
     if given:
         _bring_best_along(content, path, options.ckpt_folder)
     state.best = NO_BEST | restore(options.ckpt_folder, path, content)
@@ -165,8 +164,27 @@ def first_state(
     return state
 
 
-def _ckpt_to_resume(options: RunOptions) -> tuple[tuple[Path, dict[str, Any]] | None, bool]:
-    """The checkpoint to go on from, and whether it is the one given by --resume_ckpt."""
+def ckpt_to_resume(
+    config: TrainConfig, options: RunOptions, train: Split
+) -> tuple[tuple[Path, dict[str, Any]] | None, bool]:
+    """The checkpoint that a run has to go on from, and whether --resume_ckpt gave it.
+
+    Raises :class:`ResumeError` if it is of another run than this one, or of more epochs.
+    """
+    found, given = _ckpt_found(options)
+    if found:
+        path, content = found
+        _check_same_run(config, content, train, path)
+        epochs = content["step"] / math.ceil(len(train) / config.batch_size)
+        if epochs > config.epochs:
+            raise ResumeError(
+                f"{path} was trained for {epochs:.2f} epochs already, more than --epochs "
+                f"{config.epochs}: give more epochs, or choose another --run."
+            )
+    return found, given
+
+
+def _ckpt_found(options: RunOptions) -> tuple[tuple[Path, dict[str, Any]] | None, bool]:
     given = options.resume_ckpt
     asked = load_ckpt(given) if given else None
     found = newest_good(options.ckpt_folder)
@@ -188,8 +206,8 @@ def _ckpt_to_resume(options: RunOptions) -> tuple[tuple[Path, dict[str, Any]] | 
 def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, path: Path) -> None:
     # a checkpoint of an earlier version lacks the settings that came later: they had their defaults
     config_then = TrainConfig.from_dict(content["config"], str(path))
-    old = {**config_then.to_dict(), "data": content["data"]}
-    new = {**config.to_dict(), "data": _data_facts(train)}
+    old = {**config_then.to_dict(), **_named(content["data"])}
+    new = {**config.to_dict(), **_named(_data_facts(train))}
     for name in RESUME_MAY_CHANGE:
         old.pop(name), new.pop(name)
     if changed := differences(old, new):

@@ -88,4 +88,7 @@ def table(rows: list[Row]) -> str:
                 cell += f" +- {found['half_interval']:.{digits}f}"
             cells += f"{cell:>16}"
         lines.append(f"{config['latent_dim']:>6}{config['beta']:>7g}{len(group):>3}{cells}")
-    return "\n".join(lines)
+    about = "n: seeds; linear: accuracy of a linear probe on the latents"
+    if any("+-" in line for line in lines):
+        about += "; +-: half of the 95% interval over seeds"
+    return "\n".join([*lines, about])

@@ -20,6 +20,7 @@ import tyro
 from vae_hyperband.bounds import eval_epoch
 from vae_hyperband.checkpoint import load_ckpt, save_ckpt
 from vae_hyperband.ckpt_commands import evaluate_ckpt, sample
+from vae_hyperband.completion import completion
 from vae_hyperband.config import (
     Dataset,
     RunOptions,
@@ -125,6 +126,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "animate": animate,
     "study": study_command,
     "data": data,
+    "completion": lambda argv: completion(argv, COMMANDS),
 }
 
 USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
@@ -140,6 +142,7 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   animate   a moving picture: samples over training, or a walk through the latent space
   study     a grid of betas and latent sizes, trained and judged: the rate-distortion picture
   data      find or fetch Fashion-MNIST and check it
+  completion  print what a shell completes commands and options by
 
 "vae-hyperband COMMAND --help" explains each. Hyphens and underscores in options are the same.
 Exit status: 0 done, 2 a mistake in the command or its files, 3 training diverged or every trial of

@@ -34,7 +34,7 @@ from vae_hyperband.data import (
 from vae_hyperband.engines import Engine, graph_engine
 from vae_hyperband.errors import DeviceError, DivergedError, OutOfMemoryError, RunFolderError
 from vae_hyperband.keeping import Keeper
-from vae_hyperband.objective import held_out_weights, kl_per_dimension, knobs_at
+from vae_hyperband.objective import held_out_weights, knobs_at, nats_by_dimension
 from vae_hyperband.process import (
     cpu_threads,
     environment,
@@ -264,8 +264,8 @@ def _validate(state: TrainState, engine: Engine, loader: DataLoader, tracker: Tr
         random_samples=state.model.sample(64, generator(config.seed, "pictures")),
     )
     with torch.no_grad():
-        kl_NZ = kl_per_dimension(*state.model.encode(images_BCHW))
-    tracker.kl_per_dimension(state.step, kl_NZ.mean(dim=0))
+        nats_Z = nats_by_dimension(state.model, *state.model.encode(images_BCHW))
+    tracker.kl_per_dimension(state.step, nats_Z)
     return improved
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vae_hyperband.config import TrainConfig, read_json
+from vae_hyperband.errors import ConfigError
 from vae_hyperband.files import write_text
 from vae_hyperband.search_config import SearchConfig
 
-RESULT = "trials.json"
+ASKED, RESULT = "search.json", "trials.json"  # files of a search
 
 Row = dict[str, Any]  # of one validation: epoch, step, and losses in nats per image
 Outcome = Literal["finished", "stopped", "failed"]
@@ -102,10 +103,14 @@ def write_result(result: SearchResult) -> None:
 def read_result(folder: Path) -> SearchResult:
     """The result of a finished search. Raises :class:`ConfigError` if there is none."""
     content = read_json(folder / RESULT)
-    trials = [TrialRecord(**record) for record in content["trials"]]
-    return SearchResult(
-        SearchConfig(**content["search"]), trials, folder, content.get("importance")
-    )
+    try:
+        trials = [TrialRecord(**record) for record in content["trials"]]
+        config = SearchConfig(**content["search"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / RESULT} is damaged: it holds no result of a search."
+        ) from error
+    return SearchResult(config, trials, folder, content.get("importance"))
 
 
 def describe(drawn: dict[str, Any]) -> str:

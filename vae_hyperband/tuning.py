@@ -7,7 +7,6 @@ the trials that the board still wants trained.
 """
 
 import contextlib
-import functools
 import shutil
 import signal
 import time
@@ -22,7 +21,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from vae_hyperband.board import Board
-from vae_hyperband.cluster import num_places, trial_device, trial_resources
+from vae_hyperband.cluster import nodes, num_places, trial_device, trial_resources
 from vae_hyperband.data import Split
 from vae_hyperband.errors import RayBrokeError, VAEHyperbandError
 from vae_hyperband.packer import SharedSplit
@@ -149,7 +148,7 @@ class Draws(Searcher):
     ) -> None:
         super().__init__()
         self._board, self._asked_to_stop = board, asked_to_stop
-        self._num_places = functools.partial(num_places, options, in_packs)
+        self._num_places = lambda: num_places(nodes(), options, in_packs)
         self._given: dict[int, str] = {}  # number -> Ray's id
         halving = board.config.scheduler in ("asha", "hyperband")
         #: Whether trials give way to those behind; TPE draws late, having seen more by then.

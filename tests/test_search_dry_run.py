@@ -1,0 +1,129 @@
+"""What a search says beforehand is what it then does, and saying it changes nothing."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import written
+
+from vae_hyperband import train_vae
+from vae_hyperband.draws import draw_trials
+from vae_hyperband.search_config import SearchConfig
+from vae_hyperband.search_dry_run import expected_epochs
+from vae_hyperband.trials import describe, read_result
+
+
+@pytest.fixture
+def command(searched):
+    """The command of the search that is there, as a dry run."""
+    folder, _ = searched
+    asked = json.loads((folder / "checkpoints/s/search.json").read_text())
+    config = {name: value for name, value in asked.items() if name not in ("id", "storage")}
+    usual, argv = SearchConfig().to_dict(), ["search", "--run", "s", "--dry-run"]
+    for name, value in config.items():
+        if value != json.loads(json.dumps(usual[name])):
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return [*argv, "--data-dir", str(folder / "data"), "--device", "cpu"]
+
+
+def test_a_new_search_is_foretold_and_nothing_is_written(
+    command, tmp_path, searched, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert train_vae.main(command) == 0
+    said = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    there = json.loads(said[: said.index("}") + 1])
+    result = read_result(searched[0] / "checkpoints/s")
+    assert there == json.loads(json.dumps(result.config.to_dict()))
+    for trial in result.trials:  # which the real search drew
+        assert f"{trial.number:>3}        {describe(trial.drawn)}\n" in said
+    assert re.search(r"asha: about \d+ epochs of the 81 that", said)
+    assert re.search(r"cpu, \d+ trials side by side, CPU threads of each: 1\n", said)
+    assert re.search(r"training     about [\d,]+ s, [\d.]+ s an epoch", said)
+    assert "state" not in said
+
+
+def test_a_search_that_is_there_is_said_and_left_as_it_is(
+    command, searched, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(searched[0], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    before = written(tmp_path)
+    assert train_vae.main(command) == 0
+    said = capsys.readouterr().out
+    assert "state        finished: its result would be shown\n" in said
+    assert "training" not in said.partition("state")[2]
+    assert train_vae.main([*command, "--fresh"]) == 0
+    assert "state        what is in the folder would be moved aside\n" in capsys.readouterr().out
+    assert train_vae.main([*command, "--seed", "1"]) == 2
+    assert "other settings (seed: 0 -> 1)" in capsys.readouterr().err
+    assert written(tmp_path) == before
+
+    folder = tmp_path / "copy/checkpoints/s"
+    (folder / "trials.json").unlink()
+    lines = (folder / "decisions.jsonl").read_bytes().splitlines(keepends=True)
+    results = [i for i, line in enumerate(lines) if json.loads(line)["event"] == "result"]
+    (folder / "decisions.jsonl").write_bytes(b"".join(lines[: results[4] + 1]))
+    ended = sum(json.loads(line)["event"] == "end" for line in lines[: results[4] + 1])
+    before = written(tmp_path)
+    assert train_vae.main(command) == 0
+    said = capsys.readouterr().out
+    assert f"it would go on with {ended} trials ended and 5 epochs trained\n" in said
+    assert "training     about" in said
+    assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [
+        ({"scheduler": "none", "num_trials": 5, "max_epochs": 4}, 20),
+        # nine trials to epoch 1, three on to 3, one on to 9
+        ({"scheduler": "hyperband", "num_trials": 9, "max_epochs": 9}, 9 + 3 * 2 + 6),
+    ],
+)
+def test_expected_epochs_of_what_can_be_counted_by_hand(settings, epochs):
+    assert expected_epochs(SearchConfig(**settings), seed=0) == epochs
+
+
+def test_expected_epochs_of_asha_depend_on_the_order_and_lie_between_its_limits():
+    config = SearchConfig(scheduler="asha", num_trials=9, max_epochs=9)
+    found = {expected_epochs(config, seed) for seed in range(20)}
+    assert len(found) > 1
+    assert min(found) >= 9 + 8  # the first trial goes on to the end, the others to epoch 1
+    assert max(found) < 9 * 9
+    assert expected_epochs(config, 3) == expected_epochs(config, 3)
+
+
+def test_tpe_does_not_foretell_what_it_has_yet_to_learn(tmp_path, small_data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["search", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
+    argv += ["--batch-sizes", "32", "--algorithm", "tpe", "--num-trials", "9", "--device", "cpu"]
+    assert train_vae.main(argv) == 0
+    said = capsys.readouterr().out
+    drawn = draw_trials(SearchConfig(batch_sizes=(32,), num_trials=9))
+    assert [describe(trial) in said for trial in drawn] == [True] * 4 + [False] * 5
+    assert "  ...\n" in said
+
+
+def test_what_a_refused_search_left_is_no_search(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints/s").mkdir(parents=True)
+    (tmp_path / "checkpoints/s/search.json").write_text("{}")
+    assert train_vae.main(command) == 0
+    assert "state" not in capsys.readouterr().out
+
+
+def test_a_dry_run_refuses_what_the_search_would(tmp_path, small_data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["search", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
+    for wrong, message in (
+        (["--batch-sizes", "32", "--cpus-per-trial", "1000"], "asks for 1000 CPU"),
+        (["--batch-sizes", "64", "1000"], "more than the 300 training images"),
+        (["--data-dir", str(tmp_path / "none")], "none"),
+    ):
+        assert train_vae.main([*argv, "--device", "cpu", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
