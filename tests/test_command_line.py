@@ -131,7 +131,7 @@ def test_a_label_that_is_none_or_several_is_refused(asked):
 
 def test_labels_without_names_are_numbers():
     assert label_number("10", ()) == 10
-    with pytest.raises(ConfigError, match="must be one of a number"):
+    with pytest.raises(ConfigError, match="must be a number"):
         label_number("hat", ())
 
 
@@ -192,8 +192,8 @@ MISTAKES = {
     "negative seed": ("train --seed -1", "--seed is -1"),
     "no threads": ("train --num-threads 0", "--num-threads is 0"),
     "unknown schedule": ("train --schedule cosine", "cosine"),
-    "run outside its folder": ("train --run ../x", "must be a plain name"),
-    "absolute run": ("train --run /tmp/x", "must be a plain name"),
+    "run outside its folder": ("train --run ../x", "needs a plain name"),
+    "absolute run": ("train --run /tmp/x", "needs a plain name"),
     "empty data folder": ("train --data-dir {tmp}", "No file train-images-idx3-ubyte"),
     "custom without folder": ("train --dataset custom", "needs --data-dir: the folder"),
     "other data": ("train --data-dir {data}", "is not Fashion-MNIST's train-images"),
@@ -231,7 +231,7 @@ MISTAKES = {
     "evaluate an unknown part": ("evaluate {ckpt} --parts fid", "fid"),
     "evaluate few images": ("evaluate {ckpt} --num-generated 2", "--num-generated is 2"),
     "study of no epochs": ("study --epochs 0", "--epochs is 0"),
-    "study of a wrong run": ("study --run a/b", "--run is 'a/b'"),
+    "study of a wrong run": ("study --run a/b", "called 'a/b'"),
     "train two schedules": ("train --kl-cycles 2 --kl-warmup-epochs 1", "give one"),
     "search of nothing": ("search --num-trials 0", "--num-trials is 0"),
     "search on an unknown device": ("search --device tpu9", "must be auto, cpu or cuda"),
@@ -363,6 +363,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     argv[argv.index("--epochs") + 1] = "3"
     assert train_vae.main([*argv, "--dry-run"]) == 0
     assert "steps        30, of which 20 are done: it would go on" in capsys.readouterr().out
+    assert train_vae.main([*argv, "--latent-dim", "4", "--dry-run"]) == 2
+    assert "other settings (latent_dim: 32 -> 4)" in capsys.readouterr().err
     assert written(tmp_path) == before
 
 

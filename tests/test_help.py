@@ -64,14 +64,5 @@ def test_no_colours_where_nobody_sees_them_or_nobody_wants_them():
     assert b"\x1b" not in said
 
 
-def test_the_shell_completes_options():
-    """As the FAQ says: the scripts for bash and zsh come out of the command itself."""
-    words = [sys.executable, "-m", "vae_hyperband.train_vae", "train"]
-    done = subprocess.run(
-        [*words, "--tyro-print-completion", "bash"], capture_output=True, text=True, check=True
-    )
-    assert "--latent-dim" in done.stdout
-
-
 if __name__ == "__main__":
     PATH.write_text(golden())
