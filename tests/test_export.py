@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from vae_hyperband.checkpoint import load_ckpt, load_model
+from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.errors import CheckpointError
 from vae_hyperband.likelihoods import pixel_means
 from vae_hyperband.model import initialized_vae
@@ -202,6 +203,17 @@ def _flip_a_bit(folder):
     path.write_bytes(content)
 
 
+def _edit_model(folder, **changes):
+    there = json.loads((folder / "config.json").read_text())["model"]
+    _edit(folder, model=there | changes)
+
+
+def _convert(folder):
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: x.bfloat16() for name, x in tensors.items()}, path)
+
+
 def _edit(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -223,6 +235,20 @@ DAMAGES = {
     ),
     "no description": (lambda folder: _edit(folder, model={"size": 5}), "describes no model"),
     "impossible": (lambda folder: _edit(folder, model={"latent_dim": 0}), "describes no model"),
+    "another likelihood": (
+        lambda folder: _edit_model(folder, likelihood="continuous-bernoulli"),
+        "is damaged",
+    ),
+    "no likelihood": (lambda folder: _edit_model(folder, likelihood="none"), "describes no model"),
+    "a list of them": (lambda folder: _edit_model(folder, likelihood=[]), "describes no model"),
+    "fewer than none": (lambda folder: _edit_model(folder, pseudo_inputs=-1), "describes no model"),
+    "too many": (lambda folder: _edit_model(folder, pseudo_inputs=10**18), "describes no model"),
+    "far too many": (lambda folder: _edit_model(folder, channels=10**30), "describes no model"),
+    "deep": (
+        lambda folder: (folder / "config.json").write_text("[" * 10**6),
+        "no model that can",
+    ),
+    "of other numbers": (lambda folder: _convert(folder), "bfloat16, but a model of ours"),
     "of tomorrow": (lambda folder: _edit(folder, version=2), "newer vae-hyperband"),
 }
 
@@ -239,3 +265,70 @@ def test_other_libraries_read_the_weights_without_us(ckpt, hub):
     tensors = safetensors.torch.load_file(hub / "model.safetensors")
     weight = load_ckpt(ckpt)["model"]["encoder.conv1.weight"]
     assert torch.equal(tensors["encoder.conv1.weight"], weight)
+
+
+def test_weights_between_validations_are_not_given_another_one_s_losses(ckpt, tmp_path, small_data):
+    """A checkpoint's metrics are of the last validation, its weights may be later."""
+    content = load_ckpt(ckpt)
+    content.pop("digest")
+    bound = f"{content['metrics']['bound']:.2f}"
+    card = "README.md"
+    for name, step in (("of them", content["step"]), ("earlier", content["step"] + 3)):
+        content["step"] = step
+        save_ckpt(tmp_path / f"{name}.pt", content)
+        argv = ["export", str(tmp_path / f"{name}.pt"), "--out", str(tmp_path / name)]
+        assert main([*argv, "--format", "safetensors"]) == 0
+        assert main([*argv, "--format", "web", "--data-dir", str(small_data)]) == 0
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        page = (tmp_path / name / "index.html").read_text()
+        assert (bound in (tmp_path / name / card).read_text()) == (name == "of them")
+        assert bool(config["validation"]) == (name == "of them")
+        assert ("validation bound" in page) == (name == "of them")
+
+
+@pytest.mark.parametrize("form", ["onnx", "safetensors"])
+def test_a_disk_that_fills_up_leaves_the_older_export_whole(ckpt, tmp_path, form, capsys):
+    """The files of a model are of one model: all are on disk before any takes its name."""
+    out = tmp_path / "out"
+    argv = ["export", "--format", form, "--out", str(out)]
+    assert main([*argv, str(ckpt)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    content = load_ckpt(ckpt)
+    content.pop("digest")
+    content["model"] = {name: 1.01 * x for name, x in content["model"].items()}
+    save_ckpt(tmp_path / "other.pt", content)
+    largest = max(map(len, before.values()))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))  # Python ignores SIGXFSZ
+    try:
+        assert main([*argv, str(tmp_path / "other.pt")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+    assert "cannot be written: File too large" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main([*argv, str(tmp_path / "other.pt")]) == 0
+    assert all(path.read_bytes() != before[path.name] for path in out.iterdir())
+
+
+def test_an_encoder_never_stands_beside_a_decoder_of_another_model(ckpt, tmp_path, capsys):
+    argv = ["export", str(ckpt), "--format", "onnx", "--out", str(tmp_path)]
+    (tmp_path / "decoder.onnx").mkdir()
+    (tmp_path / "encoder.onnx").write_text("older")
+    assert main(argv) == 2
+    assert "decoder.onnx cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "encoder.onnx").read_text() == "older"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_where_a_file_is_wanted_is_one_sentence(ckpt, tmp_path, small_data, capsys):
+    for form, name in (
+        ("web", "index.html"),
+        ("onnx", "encoder.onnx"),
+        ("safetensors", "README.md"),
+    ):
+        (tmp_path / form / name).mkdir(parents=True)
+        argv = ["export", str(ckpt), "--format", form, "--out", str(tmp_path / form)]
+        assert main([*argv, "--data-dir", str(small_data)]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) <= 2  # ONNX says first how far its numbers are apart
+        assert name in error

@@ -85,7 +85,9 @@ def test_initial_weights_spread_as_pytorch_s_own():
             assert a.std().item() == pytest.approx(b.std().item(), rel=0.1), name
 
 
-@pytest.mark.parametrize("wrong", [{"latent_dim": 0}, {"image_size": 30}, {"channels": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"latent_dim": 0}, {"image_size": 30}, {"channels": 0}, {"pseudo_inputs": -1}]
+)
 def test_impossible_networks_are_refused(wrong):
     with pytest.raises(ConfigError, match="cannot be built"):
         VAE(**wrong)

@@ -21,11 +21,13 @@ from vae_hyperband.randomness import generator
 from vae_hyperband.tracking import COLUMNS, MARGIN, image_grid
 
 FORMATS = {".gif": "GIF", ".webp": "WEBP"}
+MOST_FRAMES = 100  # of a training; more would take much memory
+BAR = 6  # height in pixels of the bar below samples over training
 SCALE = 3  # screen pixels per pixel
 
 
-def logged_pictures(log_folder: Path, tag: str) -> dict[int, Image.Image]:
-    """The pictures of a run's event files under a tag ("images/random_samples"), by their step.
+def logged_pictures(log_folder: Path, tag: str) -> dict[int, bytes]:
+    """The PNGs of a run's event files under a tag ("images/random_samples"), by their step.
 
     A run that went on from a checkpoint has logged some steps twice: the last one counts.
     """
@@ -38,25 +40,46 @@ def logged_pictures(log_folder: Path, tag: str) -> dict[int, Image.Image]:
             for value in event.summary.value:
                 if value.tag == tag:
                     found[event.step] = value.image.encoded_image_string
-    return {step: Image.open(io.BytesIO(png)).convert("RGB") for step, png in found.items()}
+    return found
 
 
-def logged_samples(log_folder: Path) -> dict[int, Image.Image]:
-    """What a run's samples of the same noise looked like after each validation, by its step."""
-    pictures = logged_pictures(log_folder, "images/random_samples")
-    return {step: _on_paper(picture) for step, picture in pictures.items()}
+def logged_samples(log_folder: Path, most: int) -> dict[int, Image.Image]:
+    """What a run's samples of the same noise looked like after validations, by their step.
+
+    The first one, the last one, and others evenly between them: at least two, where there are.
+    """
+    pngs = logged_pictures(log_folder, "images/random_samples")
+    steps = sorted(pngs)
+    most = min(most, len(steps))
+    shown = sorted({round(i * (len(steps) - 1) / max(most - 1, 1)) for i in range(most)})
+    return {steps[i]: _on_paper(_opened(pngs[steps[i]])) for i in shown}
+
+
+def _opened(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def over_training(log_folder: Path, path: Path) -> Path:
-    """Samples of the same noise after each validation; the last ones stay for two seconds."""
-    pictures = logged_samples(log_folder)
+    """Samples of the same noise over the validations; the last ones stay for two seconds."""
+    pictures = logged_samples(log_folder, MOST_FRAMES)
     if len(pictures) < 2:
         raise ConfigError(
             f"{log_folder} has {len(pictures)} pictures of samples: at least two validations with "
             "TensorBoard's files are needed."
         )
-    frames = [pictures[step] for step in sorted(pictures)]
+    last = max(pictures)
+    frames = [_with_progress(picture, step / last) for step, picture in pictures.items()]
     return _save(frames, [300] * (len(frames) - 1) + [2000], path)
+
+
+def _with_progress(picture: Image.Image, share: float) -> Image.Image:
+    """The picture over a bar that says how much of the training is done."""
+    frame = Image.new("RGB", (picture.width, picture.height + BAR), "white")
+    frame.paste(picture)
+    right = MARGIN + round(share * (picture.width - 2 * MARGIN))
+    box = (MARGIN, picture.height, right, picture.height + BAR - MARGIN - 1)
+    ImageDraw.Draw(frame).rectangle(box, "#0072B2")
+    return frame
 
 
 def latent_walk(

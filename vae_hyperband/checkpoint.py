@@ -8,6 +8,7 @@ shape, value and byte is checked before anything is used.
 import hashlib
 import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def load_pt(path: Path, kind: str, keys: Keys) -> dict[str, Any]:
     """The verified content of a file of :func:`save_pt`, of any version of its format."""
     what = kind.removeprefix("vae-hyperband ")
     if not path.is_file():
-        raise CheckpointError(f"No {what} at {path}: give the path of a .pt file of a run.")
+        raise CheckpointError(f"No {what} at {path}: give a .pt file, as checkpoints/NAME/best.pt.")
     try:
         data = path.read_bytes()
     except OSError as error:  # which says nothing of what the file holds
@@ -189,8 +190,11 @@ def load_shared(folder: Path) -> VAE:
     path = folder / SHARED_WEIGHTS
     try:
         config = json.loads((folder / SHARED_CONFIG).read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load(path.read_bytes())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        content = path.read_bytes()
+        tensors = safetensors.torch.load(content)
+        (length,) = struct.unpack_from("<Q", content)
+        about = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{folder} holds no model that can be read ({error}): give a folder that "
             "vae-hyperband export --format safetensors wrote, or a .pt file."
@@ -202,10 +206,13 @@ def load_shared(folder: Path) -> VAE:
             f"{folder} has format version {config.get('version')}, but this program reads 1: use a "
             "newer vae-hyperband."
         )
+    if other := {str(x.dtype) for x in tensors.values() if x.dtype != torch.float32}:
+        raise CheckpointError(f"{path} holds {', '.join(other)}, but a model of ours is float32.")
     try:
         model = _model(config["model"], tensors, path)
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / SHARED_CONFIG} describes no model: {error}.") from error
-    if tree_digest(dict(model.state_dict())) != config.get("weights"):
+    except (KeyError, TypeError, RuntimeError, OverflowError, ConfigError) as error:
+        raise CheckpointError(f"{folder / SHARED_CONFIG} describes no model: {error}") from error
+    described = json.dumps(config["model"]) == about.get("model")
+    if not described or tree_digest(dict(model.state_dict())) != config.get("weights"):
         raise CheckpointError(f"{path} is damaged: {SHARED_CONFIG} is of other weights.")
     return model

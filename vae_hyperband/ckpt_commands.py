@@ -125,7 +125,8 @@ def label_number(label: str, names: Sequence[str]) -> int | None:
     found = exact or [i for i, name in enumerate(names) if asked in name.lower().replace("-", " ")]
     if len(found) != 1:
         raise ConfigError(
-            f"--label is {label!r}, but must be one of {', '.join(names) or 'a number'}."
+            f"--label is {label!r}, but must be "
+            + (f"one of {', '.join(names)}." if names else "a number, for this data.")
         )
     return found[0]
 

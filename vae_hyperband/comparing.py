@@ -5,13 +5,15 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from vae_hyperband.checkpoint import BEST, load_ckpt
+from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.config import Places
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.tracking import read_rows
+from vae_hyperband.trained import LOSSES, best_ckpt, own_losses
 
-#: Rows of the table, as they are called in a checkpoint's metrics; nats per image.
-LOSSES = {"bound": "bound (beta = 1)", "recon_loss": "reconstruction", "KL_divergence": "KL"}
+#: Runs that differ in one of these are judged by different yardsticks.
+YARDSTICKS = ("likelihood", "binarize", "dataset", "data")
+NOTE = "validation split, nats per image"
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,19 @@ class Run:
 def read_run(name: str, places: Places) -> Run:
     """Raises :class:`CheckpointError` if there is no best checkpoint of that name."""
     place = dataclasses.replace(places, run=name)
-    content = load_ckpt(place.ckpt_folder / BEST)
-    speeds = [row["images_per_second"] for row in read_rows(place.log_folder / "timing.jsonl")]
+    content = load_ckpt(best_ckpt(place))
+    speeds = [
+        row["images_per_second"]
+        for row in read_rows(place.log_folder / "timing.jsonl", ("images_per_second",))
+    ]
     return Run(
         name,
         content["config"],
         content["data"]["digest"],
         content["weights"],
         content["epoch"],
-        {loss: content["metrics"][loss] for loss in LOSSES},
-        read_rows(place.log_folder / "metrics.jsonl"),
+        {loss: own_losses(content)[loss] for loss in LOSSES},
+        read_rows(place.log_folder / "metrics.jsonl", ("split", *LOSSES)),
         statistics.median(speeds) if speeds else None,
     )
 
@@ -55,10 +60,19 @@ def differing(runs: list[Run]) -> dict[str, list[Any]]:
     }
 
 
+def incomparable(runs: list[Run]) -> str:
+    """Why the bounds of these runs say nothing about each other, or nothing."""
+    names = [name for name in differing(runs) if name in YARDSTICKS]
+    if not names:
+        return ""
+    return f"The runs differ in {', '.join(names)}: their losses cannot be compared."
+
+
 def as_data(runs: list[Run]) -> dict[str, Any]:
     """The comparison as plain data for JSON."""
     return {
         "differs": differing(runs),
+        "incomparable": incomparable(runs),
         "runs": [
             {key: value for key, value in dataclasses.asdict(run).items() if key != "rows"}
             for run in runs
@@ -67,7 +81,7 @@ def as_data(runs: list[Run]) -> dict[str, Any]:
 
 
 def table(runs: list[Run]) -> str:
-    """The comparison as lines of text; the lowest bound has a star."""
+    """The comparison as lines of text; the lowest bound has a star, if they can be compared."""
     if len({run.name for run in runs}) < max(len(runs), 2):
         raise ConfigError("compare takes two or more different runs.")
     rows: list[list[str]] = [["", *(run.name for run in runs)]]
@@ -76,16 +90,18 @@ def table(runs: list[Run]) -> str:
         rows.append([name, *("-" if value is None else _short(value) for value in values)])
     if not differs:
         rows.append(["(the same configuration and data)", *("" for _ in runs)])
+    why = incomparable(runs)
     rows.append(["best epoch", *(str(run.epoch) for run in runs)])
     for loss, title in LOSSES.items():
         best = min(run.losses[loss] for run in runs)
         # the parts have no best value: less KL is more reconstruction
-        star = "*" if loss == "bound" else ""
+        star = "*" if loss == "bound" and not why else ""
         cells = [f"{run.losses[loss]:.2f}{star * (run.losses[loss] == best)}" for run in runs]
         rows.append([title, *cells])
     speeds = [f"{run.images_per_second:,.0f}" if run.images_per_second else "-" for run in runs]
     rows.append(["images/s (median)", *speeds])
-    return "\n".join([_lines(rows), "", "* lowest; validation split, nats per image"])
+    notes = [NOTE, why] if why else [f"* lowest; {NOTE}"]
+    return "\n".join([_lines(rows), "", *notes])
 
 
 def _short(value: Any) -> str:

@@ -161,7 +161,7 @@ def load_split(
     if height != width or height % 4:
         raise DataError(
             f"{images_name} holds {height}x{width} images, but the network takes square ones with "
-            "a side that is a multiple of 4."
+            "a side that is a multiple of 4: pad or resize them."
         )
     part_of_file = slice(None)
     if split != "test":
@@ -202,7 +202,9 @@ def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Te
     if wrong:
         raise wrong[0]
     places = " or ".join(str(folder) for folder in folders)
-    hint = "check --data-dir" if data_dir else 'run "make data" (vae-hyperband data) to get it'
+    hint = 'run "make data" (vae-hyperband data) to get it'
+    if data_dir:
+        hint = "--data-dir takes a folder of IDX files"
     raise DataError(f"No file {name} or {name}.gz in {places}: {hint}.")
 
 

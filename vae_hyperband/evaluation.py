@@ -16,11 +16,12 @@ from typing import Any
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.config import TrainConfig, read_json
 from vae_hyperband.data import Split, SplitName, load_split
-from vae_hyperband.errors import CheckpointError, ConfigError
+from vae_hyperband.errors import ConfigError
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.files import write_text
 from vae_hyperband.measuring import Subject, generated_images, latent_space, likelihood
 from vae_hyperband.process import environment, pick_device
+from vae_hyperband.trained import split_of
 
 #: Of the report's layout and protocols.
 REPORT_VERSION = 5
@@ -36,7 +37,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The parts of :class:`EvaluateOptions` on a split, as plain data for JSON.
 
-    ``say`` is told what is being done. Raises the errors of :func:`load_ckpt`, :func:`load_split`
+    ``say`` is told what is being done. Raises the errors of :func:`load_ckpt`, :func:`split_of`
     and, for a sampler, :func:`get_sampler`.
     """
     options = options or EvaluateOptions()
@@ -51,7 +52,7 @@ def evaluate(
     model = model_from_ckpt(content, ckpt).to(target).eval()
 
     def load(name: SplitName) -> Split:
-        return _fitting_split(ckpt, content, name, data_dir, config)
+        return split_of(content, ckpt, name, data_dir)
 
     subject = Subject(model, ckpt, config, load("train"), split, load(split), target)
     report: dict[str, Any] = {
@@ -76,19 +77,6 @@ def evaluate(
     if "images" in options.parts:
         report["images"] = generated_images(subject, options, say)
     return report
-
-
-def _fitting_split(
-    ckpt: Path, content: dict[str, Any], name: SplitName, data_dir: Path | None, config: TrainConfig
-) -> Split:
-    split = load_split(name, data_dir, config.dataset)
-    trained_on = tuple(content["data"]["image_shape"])
-    if split.image_shape != trained_on:
-        raise CheckpointError(
-            f"{ckpt} was trained on images of shape {trained_on}, but the {name} split has "
-            f"{split.image_shape}: give the --data-dir it was trained on."
-        )
-    return split
 
 
 def evaluate_once(

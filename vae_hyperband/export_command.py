@@ -14,14 +14,15 @@ from vae_hyperband.bounds import eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.config import read_json, require_number
 from vae_hyperband.data import Split, as_trained, load_split
-from vae_hyperband.errors import CheckpointError, ConfigError
-from vae_hyperband.files import make_folder, write_bytes, write_text
+from vae_hyperband.errors import ConfigError
+from vae_hyperband.files import check_place, make_folder, write_text, write_together
 from vae_hyperband.latents import encode_split
 from vae_hyperband.model import VAE
 from vae_hyperband.options import parse_options
 from vae_hyperband.report import LABEL_NAMES, say
 from vae_hyperband.samplers import Mixture, SamplerConfig, get_sampler
 from vae_hyperband.sharing import DATA_NAMES, write_shared
+from vae_hyperband.trained import own_losses, split_of
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def _onnx(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
     apart = largest_difference(model, graphs["encoder.onnx"], graphs["decoder.onnx"])
     say(f"ONNX Runtime and PyTorch differ by at most {apart:.1e}")
     make_folder(args.out)
-    for name, graph in graphs.items():
-        write_bytes(args.out / name, graph)
+    write_together({args.out / name: graph for name, graph in graphs.items()})
     return [args.out / name for name in graphs]
 
 
@@ -99,13 +99,10 @@ def _web(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
         from vae_hyperband.explorer import page
     config = content["config"]
     model = model_from_ckpt(content, args.ckpt).eval()
-    split = _first(load_split(args.split, args.data_dir, config["dataset"]), args.num_images)
-    if split.image_shape != tuple(content["data"]["image_shape"]):
-        raise CheckpointError(
-            f"{args.ckpt} was trained on images of another size than the {args.split} split has: "
-            "give the --data-dir it was trained on."
-        )
+    split = _first(split_of(content, args.ckpt, args.split, args.data_dir), args.num_images)
     split = as_trained(split, config)
+    out = args.out / "index.html"
+    check_place(out)  # a mistake before the work
     posteriors = encode_split(model, eval_dataloader(split))
     html = page(
         model,
@@ -116,9 +113,8 @@ def _web(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
         _shown(content, model),
         _mixture(args, config["dataset"]),
     )
-    make_folder(args.out)
-    write_text(args.out / "index.html", html)
-    return [args.out / "index.html"]
+    write_text(out, html)
+    return [out]
 
 
 def _first(split: Split, num: int) -> Split:
@@ -133,8 +129,8 @@ def _shown(content: dict[str, Any], model: VAE) -> dict[str, str]:
         "beta": f"{content['config']['beta']:g}",
         "epochs": str(content["epoch"]),
     }
-    if content["metrics"]:
-        shown["validation bound"] = f"{content['metrics']['bound']:.1f} nats/image"
+    if losses := own_losses(content):
+        shown["validation bound"] = f"{losses['bound']:.1f} nats/image"
     return shown | {"weights": content["weights"][:12]}
 
 

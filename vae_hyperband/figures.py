@@ -1,6 +1,7 @@
 """Every picture of a run. Colours are Okabe & Ito's, which the colour-blind can tell apart."""
 
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -11,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vae_hyperband.errors import RunFolderError
-from vae_hyperband.files import make_folder
+from vae_hyperband.files import make_folder, write_bytes
+from vae_hyperband.latents import encode_images
 from vae_hyperband.model import VAE
-from vae_hyperband.objective import kl_per_dimension
+from vae_hyperband.objective import aggregate, nats_by_dimension
 from vae_hyperband.randomness import generator
 from vae_hyperband.tracking import image_grid, read_rows
 
@@ -53,18 +54,17 @@ def styled(draw: Callable[P, Path]) -> Callable[P, Path]:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    make_folder(path.parent)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+    make_folder(path.resolve().parent)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:])
+    write_bytes(path.resolve(), drawn.getvalue())
     return path
 
 
 @styled
 def curves(log_folder: Path, path: Path) -> Path:
     """Training and validation losses of a run, from its metrics.jsonl."""
-    rows = read_rows(log_folder / "metrics.jsonl")
+    rows = read_rows(log_folder / "metrics.jsonl", ("split", *LOSSES))
     figure = Figure(figsize=(10, 3))
     axes = figure.subplots(1, 3)
     for axis, (name, title) in zip(axes, LOSSES.items(), strict=True):
@@ -73,11 +73,13 @@ def curves(log_folder: Path, path: Path) -> Path:
             if points:
                 marker = "o" if split == "validation" else None
                 axis.plot(*zip(*points, strict=True), color=color, label=split, marker=marker, ms=3)
-        held_out = [row[name] for row in rows if row["split"] == "validation"]
-        if held_out:  # the first steps are many times higher and would hide all the rest
-            low, high = min(held_out), max(held_out)
+        first = min((row["step"] for row in rows if row["split"] == "validation"), default=0)
+        # what comes before is many times higher and would hide all the rest
+        shown = [row[name] for row in rows if row["step"] >= first]
+        if shown:
+            low, high = min(shown), max(shown)
             room = max(high - low, 0.5)
-            axis.set_ylim(low - 0.4 * room, high + 0.6 * room)
+            axis.set_ylim(low - 0.1 * room, high + 0.3 * room)
         axis.set(xlabel="step", ylabel="nats/image", title=title)
     axes[0].legend()
     return save_figure(figure, path)
@@ -149,21 +151,29 @@ def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Pat
 @styled
 @torch.no_grad()
 def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) -> Path:
-    """One image's latent, one dimension at a time from -3 to 3; the most used dimensions first."""
-    device = next(model.parameters()).device
-    kl_Z = kl_per_dimension(*model.encode(images_NCHW.to(device))).mean(dim=0).cpu()
-    dims = kl_Z.argsort(descending=True)[:num_dims].tolist()
+    """The first image's latent, one dimension at a time over the range that the images have.
+
+    That is three standard deviations of their z to each side of its mean, which for a dimension
+    that the standard normal prior fits is -3 to 3. The most used dimensions come first.
+    """
+    posteriors = encode_images(model, images_NCHW)
+    nats_Z = nats_by_dimension(model, *posteriors)
+    dims = nats_Z.argsort(descending=True)[:num_dims].tolist()
+    mean_Z, variance_Z = aggregate(*posteriors)
     steps = torch.linspace(-3, 3, 11)
-    mu_1Z, _ = model.encode(images_NCHW[:1].to(device))
+    device = next(model.parameters()).device
     figure = Figure(figsize=(8, 0.62 * len(dims) + 0.6))
     axes = figure.subplots()
-    z_BZ = mu_1Z.repeat(len(dims) * len(steps), 1)
+    z_BZ = posteriors.mu_NZ[:1].repeat(len(dims) * len(steps), 1)
     for row, dim in enumerate(dims):
-        z_BZ[row * len(steps) : (row + 1) * len(steps), dim] = steps.to(device)
-    _show(axes, model.decode_images(z_BZ).cpu(), columns=len(steps))
+        values = mean_Z[dim] + steps * variance_Z[dim].sqrt()
+        z_BZ[row * len(steps) : (row + 1) * len(steps), dim] = values
+    _show(axes, model.decode_images(z_BZ.to(device)).cpu(), columns=len(steps))
     pitch = images_NCHW.shape[-1] + 2
     for row, dim in enumerate(dims):
-        label = f"z[{dim}]  {kl_Z[dim]:.2f} nats"
+        label = f"z[{dim}]  {nats_Z[dim]:.2f} nats"
         axes.text(-4, row * pitch + pitch / 2, label, ha="right", va="center")
-    axes.set_title("from -3 (left) to +3 (right), other dimensions at the image's mean")
+    axes.set_title(
+        "one z[i] over its mean +- 3 standard deviations, the others as the image has them"
+    )
     return save_figure(figure, path)

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from vae_hyperband.errors import RunFolderError
@@ -69,31 +70,61 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     Raises :class:`RunFolderError` if it cannot be written; the old file is then intact.
     """
+    write_together({path: content})
+
+
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Replace files that belong together: all are on disk before the first one gets its name.
+
+    The first one of the dictionary is the last one to be replaced. Raises :class:`RunFolderError`
+    as :func:`write_bytes` does.
+    """
+    with contextlib.ExitStack() as files:
+        for path, content in contents.items():
+            try:
+                temporary = files.enter_context(_saying_which(path))
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if Path(temporary).read_bytes() != content:
+                    raise OSError(errno.EIO, "what was read back is not what was written")
+            except OSError as error:
+                raise _unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def _saying_which(path: Path) -> Iterator[str]:
     try:
         with replacing(path) as temporary:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if Path(temporary).read_bytes() != content:
-                raise OSError(errno.EIO, "what was read back is not what was written")
+            yield temporary
     except OSError as error:
-        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{path} cannot be written: {error.strerror}.")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file atomically and durably, or raise :class:`RunFolderError`."""
     if path.exists() and not path.is_file():  # /dev/stdout and its like are not for replacing
-        with path.open("w", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with path.open("w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise _unwritable(path, error) from error
     else:
         write_bytes(path.resolve(), text.encode())
 
 
 def check_place(path: Path) -> None:
-    """Raise :class:`RunFolderError` if no file could be written there."""
+    """Make the folder of a file; raise :class:`RunFolderError` if it could not be written there."""
     if path.is_dir():
         raise RunFolderError(f"{path} is a folder: give the name of a file.")
+    if path.exists() and not path.is_file():
+        return  # /dev/stdout and its like
+    make_folder(path.resolve().parent)
     try:
         with tempfile.TemporaryFile(dir=path.resolve().parent):
             pass

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import shlex
 import tempfile
 from collections.abc import Callable
 from html import escape
@@ -14,12 +15,13 @@ from PIL import Image
 
 from vae_hyperband import figures, search_figures
 from vae_hyperband.animations import logged_samples
-from vae_hyperband.checkpoint import BEST, load_ckpt, model_from_ckpt
+from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.config import Places, read_json
-from vae_hyperband.data import as_trained, load_split
+from vae_hyperband.data import as_trained
 from vae_hyperband.errors import ConfigError
-from vae_hyperband.report import summary_of, table_of
+from vae_hyperband.report import Table, headline, summary_of, tables_of
 from vae_hyperband.search_config import METRICS
+from vae_hyperband.trained import LOSSES, best_ckpt, own_losses, split_of
 from vae_hyperband.trials import RESULT, SearchResult, TrialRecord, read_result
 
 WEB = Path(__file__).with_name("web")
@@ -37,10 +39,10 @@ def run_report(place: Places) -> str:
 
     Raises :class:`CheckpointError` if it has no best.pt, :class:`DataError` without its data.
     """
-    ckpt = place.ckpt_folder / BEST
+    ckpt = best_ckpt(place)
     content = load_ckpt(ckpt)
     config, model = content["config"], model_from_ckpt(content, ckpt).eval()
-    split = as_trained(load_split("validation", place.data_dir, config["dataset"]), config)
+    split = as_trained(split_of(content, ckpt, "validation", place.data_dir), config)
     images = split.pixels(slice(1000))
     best = content["best"]
     head = (
@@ -49,7 +51,7 @@ def run_report(place: Places) -> str:
         "(beta = 1; lower is better)."
     )
     parts = [
-        _section("Metrics", _metrics(content, place.log_folder / "evaluation.json")),
+        _section("Metrics", _metrics(content, ckpt, place.log_folder / "evaluation.json")),
         _section(
             "Curves",
             _drawn(lambda path: figures.curves(place.log_folder, path), "Losses over training"),
@@ -88,33 +90,32 @@ def run_report(place: Places) -> str:
     return _page(f"Run {place.run}", head, parts)
 
 
-def _metrics(content: dict[str, Any], path: Path) -> str:
+def _metrics(content: dict[str, Any], ckpt: Path, path: Path) -> str:
     """The evaluation beside the logs, if it is of this checkpoint; else the last validation."""
+    stale = ""
     if path.exists():
         evaluation = read_json(path)
         if evaluation.get("checkpoint_digest") == content["digest"]:
-            return f"<pre>{escape(table_of(evaluation))}</pre>"
-    rows = {
-        "bound (beta = 1)": content["metrics"]["bound"],
-        "reconstruction": content["metrics"]["recon_loss"],
-        "KL divergence": content["metrics"]["KL_divergence"],
-    }
+            return f'<p class="quiet">{escape(headline(evaluation))}</p>' + "".join(
+                f"<h3>{escape(table.title)}</h3>{_table(table)}" for table in tables_of(evaluation)
+            )
+        stale = f"{path} is of other weights. "
+    losses = own_losses(content)
+    command = shlex.join(["vae-hyperband", "evaluate", str(ckpt), "--json", str(path)])
     note = (
-        '<p class="quiet">Validation split, nats per image. With standard errors, FID and probes: '
-        f"vae-hyperband evaluate ... --json {escape(str(path))}, then this report again.</p>"
+        f'<p class="quiet">Validation split, nats per image. {escape(stale)}With standard errors, '
+        f'FID and probes, after this command: <span class="code">{escape(command)}</span></p>'
     )
-    return _facts({name: f"{value:.2f}" for name, value in rows.items()}) + note
+    return _facts({title: f"{losses[name]:.2f}" for name, title in LOSSES.items()}) + note
 
 
 def _over_training(log_folder: Path) -> str:
-    pictures = logged_samples(log_folder)
+    pictures = logged_samples(log_folder, most=4)
     if not pictures:
         return '<p class="quiet">None were logged: the run was trained without TensorBoard.</p>'
-    steps = sorted(pictures)
-    places = sorted({round(i * (len(steps) - 1) / 3) for i in range(4)})
     shown = [
-        _figure(_png(pictures[steps[k]]), f"after step {steps[k]:,}", "Samples of the same noise")
-        for k in places
+        _figure(_png(picture), f"after step {step:,}", "Samples of the same noise")
+        for step, picture in pictures.items()
     ]
     return f'<div class="row">{"".join(shown)}</div>'
 
@@ -196,6 +197,21 @@ def _facts(facts: dict[str, Any]) -> str:
         for name, value in facts.items()
     )
     return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in table.head)
+    kind = ' class="number"' if table.head else ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td{kind}>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in table.rows
+    )
+    return (
+        f'<div class="wide"><table>{f"<thead><tr>{head}</tr></thead>" if head else ""}'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _section(title: str, content: str) -> str:

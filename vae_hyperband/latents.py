@@ -6,11 +6,11 @@ F features.
 
 import math
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vae_hyperband.distances import Measured, mean_and_error, nearest
 from vae_hyperband.model import VAE, reparameterize
@@ -26,6 +26,7 @@ ACTIVE_VARIANCE = 0.01
 
 RIDGES = (0.01, 1.0)  # of the linear probe: scikit-learn's C, the stronger one first
 NEIGHBOURS = 10  # of the kNN probe
+FEW = 100  # images at a time, where there are not many
 CHUNK = 500  # rows of an N x N matrix at a time
 
 
@@ -42,12 +43,17 @@ class Posteriors(NamedTuple):
 
 
 @torch.no_grad()
-def encode_split(model: VAE, loader: DataLoader) -> Posteriors:
+def encode_split(model: VAE, loader: Iterable[tuple[Tensor, Any]]) -> Posteriors:
     """The posteriors of a split, in the loader's order."""
     device = next(model.parameters()).device
     parts = [model.encode(x_BCHW.to(device)) for x_BCHW, _ in loader]
     mu_NZ, logvar_NZ = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return Posteriors(mu_NZ, logvar_NZ)
+
+
+def encode_images(model: VAE, images_NCHW: Tensor) -> Posteriors:
+    """The posteriors of images in [0, 1], a few at a time: large ones take much memory."""
+    return encode_split(model, ((x_BCHW, None) for x_BCHW in images_NCHW.split(FEW)))
 
 
 def active_units(posteriors: Posteriors) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.layers import Conv, ConvTranspose, linear_from_images, linear_to_images
-from vae_hyperband.likelihoods import Likelihood, pixel_means
+from vae_hyperband.likelihoods import LIKELIHOODS, Likelihood, pixel_means
 from vae_hyperband.randomness import generator
 
 #: log sigma^2 is kept within +-20 (sigma between 4.5e-5 and 2.2e4), so that exp() stays finite.
@@ -96,11 +96,14 @@ class VAE(nn.Module):
         pseudo_inputs: int = 0,
     ) -> None:
         super().__init__()
-        if latent_dim < 1 or channels < 1 or image_size < 4 or image_size % 4:
+        if latent_dim < 1 or channels < 1 or image_size < 4 or image_size % 4 or pseudo_inputs < 0:
             raise ConfigError(
                 f"A VAE with latent_dim {latent_dim}, image_size {image_size}, channels {channels} "
-                "cannot be built: each must be positive, and the image size a multiple of 4."
+                f"and {pseudo_inputs} pseudo-inputs cannot be built: none may be negative, and the "
+                "image size must be a multiple of 4."
             )
+        if likelihood not in LIKELIHOODS:
+            raise ConfigError(f"A VAE's likelihood is one of {', '.join(LIKELIHOODS)}.")
         self.latent_dim, self.image_size, self.channels = latent_dim, image_size, channels
         self.likelihood = likelihood
         self.encoder = Encoder(latent_dim, image_size, channels)

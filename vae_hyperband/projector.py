@@ -17,7 +17,13 @@ from vae_hyperband.files import make_folder, write_bytes, write_text
 from vae_hyperband.tracking import image_grid
 
 FOLDER = "projector"
-NUM_IMAGES = 2000  # a sprite may be 8192 pixels wide at most
+NUM_IMAGES = 2000
+SPRITE_SIZE = 8192  # pixels; a wider sprite is not shown
+
+
+def most_in_sprite(height: int, width: int) -> int:
+    """How many images of that size the projector can show, :data:`NUM_IMAGES` at most."""
+    return min(NUM_IMAGES, (SPRITE_SIZE // max(height, width)) ** 2)
 
 
 def write_projector(

@@ -5,17 +5,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from vae_hyperband import figures
 from vae_hyperband.checkpoint import load_model
 from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import CLASS_NAMES, as_trained, load_split
 from vae_hyperband.drawn import KINDS
+from vae_hyperband.latents import encode_images
 from vae_hyperband.process import EXIT_STOPPED
-from vae_hyperband.projector import NUM_IMAGES, write_projector
+from vae_hyperband.projector import most_in_sprite, write_projector
 from vae_hyperband.search_config import METRICS
 from vae_hyperband.training import FitResult
 from vae_hyperband.trials import SearchResult, describe
@@ -81,19 +80,53 @@ def summary_of(found: SearchResult) -> str:
     return "\n".join(lines)
 
 
+class Table(NamedTuple):
+    """Rows of cells, each row named by its first cell; a head, if the columns have names."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
 def table_of(report: dict[str, Any]) -> str:
-    """An evaluation as lines of text: mean +- standard error."""
-    lines = [f"{report['split']} split, {report['num_images']:,} images; mean +- standard error"]
-    if "bound" in report:
-        lines += _likelihood_lines(report)
-    if "latents" in report:
-        lines += _latent_lines(report["latents"])
-    if "images" in report:
-        lines += _image_lines(report["images"])
+    """An evaluation as lines of text."""
+    lines = [headline(report)]
+    for title, head, rows in tables_of(report):
+        lines += ["", title]
+        if head:
+            widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+            lines += [
+                f"  {row[0]:18} " + "  ".join(map(str.rjust, row[1:], widths[1:]))
+                for row in [head, *rows]
+            ]
+        else:
+            lines += [f"  {name:18} {value}" for name, value in rows]
     return "\n".join(lines)
 
 
-def _likelihood_lines(report: dict[str, Any]) -> list[str]:
+def headline(report: dict[str, Any]) -> str:
+    return f"{report['split']} split, {report['num_images']:,} images; mean +- standard error"
+
+
+def tables_of(report: dict[str, Any]) -> list[Table]:
+    """An evaluation as up to three tables."""
+    tables = []
+    if "bound" in report:
+        rows = _likelihood_rows(report)
+        tables.append(Table(f"likelihood: {report['unit']}", [], _pairs(rows)))
+    if "latents" in report:
+        title = "latent space: accuracy of probes on the posterior means"
+        tables.append(Table(title, [], _pairs(_latent_rows(report["latents"]))))
+    if "images" in report:
+        tables.append(_image_table(report["images"]))
+    return tables
+
+
+def _pairs(rows: dict[str, str]) -> list[list[str]]:
+    return [[name, value] for name, value in rows.items()]
+
+
+def _likelihood_rows(report: dict[str, Any]) -> dict[str, str]:
     rows = {
         "bound": with_error(report["bound"]),
         "  reconstruction": with_error(report["recon_loss"]),
@@ -106,15 +139,15 @@ def _likelihood_lines(report: dict[str, Any]) -> list[str]:
         )
     if "entropy_floor" in report:
         rows |= {
-            "entropy floor": f"{report['entropy_floor']:.2f}",
+            "entropy floor": f"{abs(report['entropy_floor']):.2f}",  # of black and white it is -0
             "bound above floor": f"{report['nats_above_floor']:.2f}",
             "mean image": f"{report['mean_image']:.2f}  (the bound closes "
             f"{report['share_of_gap']:.1%} of the gap from here to the floor)",
         }
-    return ["", f"likelihood: {report['unit']}", *_aligned(rows)]
+    return rows
 
 
-def _latent_lines(latents: dict[str, Any]) -> list[str]:
+def _latent_rows(latents: dict[str, Any]) -> dict[str, str]:
     pixels = latents["raw_pixels"]
     rows = {
         "active units": f"{latents['active_units']} of {latents['latent_dim']}"
@@ -132,30 +165,25 @@ def _latent_lines(latents: dict[str, Any]) -> list[str]:
             "DCI": f"disentanglement {dci['disentanglement']:.3f}, completeness "
             f"{dci['completeness']:.3f}, informativeness {dci['informativeness']:.3f}",
         }
-    return ["", "latent space: accuracy of probes on the posterior means", *_aligned(rows)]
+    return rows
 
 
-def _image_lines(images: dict[str, Any]) -> list[str]:
-    columns = {
+def _image_table(images: dict[str, Any]) -> Table:
+    """A column for each kind of images; a dash where a measure does not apply."""
+    measures = {
         "fid": "FID", "precision": "precision", "recall": "recall", "density": "density",
         "coverage": "coverage", "closer_than_held_out": "copying",
     }  # fmt: skip
     if "inception_fid" in images["real"]:
-        columns["inception_fid"] = "Inception FID"
-    head = " ".join(f"{title:>15}" for title in ("images", *columns.values()))
-    lines = ["", "images against the split's, as a classifier sees them", f"  {'':18}{head}"]
-    for name, row in images.items():
-        if isinstance(row, dict):
-            cells = [f"{row['num_images']:,}"] + [
-                with_error(row[key], 2 if "fid" in key else 3) if key in row else ""
-                for key in columns
-            ]
-            lines.append(f"  {name:18}" + " ".join(f"{cell:>15}" for cell in cells))
-    return lines
-
-
-def _aligned(rows: dict[str, str]) -> list[str]:
-    return [f"  {name:18} {value}" for name, value in rows.items()]
+        measures["inception_fid"] = "Inception FID"
+    kinds = {name: kind for name, kind in images.items() if isinstance(kind, dict)}
+    rows = [["images", *(f"{kind['num_images']:,}" for kind in kinds.values())]]
+    for key, title in measures.items():
+        digits = 2 if "fid" in key else 3
+        cells = (with_error(kind[key], digits) if key in kind else "-" for kind in kinds.values())
+        rows.append([title, *cells])
+    title = "images against the split's, as a classifier of Fashion-MNIST sees them"
+    return Table(title, ["", *kinds], rows)
 
 
 def _three(value: dict[str, float]) -> str:
@@ -177,10 +205,12 @@ def draw_run(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> 
         "samples.png": lambda path: figures.samples(model, path),
         "traversal.png": lambda path: figures.traversal(model, images, path),
     }
-    shown = split.pixels(slice(NUM_IMAGES))
-    with torch.no_grad():
-        mu_NZ, _ = model.encode(shown)
+    shown = split.pixels(slice(most_in_sprite(*split.image_shape[1:])))
     write_projector(
-        folder, mu_NZ, shown, split.labels_N[:NUM_IMAGES], LABEL_NAMES.get(config.dataset, ())
+        folder,
+        encode_images(model, shown).mu_NZ,
+        shown,
+        split.labels_N[: len(shown)],
+        LABEL_NAMES.get(config.dataset, ()),
     )
     return [function(folder / name) for name, function in draw.items()]

@@ -9,12 +9,13 @@ import tyro
 
 from vae_hyperband import animations, comparing, figures, html_report
 from vae_hyperband.bounds import eval_dataloader
-from vae_hyperband.checkpoint import BEST, load_ckpt, model_from_ckpt
+from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.config import Places, require
-from vae_hyperband.data import as_trained, load_split
+from vae_hyperband.data import as_trained
 from vae_hyperband.files import check_place, make_folder, write_text
 from vae_hyperband.latents import encode_split
 from vae_hyperband.options import parse_options
+from vae_hyperband.trained import best_ckpt, split_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class AnimateArgs:
     kind: Literal["walk", "training"] = "walk"
     """walk: from garment to garment through the latent space; training: samples of the same noise
     after each validation."""
-    out: Path = Path("walk.gif")
-    """The file to write; its ending says which format."""
+    out: Path | None = None
+    """The file to write; its ending says which format (default: walk.gif or training.gif)."""
     seed: int = 0
     """Decides which validation images a walk goes through."""
     data_dir: Path | None = None
@@ -114,20 +115,21 @@ def compare(argv: list[str]) -> int:
 
 def animate(argv: list[str]) -> int:
     args = parse_options(AnimateArgs, argv, "vae-hyperband animate")
+    out = args.out or Path(f"{args.kind}.gif")
     require(
-        args.out.suffix in animations.FORMATS,
-        f"--out is {args.out}, but must end in {' or '.join(animations.FORMATS)}.",
+        out.suffix in animations.FORMATS,
+        f"--out is {out}, but must end in {' or '.join(animations.FORMATS)}.",
     )
-    check_place(args.out)
+    check_place(out)
     place = Places(run=args.run, checkpoints_dir=args.checkpoints_dir, logs_dir=args.logs_dir)
     if args.kind == "training":
-        animations.over_training(place.log_folder, args.out)
+        animations.over_training(place.log_folder, out)
     else:
-        ckpt = place.ckpt_folder / BEST
+        ckpt = best_ckpt(place)
         content = load_ckpt(ckpt)
         model = model_from_ckpt(content, ckpt).eval()
-        split = load_split("validation", args.data_dir, content["config"]["dataset"])
+        split = split_of(content, ckpt, "validation", args.data_dir)
         posteriors = encode_split(model, eval_dataloader(as_trained(split, content["config"])))
-        animations.latent_walk(model, posteriors, args.out, args.seed)
-    print(args.out)
+        animations.latent_walk(model, posteriors, out, args.seed)
+    print(out)
     return 0

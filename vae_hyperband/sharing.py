@@ -16,9 +16,10 @@ from vae_hyperband.checkpoint import (
     model_from_ckpt,
 )
 from vae_hyperband.errors import ConfigError
-from vae_hyperband.files import make_folder, write_bytes, write_text
+from vae_hyperband.files import make_folder, write_together
 from vae_hyperband.model import VAE
 from vae_hyperband.report import table_of
+from vae_hyperband.trained import LOSSES, own_losses
 
 #: What the data sets are called, and where hubs have them.
 DATA_NAMES = {"fashion-mnist": "Fashion-MNIST", "drawn": "drawn garments", "custom": "own images"}
@@ -103,15 +104,18 @@ def write_shared(
         "step": content["step"],
         "data": content["data"],
         "environment": content["environment"],
-        "validation": content["metrics"],
+        "validation": own_losses(content),
         "evaluation": report,
     }
     make_folder(folder)
-    # the weights last: without them nobody takes the folder for a model
-    write_text(folder / "README.md", card(content, model, license, report))
-    write_text(folder / SHARED_CONFIG, json.dumps(config, indent=2) + "\n")
-    write_bytes(folder / SHARED_WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
-    return [folder / name for name in (SHARED_WEIGHTS, SHARED_CONFIG, "README.md")]
+    about = {"format": "pt", "model": json.dumps(config["model"])}
+    files = {  # the weights first, so they come last: without them nobody takes it for a model
+        folder / SHARED_WEIGHTS: safetensors.torch.save(tensors, about),
+        folder / SHARED_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        folder / "README.md": card(content, model, license, report).encode(),
+    }
+    write_together(files)
+    return list(files)
 
 
 def _arguments(model: VAE) -> dict[str, Any]:
@@ -163,13 +167,9 @@ def _metrics(content: dict[str, Any], report: dict[str, Any] | None) -> str:
             f"By `vae-hyperband evaluate --split {report['split']}`; bounds at beta = 1, in nats "
             f"per image, summed over pixels.\n\n```\n{table_of(report)}\n```"
         )
-    if not content["metrics"]:
-        return "None: it was not validated before this checkpoint was written."
-    rows = {
-        "bound (beta = 1)": content["metrics"]["bound"],
-        "reconstruction": content["metrics"]["recon_loss"],
-        "KL divergence": content["metrics"]["KL_divergence"],
-    }
-    lines = [f"| {name} | {value:.2f} |" for name, value in rows.items()]
+    losses = own_losses(content)
+    if not losses:
+        return "None: these weights were saved between two validations."
+    lines = [f"| {title} | {losses[name]:.2f} |" for name, title in LOSSES.items()]
     head = "On the validation split, nats per image, summed over pixels, one draw of z per image:"
     return "\n".join([head, "", "| | nats |", "|---|---|", *lines])

@@ -150,14 +150,18 @@ class EventFile:
         self._records.write(Event(wall_time=time.time(), **what).SerializeToString())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a line torn by a kill, or damaged, is left out."""
+def read_rows(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a line torn by a kill, or damaged, is left out.
+
+    So is one that lacks a column that is ``needed``.
+    """
     rows: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+                if whole and all(name in row for name in needed):
                     rows.append(row)
     return rows
 
