@@ -1,7 +1,9 @@
-"""TensorBoard over real runs, as the README shows it: docs/tensorboard1.png, tensorboard2.png.
+"""What the README shows of TensorBoard and the explorer: docs/tensorboard1.png, tensorboard2.png,
+explorer.png.
 
 python -m vae_hyperband.beta_vae_tsb --betas 1 4 --epochs 5 --no-serve
-python tests/screenshots.py logs docs
+vae-hyperband export checkpoints/betas-beta-1/best.pt --format web --sampler mixture --out explorer
+python tests/screenshots.py logs explorer/index.html docs
 """
 
 import contextlib
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chromium import Watched, browser
+from playwright.sync_api import Browser
 
 
 @contextlib.contextmanager
@@ -48,9 +51,39 @@ def shot(watched: Watched, url: str, ready: str, path: Path) -> None:
     watched.page.screenshot(path=path)
 
 
-def main(logs: str, out: str) -> None:
+#: A pair of trousers in one stroke, as shares of the drawing area.
+TROUSERS = ((0.38, 0.08), (0.62, 0.08), (0.62, 0.16), (0.38, 0.16), (0.38, 0.24), (0.62, 0.24),
+            (0.62, 0.95), (0.57, 0.30), (0.43, 0.30), (0.38, 0.95), (0.36, 0.10))  # fmt: skip
+
+
+def explorer(chromium: Browser, html: Path, path: Path) -> None:
+    """The explorer with a drawing in it, and the pointer over its map."""
+    size = {"width": 1200, "height": 1310}
+    watched = Watched(chromium, viewport=size, color_scheme="light", device_scale_factor=1.25)
+    page = watched.page
+    page.goto(html.resolve().as_uri())
+    page.wait_for_selector("main:not([aria-busy])", timeout=60_000)
+
+    def corner(name: str, right: float, down: float) -> None:
+        box = page.locator(name).bounding_box()
+        assert box
+        page.mouse.move(box["x"] + right * box["width"], box["y"] + down * box["height"], steps=5)
+
+    corner("#draw", *TROUSERS[0])
+    page.mouse.down()
+    for place in TROUSERS:
+        corner("#draw", *place)
+    page.mouse.up()
+    corner("#map", 0.45, 0.75)
+    page.wait_for_timeout(1000)
+    page.screenshot(path=path)
+    assert watched.troubles == []
+
+
+def main(logs: str, html: str, out: str) -> None:
     size = {"width": 1500, "height": 640}
     with tensorboard(Path(logs)) as url, browser() as chromium:
+        explorer(chromium, Path(html), Path(out) / "explorer.png")
         watched = Watched(chromium, viewport=size, color_scheme="light")
         curves = "?smoothing=0&tagFilter=(bound|KL_divergence|recon_loss)%2Fvalidation#timeseries"
         shot(watched, url + curves, "scalar-card", Path(out) / "tensorboard1.png")

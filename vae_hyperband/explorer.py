@@ -25,7 +25,7 @@ from vae_hyperband.errors import ConfigError
 from vae_hyperband.html_report import csp_digest, style
 from vae_hyperband.latents import Posteriors
 from vae_hyperband.model import VAE
-from vae_hyperband.objective import kl_per_dimension
+from vae_hyperband.objective import aggregate, nats_by_dimension
 from vae_hyperband.onnx_graph import decoder_graph, encoder_graph
 from vae_hyperband.samplers import Mixture
 
@@ -76,8 +76,13 @@ def page(
         "title": html.escape(title),
         "facts": html.escape(" · ".join(f"{name} {value}" for name, value in facts.items())),
         "map": html.escape(
-            f"{len(split):,} images at their posterior means, in the plane of the two directions "
-            f"in which these vary most ({share:.0%} of the variance)."
+            f"{len(split):,} images where the encoder puts them, in the plane of the two "
+            f"directions in which they vary most ({share:.0%} of the variance)."
+        ),
+        "nats": html.escape(
+            "mean KL over the map's images"
+            if model.vamp is None
+            else "mean KL over the map's images, to the Gaussian of all of their z together"
         ),
         "footer": "Made by vae-hyperband. Decoded here, by ONNX Runtime Web (MIT License, "
         "Copyright (c) Microsoft Corporation); nothing is loaded or sent.",
@@ -127,7 +132,10 @@ def _data(
 ) -> tuple[dict[str, Any], float]:
     """What the scripts read, and which share of the variance the map shows."""
     mu_NZ = posteriors.mu_NZ
-    kl_Z = kl_per_dimension(mu_NZ.double(), posteriors.logvar_NZ.double()).mean(dim=0)
+    codes = mu_NZ.double(), posteriors.logvar_NZ.double()
+    nats_Z = nats_by_dimension(model, *codes)
+    mean_Z, variance_Z = aggregate(*codes)
+    far_Z = 4 * variance_Z.sqrt()
     map_facts, share = _map(mu_NZ)
     data = {
         "latentDim": model.latent_dim,
@@ -136,8 +144,11 @@ def _data(
         "labels": split.labels_N.tolist(),
         "images": _base64(split.images_NCHW.numpy().tobytes()),
         "mu": _floats(mu_NZ),
-        "kl": [round(value, 4) for value in kl_Z.tolist()],
-        "order": kl_Z.argsort(descending=True).tolist(),
+        "nats": _rounded(nats_Z),
+        "order": nats_Z.argsort(descending=True).tolist(),
+        "mean": _rounded(mean_Z),
+        "low": _rounded(torch.minimum(mean_Z - far_Z, mu_NZ.amin(dim=0))),
+        "high": _rounded(torch.maximum(mean_Z + far_Z, mu_NZ.amax(dim=0))),
         "map": map_facts,
         "encoder": _base64(encoder_graph(model, {}).SerializeToString()),
         "decoder": _base64(decoder_graph(model, {}).SerializeToString()),
@@ -148,6 +159,10 @@ def _data(
         "vamp": _vamp(model) if model.vamp else None,
     }
     return data, share
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
 
 
 def _map(mu_NZ: Tensor) -> tuple[dict[str, Any], float]:

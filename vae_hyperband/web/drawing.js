@@ -34,12 +34,16 @@ async function place(file) {
     const scale = Math.min(board.width / picture.width, board.height / picture.height);
     const [wide, high] = [picture.width * scale, picture.height * scale];
     clearBoard();
-    pen.filter = $("dark").checked ? "none" : "invert(1)";
     pen.drawImage(picture, (board.width - wide) / 2, (board.height - high) / 2, wide, high);
-    pen.filter = "none";
+    if (!$("dark").checked) {
+      pen.globalCompositeOperation = "difference"; // |white - colour|
+      pen.fillStyle = "#fff";
+      pen.fillRect((board.width - wide) / 2, (board.height - high) / 2, wide, high);
+      pen.globalCompositeOperation = "source-over";
+    }
     await encodeDrawing();
   } catch {
-    $("said").textContent = `${file.name} is not an image that this browser can read.`;
+    announce(`${file.name} is not an image that this browser can read.`);
   }
 }
 
@@ -80,15 +84,19 @@ function startDrawing() {
 try {
   drawPoints();
   startMap();
+  startMini();
   startSamples();
   startPair();
   startDrawing();
   model = await startModel();
   await setPair();
   await setZ(linkedZ() ?? muOf(0));
-  addEventListener("hashchange", () => linkedZ() && setZ(linkedZ()));
+  addEventListener("hashchange", () => {
+    const linked = linkedZ(); // a link that was just made here is of this z, up to its rounding
+    if (linked?.some((value, i) => Math.abs(value - z[i]) > 1e-4)) setZ(linked);
+  });
   window.explorer = { ...model, drawZ, setZ, z: () => z, nearest }; // for the console, and for tests
-  $("main").removeAttribute("aria-busy");
+  ["aria-busy", "inert"].forEach((name) => $("main").removeAttribute(name));
 } catch (error) {
   $("trouble").hidden = false;
   $("trouble").textContent = `This page cannot run here (${error}). It needs a browser with ` +

@@ -2,7 +2,12 @@
 
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
-  "#56B4E9", "#8C5A2B", "#7A52A5", "#6F6F6F", "#B8A900"];
+  "#56B4E9", "#8C5A2B", "#7A52A5", "#6F6F6F", "#7F0000"];
+/** The figures' colours first; labels beyond the tenth go around the circle of hues. */
+function colourOf(label) {
+  return COLOURS[label] ?? `hsl(${(label * 137.5) % 360} 55% 45%)`;
+}
+
 const EDGE = given.map.edge; // the map goes from -EDGE to EDGE
 const PREVIEW = 3; // an image under the pointer is shown at so many screen pixels per pixel
 
@@ -63,9 +68,15 @@ function latest(work) {
 }
 
 const showDecoded = latest(async (asked) => {
-  show($("image"), await model.decode(asked));
+  const pixels = await model.decode(asked);
+  for (const id of ["image", "mini"]) show($(id), pixels);
   tell(asked);
 });
+
+function announce(text) {
+  clearTimeout(telling);
+  $("said").textContent = text;
+}
 
 let telling;
 function tell(asked) {
@@ -78,15 +89,22 @@ function tell(asked) {
   }, 150);
 }
 
+/** A small copy stays in sight while the image itself is not. */
+function startMini() {
+  new IntersectionObserver(([{ intersectionRatio }]) => {
+    $("mini").hidden = intersectionRatio > 0.5;
+  }, { threshold: 0.5 }).observe($("image"));
+}
+
 // ---- sliders
 
 const sliders = given.order.map((i) => {
   const row = document.createElement("label"), name = document.createElement("span");
   const input = document.createElement("input"), output = document.createElement("output");
-  name.textContent = `z[${i}]  ${given.kl[i].toFixed(2)} nats`;
-  const far = Math.max(4, ...Array.from({ length: N }, (_, n) => Math.ceil(Math.abs(mu[n * Z + i]))));
-  Object.assign(input, { type: "range", min: -far, max: far, step: 0.01, value: 0 });
-  if (given.kl[i] < 0.01) row.className = "unused";
+  name.textContent = `z[${i}]  ${given.nats[i].toFixed(2)} nats`;
+  const [min, max] = [Math.floor(given.low[i]), Math.ceil(given.high[i])];
+  Object.assign(input, { type: "range", min, max, step: 0.05, value: given.mean[i] });
+  if (given.nats[i] < 0.01) row.className = "unused";
   input.addEventListener("input", () => {
     const next = z.slice();
     next[i] = Number(input.value);
@@ -118,7 +136,7 @@ function drawPoints() {
   const pen = points.getContext("2d");
   for (let n = 0; n < N; n++) {
     const [x, y] = toScreen(places[n]);
-    pen.fillStyle = COLOURS[given.labels[n] % COLOURS.length];
+    pen.fillStyle = colourOf(given.labels[n]);
     pen.globalAlpha = 0.75;
     pen.beginPath();
     pen.arc(x, y, 3.2, 0, 2 * Math.PI);
@@ -189,7 +207,7 @@ function startMap() {
   });
   for (const label of [...new Set(given.labels)].sort((a, b) => a - b)) {
     const item = document.createElement("li"), dot = document.createElement("i");
-    dot.style.background = COLOURS[label % COLOURS.length];
+    dot.style.background = colourOf(label);
     item.append(dot, nameOf(label));
     $("legend").append(item);
   }
@@ -219,7 +237,7 @@ function startSamples() {
   $("seed").addEventListener("change", sample);
   $("sample").addEventListener("click", sample);
   $("next").addEventListener("click", () => { $("seed").value = Number($("seed").value) + 1; sample(); });
-  $("zero").addEventListener("click", () => setZ(new Float32Array(Z)));
+  $("middle").addEventListener("click", () => setZ(given.mean));
   $("link").addEventListener("click", copyLink);
   labelled();
 }
@@ -228,15 +246,15 @@ async function copyLink() {
   location.hash = `z=${Array.from(z, (value) => +value.toFixed(4)).join(",")}`;
   try {
     await navigator.clipboard.writeText(location.href);
-    $("said").textContent = "The link is copied.";
+    announce("The link is copied.");
   } catch { // a page from a file may not write there
-    $("said").textContent = "The link is in the address bar.";
+    announce("The link is in the address bar.");
   }
 }
 
 function linkedZ() {
-  const values = (location.hash.match(/^#z=([-0-9.,e]+)$/)?.[1] ?? "").split(",").map(Number);
-  return values.length === Z && values.every(Number.isFinite) ? values : null;
+  const values = location.hash.match(/^#z=([-0-9.,e]+)$/)?.[1].split(",").map(Number);
+  return values?.length === Z && values.every(Number.isFinite) ? values : null;
 }
 
 // ---- between two images
