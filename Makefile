@@ -9,6 +9,7 @@ READY := $(VENV)/.vae-hyperband-ready
 .PHONY: help setup data run demo test faults soak browser-test slurm-test lint reproduce best bench notebook clean
 
 help:  ## Show this list
+	@echo "make setup   make $(VENV) with the tested set of packages; the others do so by themselves"
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
 	@echo "make demo    the same on garments that are drawn, without any download, in some minutes"
 	@echo "make test    set up, run the tests"

@@ -246,6 +246,18 @@ def test_the_python_of_the_readme_runs(fashion_mnist, tmp_path, monkeypatch, opt
     assert names["losses"]["bound"] == pytest.approx(names["report"]["bound"]["mean"], abs=1e-3)
 
 
+def test_the_guide_s_way_to_idx_files_is_one(tmp_path, monkeypatch, capsys):
+    [block] = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), flags=re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "guide.md", "exec"), {})
+    assert train_vae.main(["data", "--dataset", "custom", "--data-dir", "."]) == 0
+    said = capsys.readouterr().out
+    for split, number in (("train", 500), ("validation", 100), ("test", 100)):
+        assert re.search(rf"{split} +{number} images \(1, 32, 32\)", said)
+
+
 def test_every_file_that_the_guide_links_exists():
     text = (ROOT / "docs" / "guide.md").read_text()
     targets = re.findall(r"\]\((?!http)([^)#]+)", text)

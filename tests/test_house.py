@@ -19,14 +19,16 @@ FLOORS = [
     "objective",
     "features", "distances", "bounds", "checkpoint", "keeping", "process", "state", "tracking",
     "steps", "stacked", "packed", "engines", "training", "dry_run",
+    "search_config", "trials", "trained",
     "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring",
     "evaluation", "study",
-    "search_config", "trials", "rules", "journal", "board", "watching", "storage", "cluster",
-    "draws", "packer", "packers", "worker", "tuning", "search", "figures", "search_figures",
+    "rules", "journal", "board", "watching", "storage", "cluster",
+    "draws", "packer", "packers", "worker", "tuning", "search",
+    "search_dry_run", "figures", "search_figures",
     "study_figures", "projector", "report", "animations", "html_report", "sharing", "onnx_graph",
-    "onnx_check", "explorer", "options", "comparing", "ckpt_commands", "export_command",
-    "run_commands", "search_command", "study_command", "main_job", "train_vae", "beta_vae_tsb",
-    "__init__",
+    "onnx_check", "explorer", "options", "completion", "comparing", "ckpt_commands",
+    "export_command", "run_commands", "search_command", "study_command", "main_job", "train_vae",
+    "beta_vae_tsb", "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
 ALONE = {
@@ -39,6 +41,7 @@ ALONE = {
     "onnxruntime": {"onnx_check"},
     "tyro": {
         "options",
+        "completion",
         "ckpt_commands",
         "export_command",
         "run_commands",
