@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,9 @@ from vae_hyperband.trials import trial_name
 
 #: Seconds to wait for the lock of a trial whose last process is still dying, on another node maybe.
 PATIENCE = 120.0
+
+#: Seconds to wait for the interpreter to report a hang; then it is what hangs.
+INTERPRETER_SECONDS = 10.0
 
 
 def train_trial(
@@ -158,7 +162,10 @@ def hang_report(options: SearchOptions, name: str) -> Path:
 class Watchdog:
     """Ends the process, with a report of where it was, if it is awake for too long.
 
-    A thread in C: it sees a hang that keeps Python from running, too.
+    A thread of Python's writes the report, since the others stand still while it runs: to read
+    the stack of a thread that runs gives half a stack, or none and a crash. Code that hangs without
+    letting go of the interpreter keeps that thread from running; then, some seconds later, a thread
+    in C does it, and nothing moves either.
     """
 
     def __init__(self, report: Path, seconds: float) -> None:
@@ -167,23 +174,39 @@ class Watchdog:
     def __enter__(self) -> Self:
         make_folder(self._report.parent)
         self._file = self._report.open("w", encoding="utf-8")
-        self.wake()
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        self._cancel()
         self._file.close()
         self._report.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        faulthandler.cancel_dump_traceback_later()
+        self._cancel()
         yield
-        self.wake()
+        self._start()
 
     def wake(self) -> None:
         """Count the seconds anew."""
-        faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
+        self._cancel()
+        self._start()
+
+    def _start(self) -> None:
+        self._timer = threading.Timer(self._seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+        later = self._seconds + INTERPRETER_SECONDS
+        faulthandler.dump_traceback_later(later, exit=True, file=self._file)
+
+    def _cancel(self) -> None:
+        self._timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _end(self) -> None:
+        faulthandler.dump_traceback(self._file)
+        os._exit(1)
 
 
 def reason(error: Exception) -> str:
