@@ -232,6 +232,8 @@ MISTAKES = {
     "evaluate few images": ("evaluate {ckpt} --num-generated 2", "--num-generated is 2"),
     "study of no epochs": ("study --epochs 0", "--epochs is 0"),
     "study of a wrong run": ("study --run a/b", "called 'a/b'"),
+    "train free bits of no use": ("train --free-bits 0.5", "for --objective free-bits"),
+    "search pseudo-inputs of no use": ("search --pseudo-inputs 5", "for --prior vamp"),
     "train two schedules": ("train --kl-cycles 2 --kl-warmup-epochs 1", "give one"),
     "search of nothing": ("search --num-trials 0", "--num-trials is 0"),
     "search on an unknown device": ("search --device tpu9", "must be auto, cpu or cuda"),
@@ -352,6 +354,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     config = json.loads(said[: said.index("}") + 1])
     assert config["epochs"] == 2
     assert config["latent_dim"] == 32
+    assert "capacity" not in config  # no other objective than capacity looks at it
     assert "train --run a --dataset custom --batch-size 32 --epochs 2" in said
     assert "cpu, 1 CPU threads" in said
     assert "steps        20\n" in said

@@ -14,9 +14,8 @@ PACKAGE = ROOT / "vae_hyperband"
 
 # from the ground floor to the roof: a room imports only rooms before it
 FLOORS = [
-    "errors", "files", "config", "randomness", "drawn", "idx", "data", "download", "convolution",
-    "layers", "likelihoods", "model",
-    "objective",
+    "errors", "files", "checks", "config", "randomness", "drawn", "idx", "data", "download",
+    "convolution", "layers", "likelihoods", "model", "objective",
     "features", "distances", "bounds", "checkpoint", "keeping", "process", "state", "tracking",
     "steps", "stacked", "packed", "engines", "training", "dry_run",
     "search_config", "trials", "trained",

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vae_hyperband import data, keeping, steps, train_vae
 from vae_hyperband.checkpoint import load_ckpt, save_ckpt, tree_digest
-from vae_hyperband.config import RESUME_MAY_CHANGE, RunOptions, TrainConfig
+from vae_hyperband.config import ONLY_WITH, RESUME_MAY_CHANGE, RunOptions, TrainConfig
 from vae_hyperband.errors import FolderInUseError, ResumeError, RunFolderError
 from vae_hyperband.process import EXIT_STOPPED, only_writer
 from vae_hyperband.tracking import read_rows
@@ -284,12 +284,28 @@ def test_resume_ckpt_takes_its_configuration_along_and_goes_on_elsewhere(
 
 @pytest.mark.parametrize("name", [n for n in OTHER_VALUES if n != "dataset"])
 def test_other_settings_are_refused_with_old_and_new_value(options, small_config, name):
-    fit(small_config, options(), should_stop=stop_after(5), quiet=True)
+    config = small_config
+    if name in ONLY_WITH:
+        chooser, choice = ONLY_WITH[name]
+        config = dataclasses.replace(small_config, **{chooser: choice})
+    fit(config, options(), should_stop=stop_after(5), quiet=True)
     before = (options().ckpt_folder / "latest.pt").read_bytes()
-    old, new = getattr(small_config, name), OTHER_VALUES[name]
+    old, new = getattr(config, name), OTHER_VALUES[name]
     with pytest.raises(ResumeError, match=f"{name}: {old!r} -> {new!r}"):
-        fit(dataclasses.replace(small_config, **{name: new}), options(), quiet=True)
+        fit(dataclasses.replace(config, **{name: new}), options(), quiet=True)
     assert (options().ckpt_folder / "latest.pt").read_bytes() == before
+
+
+def test_a_setting_without_effect_in_a_checkpoint_changes_nothing(
+    options, small_config, uninterrupted
+):
+    """As an earlier version took it; now it is refused where it is given."""
+    begun = fit(small_config, options(run="cut"), should_stop=stop_after(5), quiet=True)
+    content = load_ckpt(begun.latest)
+    content.pop("digest")
+    content["config"]["free_bits"] = 0.5
+    save_ckpt(begun.latest, content)
+    assert outcome(fit(small_config, options(run="cut"), quiet=True)) == uninterrupted
 
 
 def test_other_data_is_refused(options, small_config, tmp_path):

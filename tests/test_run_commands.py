@@ -101,6 +101,7 @@ def test_a_run_s_report_has_all_there_is_to_see_and_needs_nothing_else(runs, pla
     content = load_ckpt(runs / "checkpoints/other/best.pt")
     for fact in (content["weights"], content["data"]["digest"], "Run other", "kl warmup epochs"):
         assert fact in page
+    assert "free bits" not in page  # it is for another objective
     assert f"{content['metrics']['bound']:.2f}" in page
     # curves, three validations, reconstructions, samples, traversals
     assert page.count("<img") == page.count('src="data:image/png;base64,') == 1 + 3 + 3

@@ -8,6 +8,7 @@ import pytest
 from conftest import written
 
 from vae_hyperband import train_vae
+from vae_hyperband.config import in_effect
 from vae_hyperband.draws import draw_trials
 from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.search_dry_run import expected_epochs
@@ -37,7 +38,7 @@ def test_a_new_search_is_foretold_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
     there = json.loads(said[: said.index("}") + 1])
     result = read_result(searched[0] / "checkpoints/s")
-    assert there == json.loads(json.dumps(result.config.to_dict()))
+    assert there == json.loads(json.dumps(in_effect(result.config.to_dict())))
     for trial in result.trials:  # which the real search drew
         assert f"{trial.number:>3}        {describe(trial.drawn)}\n" in said
     assert re.search(r"asha: about \d+ epochs of the 81 that", said)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vae_hyperband import figures
 from vae_hyperband.checkpoint import load_ckpt, load_model
-from vae_hyperband.config import RunOptions, require_number
+from vae_hyperband.checks import require_number
+from vae_hyperband.config import RunOptions
 from vae_hyperband.data import load_split
 from vae_hyperband.errors import ConfigError, RunFolderError
 from vae_hyperband.evaluation import evaluate

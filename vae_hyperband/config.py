@@ -8,11 +8,11 @@ where and how a run is computed, and never changes the result.
 import dataclasses
 import json
 import math
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from vae_hyperband.checks import check_types, require, require_number
 from vae_hyperband.errors import ConfigError
 
 Dataset = Literal["fashion-mnist", "custom", "drawn"]
@@ -20,19 +20,13 @@ Dataset = Literal["fashion-mnist", "custom", "drawn"]
 #: Settings that a resumed run may change; every other difference is refused.
 RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples", "fid_samples"})
 
-
-def require(ok: bool, sentence: str) -> None:
-    if not ok:
-        raise ConfigError(sentence)
-
-
-def require_number(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
-    flag = "--" + name.replace("_", "-")
-    limit = f"at least {lowest:g}" if highest == math.inf else f"between {lowest:g} and {highest:g}"
-    require(
-        math.isfinite(value) and lowest <= value <= highest,
-        f"{flag} is {value!r}, but must be {limit}.",
-    )
+#: Settings that only one choice of another setting looks at.
+ONLY_WITH = {
+    "free_bits": ("objective", "free-bits"),
+    "capacity": ("objective", "capacity"),
+    "train_samples": ("objective", "iwae"),
+    "pseudo_inputs": ("prior", "vamp"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +67,13 @@ class CommonConfig:
         require_number("capacity", self.capacity, 0)
         require_number("train_samples", self.train_samples, 1)
         require_number("pseudo_inputs", self.pseudo_inputs, 1)
+        for name, (chooser, choice) in ONLY_WITH.items():
+            flag = "--" + name.replace("_", "-")
+            require(
+                getattr(self, chooser) == choice
+                or getattr(self, name) == getattr(CommonConfig, name),
+                f"{flag} is for --{chooser} {choice}: give that, too, or leave out {flag}.",
+            )
         require(
             not (self.kl_cycles and self.kl_warmup_epochs),
             "--kl-cycles and --kl-warmup-epochs both say how the KL weight rises: give one.",
@@ -153,14 +154,17 @@ class TrainConfig(CommonConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
-        """The configuration in ``values``, defaults for the rest; an unknown key is an error."""
+        """The configuration in ``values``, defaults for the rest; an unknown key is an error.
+
+        What has no effect is left out: a checkpoint of an earlier version may have such a setting.
+        """
         require(isinstance(values, dict), f"{source} is no set of settings.")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         require(
             not unknown, f"{source} has settings that this version lacks: {', '.join(unknown)}."
         )
-        return cls(**values)
+        return cls(**in_effect(values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +245,15 @@ def model_settings(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_effect(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a configuration's choices look at, without the others."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in ONLY_WITH or config.get(ONLY_WITH[name][0]) == ONLY_WITH[name][1]
+    }
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Readable list of settings whose values differ, ``name: old -> new``."""
     names = [*new, *(name for name in old if name not in new)]
@@ -259,41 +272,3 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
     require(isinstance(content, dict), f"{path} holds no JSON object.")
     return content
-
-
-def check_types(config: Any) -> None:
-    """Values of the declared types: JSON and Python callers are not checked by a parser."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = _of_type(field.name, getattr(config, field.name), hints[field.name])
-        object.__setattr__(config, field.name, value)
-
-
-def _of_type(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type that a field declares: ints for floats, strings for paths are fine."""
-    if type(None) in typing.get_args(hint):  # X | None
-        if value is None:
-            return None
-        [hint] = (kind for kind in typing.get_args(hint) if kind is not type(None))
-    if typing.get_origin(hint) is Literal:
-        choices, flag = typing.get_args(hint), "--" + name.replace("_", "-")
-        require(value in choices, f"{flag} is {value!r}, but must be one of {choices}.")
-        return value
-    if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        require(isinstance(value, tuple | list), f"{name} is {value!r}, but must be a list.")
-        if Ellipsis in kinds:
-            kinds = (kinds[0],) * len(value)
-        require(
-            len(value) == len(kinds), f"{name} is {value!r}, but must have {len(kinds)} values."
-        )
-        return tuple(_of_type(name, v, kind) for v, kind in zip(value, kinds, strict=True))
-    wanted = {float: (int, float), Path: (str, Path)}.get(hint, hint)
-    ok = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
-    require(ok, f"{name} is {value!r}, but must be of type {hint.__name__}.")
-    if dataclasses.is_dataclass(hint):  # checked when it was made
-        return value
-    try:
-        return hint(value)
-    except OverflowError:
-        raise ConfigError(f"{name} is {value!r}, which is too large.") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vae_hyperband.config import RunOptions, TrainConfig
+from vae_hyperband.config import RunOptions, TrainConfig, in_effect
 from vae_hyperband.data import Split, get_dataloader, load_split
 from vae_hyperband.process import cpu_threads, pick_device
 from vae_hyperband.state import TrainState, ckpt_to_resume, new_state
@@ -38,7 +38,7 @@ def dry_run(config: TrainConfig, options: RunOptions) -> str:
         seconds = seconds_per_step(config, train, device)
         left = max(num_steps - done, 0)
         lines = [
-            a_line_each(config.to_dict()),
+            a_line_each(in_effect(config.to_dict())),
             f"command      {_command(config, options)}",
             f"device       {device}, {torch.get_num_threads()} CPU threads",
             f"data         {len(train):,} training images {train.image_shape}",

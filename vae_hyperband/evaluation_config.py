@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from vae_hyperband.config import check_types, require, require_number
+from vae_hyperband.checks import check_types, require, require_number
 from vae_hyperband.samplers import SAMPLERS, SamplerConfig, SamplerName
 
 Part = Literal["likelihood", "latents", "images"]

@@ -12,7 +12,8 @@ import tyro
 
 from vae_hyperband.bounds import eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
-from vae_hyperband.config import read_json, require_number
+from vae_hyperband.checks import require_number
+from vae_hyperband.config import read_json
 from vae_hyperband.data import Split, as_trained, load_split
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.files import check_place, make_folder, write_text, write_together

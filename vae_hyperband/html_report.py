@@ -16,7 +16,7 @@ from PIL import Image
 from vae_hyperband import figures, search_figures
 from vae_hyperband.animations import logged_samples
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
-from vae_hyperband.config import Places, read_json
+from vae_hyperband.config import Places, in_effect, read_json
 from vae_hyperband.data import as_trained
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.report import Table, headline, summary_of, tables_of
@@ -75,7 +75,7 @@ def run_report(place: Places) -> str:
                 "One dimension of z a row, those that say most first",
             ),
         ),
-        _section("Configuration", _facts(config)),
+        _section("Configuration", _facts(in_effect(config))),
         _section(
             "Environment",
             _facts(
@@ -134,7 +134,7 @@ def search_report(found: SearchResult, name: str) -> str:
             ),
         ),
         _section("Table of trials", _trials(found)),
-        _section("What was searched", _facts(found.config.to_dict())),
+        _section("What was searched", _facts(in_effect(found.config.to_dict()))),
     ]
     return _page(f"Search {name}", summary_of(found), parts)
 

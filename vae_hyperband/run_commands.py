@@ -10,7 +10,8 @@ import tyro
 from vae_hyperband import animations, comparing, figures, html_report
 from vae_hyperband.bounds import eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
-from vae_hyperband.config import Places, require
+from vae_hyperband.checks import require
+from vae_hyperband.config import Places
 from vae_hyperband.data import as_trained
 from vae_hyperband.files import check_place, make_folder, write_text
 from vae_hyperband.latents import encode_split

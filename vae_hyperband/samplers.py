@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vae_hyperband.bounds import EVAL_BATCH_SIZE, eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, load_pt, model_from_ckpt, save_pt
-from vae_hyperband.config import check_types, require, require_number
+from vae_hyperband.checks import check_types, require, require_number
 from vae_hyperband.data import Split, as_trained
 from vae_hyperband.errors import CheckpointError, ConfigError, RunFolderError
 from vae_hyperband.flow import Flow, fit_flow

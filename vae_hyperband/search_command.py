@@ -10,7 +10,8 @@ from typing import Any
 import tyro
 
 from vae_hyperband import search_figures
-from vae_hyperband.config import RunOptions, require_number
+from vae_hyperband.checks import require_number
+from vae_hyperband.config import RunOptions
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import stop_flag
 from vae_hyperband.report import program, say_trained, stopped, summary_of

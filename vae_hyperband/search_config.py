@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vae_hyperband.config import CommonConfig, Places, TrainConfig, require, require_number
+from vae_hyperband.checks import require, require_number
+from vae_hyperband.config import CommonConfig, Places, TrainConfig
 
 #: Importance samples of a trial's IWAE bound where that is the metric.
 IWAE_SAMPLES = 10

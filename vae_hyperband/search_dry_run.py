@@ -15,6 +15,7 @@ from vae_hyperband.cluster import (
     trial_device,
     with_gpus,
 )
+from vae_hyperband.config import in_effect
 from vae_hyperband.data import Split
 from vae_hyperband.draws import draw, num_random
 from vae_hyperband.dry_run import NOTHING_WRITTEN, a_line_each, seconds_per_step
@@ -44,7 +45,7 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     train, _ = load_splits(config, options)
     usual = statistics.mean(expected_epochs(config, seed) for seed in range(NUM_IMAGINED))
     lines = [
-        a_line_each(config.to_dict()),
+        a_line_each(in_effect(config.to_dict())),
         *_trials(config),
         f"scheduler    {config.scheduler}: about {usual:.0f} epochs of the "
         f"{config.total_trials * config.max_epochs} that all trials to their ends would take",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch
 from vae_hyperband.checkpoint import tree_digest
-from vae_hyperband.config import RunOptions, TrainConfig
+from vae_hyperband.config import RunOptions, TrainConfig, in_effect
 from vae_hyperband.data import (
     EpochOrder,
     Split,
@@ -183,7 +183,8 @@ def fit(
                 )
             if state.step == 0:
                 tracker.pictures(0, input=held_out.pixels(slice(NUM_PICTURES)))
-                tracker.configuration(train_command(config, options.run), config.to_dict())
+                what = in_effect(config.to_dict())
+                tracker.configuration(train_command(config, options.run), what)
             while state.step < state.num_steps:
                 losses = engine.train_epoch(state, train_loader, on_step, on_losses)
                 finished = state.step == state.num_steps
