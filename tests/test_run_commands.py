@@ -227,14 +227,18 @@ def test_losses_by_different_yardsticks_are_not_compared(
     shutil.copytree(runs / "checkpoints/one", tmp_path / "checkpoints/one")
     folders = ["--checkpoints-dir", str(tmp_path / "checkpoints")]
     folders += ["--logs-dir", str(tmp_path / "logs")]
-    assert main(["compare", "one", "odd", *folders]) == 0
+    picture, why = tmp_path / "odd.svg", f"The runs differ in {named}: their losses cannot be"
+    assert main(["compare", "one", "odd", "--out", str(picture), *folders]) == 0
     said = capsys.readouterr().out
     assert "*" not in said
-    assert said.endswith(f"The runs differ in {named}: their losses cannot be compared.\n")
+    assert said.endswith(f"{why} compared.\n")
+    assert why in picture.read_text()  # Matplotlib writes each text as a comment, too
     assert main(["compare", "one", "odd", "--json", *folders]) == 0
     assert named in json.loads(capsys.readouterr().out)["incomparable"]
     assert main(["compare", "one", "other", "--json", *places]) == 0
     assert json.loads(capsys.readouterr().out)["incomparable"] == ""
+    assert main(["compare", "one", "other", "--out", str(picture), *places]) == 0
+    assert "cannot be" not in picture.read_text()
 
 
 @pytest.mark.parametrize("size", [8, 12], ids=["of the same size", "of another size"])

@@ -86,8 +86,11 @@ def curves(log_folder: Path, path: Path) -> Path:
 
 
 @styled
-def overlaid(runs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
-    """The validation losses of several runs over each other, from the rows of metrics.jsonl."""
+def overlaid(runs: dict[str, list[dict[str, Any]]], path: Path, note: str = "") -> Path:
+    """The validation losses of several runs over each other, from the rows of metrics.jsonl.
+
+    ``note`` stands above them.
+    """
     figure = Figure(figsize=(10, 3.2))
     for axis, (name, title) in zip(figure.subplots(1, 3), LOSSES.items(), strict=True):
         for i, (run, rows) in enumerate(runs.items()):
@@ -100,6 +103,8 @@ def overlaid(runs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
         axis.set(xlabel="step", ylabel="nats/image", title=title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 5))
+    if note:
+        figure.suptitle(note)
     return save_figure(figure, path)
 
 

@@ -110,7 +110,8 @@ def compare(argv: list[str]) -> int:
     table = comparing.table(runs)
     print(json.dumps(comparing.as_data(runs), indent=2) if args.json else table)
     if args.out:
-        figures.overlaid({run.name: run.rows for run in runs}, args.out)
+        rows = {run.name: run.rows for run in runs}
+        figures.overlaid(rows, args.out, comparing.incomparable(runs))
     return 0
 
 
