@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 
@@ -47,6 +48,12 @@ class Watched:
             lambda said: said.type in ("error", "warning") and self.troubles.append(said.text),
         )
         self.page.on("request", lambda request: self.requests.append(request.url))
+
+
+def barriers(page: Page) -> list[str]:
+    """What axe-core finds that keeps people out: WCAG's rules and its own best practices."""
+    found = Axe().run(page).response["violations"]
+    return [f"{rule['id']}: {node['html'][:200]}" for rule in found for node in rule["nodes"]]
 
 
 def until(page: Page, expression: str, arg: object = None, seconds: float = 30) -> None:

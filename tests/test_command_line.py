@@ -231,6 +231,8 @@ MISTAKES = {
     "evaluate an unknown part": ("evaluate {ckpt} --parts fid", "fid"),
     "evaluate few images": ("evaluate {ckpt} --num-generated 2", "--num-generated is 2"),
     "study of no epochs": ("study --epochs 0", "--epochs is 0"),
+    "study of no beta": ("study --betas", "--betas names no value to choose from"),
+    "study of a seed twice": ("study --seeds 1 1", "--seeds names a value twice"),
     "study of a wrong run": ("study --run a/b", "called 'a/b'"),
     "train free bits of no use": ("train --free-bits 0.5", "for --objective free-bits"),
     "search pseudo-inputs of no use": ("search --pseudo-inputs 5", "for --prior vamp"),

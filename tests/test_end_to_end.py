@@ -35,6 +35,10 @@ def test_the_main_job_on_real_data_goes_from_pixels_to_figures(fashion_mnist, co
                     "fashion-best/reconstructions", "fashion-best/traversal"):  # fmt: skip
         assert (tmp_path / f"logs/{picture}.png").stat().st_size > 20_000
         assert f"logs/{picture}.png" in done.stdout
+    for name, title in (("search", "Search"), ("best", "Run")):
+        report = (tmp_path / f"logs/fashion-{name}/report.html").read_text()
+        assert f"<h1>{title} fashion-{name}</h1>" in report
+        assert f"logs/fashion-{name}/report.html" in done.stdout
     started = time.monotonic()
     again = command(*arguments, timeout=200)
     assert again.returncode == 0

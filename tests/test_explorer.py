@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from chromium import Watched, until
+from chromium import Watched, barriers, until
 
 from vae_hyperband import figures
 from vae_hyperband.bounds import eval_dataloader
@@ -396,6 +396,18 @@ def test_every_control_has_a_name_and_nothing_is_cut_off_on_a_phone(chromium, ex
     )
     assert min(_numbers(ink)) > 200 > 60 > max(_numbers(paper))  # dark
     assert watched.troubles == []
+    watched.context.close()
+
+
+@browsing
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_that_keeps_people_out(chromium, exported, scheme):
+    watched = opened(chromium, exported, color_scheme=scheme)
+    assert barriers(watched.page) == []
+    watched.page.set_viewport_size({"width": 390, "height": 844})
+    assert barriers(watched.page) == []
+    watched.page.evaluate("document.getElementById('image').removeAttribute('aria-label')")
+    assert len(barriers(watched.page)) == 1  # it does look
     watched.context.close()
 
 

@@ -24,9 +24,10 @@ FLOORS = [
     "rules", "journal", "board", "watching", "storage", "cluster",
     "draws", "packer", "packers", "worker", "tuning", "search",
     "search_dry_run", "figures", "search_figures",
-    "study_figures", "projector", "report", "animations", "html_report", "sharing", "onnx_graph",
-    "onnx_check", "explorer", "options", "completion", "comparing", "ckpt_commands",
-    "export_command", "run_commands", "search_command", "study_command", "main_job", "train_vae",
+    "study_figures", "projector", "report", "animations", "html_page", "html_report",
+    "sharing", "onnx_graph", "onnx_check", "explorer", "options", "completion", "comparing",
+    "ckpt_commands", "export_command", "run_commands", "search_command", "study_command",
+    "main_job", "train_vae",
     "beta_vae_tsb", "__init__",
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
@@ -50,7 +51,7 @@ ALONE = {
     },
     "matplotlib": {"figures", "search_figures", "study_figures"},
     "tensorboard": {"tracking", "animations"},
-    "PIL": {"animations", "html_report", "projector"},
+    "PIL": {"animations", "html_page", "projector"},
 }
 
 

@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
-from chromium import Watched
+from chromium import Watched, barriers
 from conftest import write_idx_folder
 from PIL import Image
 
+from vae_hyperband import html_report
 from vae_hyperband.animations import latent_walk, logged_pictures, logged_samples
 from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.config import RunOptions, TrainConfig
+from vae_hyperband.config import Places, RunOptions, TrainConfig
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.latents import Posteriors
 from vae_hyperband.model import initialized_vae
@@ -76,7 +77,7 @@ def test_two_runs_of_one_configuration_are_said_to_be_so(places, capsys):
     assert "(the same configuration and data)" in capsys.readouterr().out
 
 
-def searched(folder, **config):
+def write_search(folder, **config):
     """A finished search of three trials, written as a search writes it."""
 
     def row(epoch, bound):
@@ -123,7 +124,7 @@ def test_a_report_takes_the_evaluation_of_its_checkpoint_and_of_no_other(runs, p
 
 
 def test_a_search_s_report_has_every_trial_with_its_reasons(runs, places):
-    searched(runs / "checkpoints/s", betas=(1.0, 4.0))
+    write_search(runs / "checkpoints/s", betas=(1.0, 4.0))
     assert main(["report", "s", *places]) == 0
     page = (runs / "logs/s/report.html").read_text()
     assert page.count("<tr><td") + page.count('<tr class="winner"><td') == 3
@@ -133,10 +134,24 @@ def test_a_search_s_report_has_every_trial_with_its_reasons(runs, places):
     assert "trial_002 won with 90.75" in page
 
 
+def test_a_search_s_report_says_how_to_search_again_and_where_its_winner_was_trained(searched):
+    folder, _ = searched
+    place = Places(run="s", checkpoints_dir=folder / "checkpoints", logs_dir=folder / "logs")
+    page = html_report.report(place)
+    winner = load_ckpt(folder / "checkpoints/s/winner.pt")
+    for fact in (winner["weights"], winner["data"]["digest"], winner["environment"]["torch"]):
+        assert fact in page
+    command = page.split("vae-hyperband search")[1].split("<")[0]
+    assert command.split() == [
+        "--run", "s", "--dataset", "custom", "--num-trials", "9",
+        "--latent-dims", "2", "4", "--batch-sizes", "32", "64",
+    ]  # fmt: skip
+
+
 @pytest.mark.browser
 def test_the_table_is_sorted_by_a_click_and_fits_a_phone(runs, chromium):
     if not (runs / "checkpoints/t").exists():
-        searched(runs / "checkpoints/t")
+        write_search(runs / "checkpoints/t")
     where = ["--checkpoints-dir", str(runs / "checkpoints"), "--logs-dir", str(runs / "logs")]
     out = runs / "sorted.html"
     assert main(["report", "t", "--out", str(out), *where]) == 0
@@ -158,6 +173,38 @@ def test_the_table_is_sorted_by_a_click_and_fits_a_phone(runs, chromium):
     assert watched.requests == [out.as_uri()]
     assert watched.troubles == []
     watched.context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_in_a_report_that_keeps_people_out(
+    runs, searched, chromium, small_data, scheme
+):
+    evaluation = runs / "logs/same/evaluation.json"
+    if not evaluation.exists():
+        how = ["--samplers", "prior", "--num-generated", "30", "--data-dir", str(small_data)]
+        ckpt = str(runs / "checkpoints/same/best.pt")
+        assert main(["evaluate", ckpt, "--json", str(evaluation), *how]) == 0
+    places = {
+        "same": Places(
+            data_dir=small_data, checkpoints_dir=runs / "checkpoints", logs_dir=runs / "logs"
+        ),
+        "s": Places(checkpoints_dir=searched[0] / "checkpoints", logs_dir=searched[0] / "logs"),
+    }
+    for run, place in places.items():
+        path = html_report.write_report(dataclasses.replace(place, run=run))
+        watched = Watched(chromium, color_scheme=scheme)
+        for width in (1200, 390):
+            watched.page.set_viewport_size({"width": width, "height": 844})
+            watched.page.goto(path.as_uri())
+            assert barriers(watched.page) == []
+        wide = watched.page.locator(".wide").evaluate_all(
+            "found => found.map(e => [e.scrollWidth > e.clientWidth, e.tabIndex === 0])"
+        )
+        assert any(scrolls for scrolls, _ in wide)
+        assert all(scrolls == focusable for scrolls, focusable in wide)
+        assert watched.troubles == []
+        watched.context.close()
 
 
 MISTAKES = {

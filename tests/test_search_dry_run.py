@@ -10,9 +10,10 @@ from conftest import written
 from vae_hyperband import train_vae
 from vae_hyperband.config import in_effect
 from vae_hyperband.draws import draw_trials
+from vae_hyperband.main_job import MainJob
 from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.search_dry_run import expected_epochs
-from vae_hyperband.trials import describe, read_result
+from vae_hyperband.trials import SearchResult, TrialRecord, describe, read_result, write_result
 
 
 @pytest.fixture
@@ -128,3 +129,38 @@ def test_a_dry_run_refuses_what_the_search_would(tmp_path, small_data, monkeypat
         assert train_vae.main([*argv, "--device", "cpu", *wrong]) == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["run", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
+    argv += ["--device", "cpu", "--parts", "likelihood"]
+    assert train_vae.main(argv) == 0
+    search, _, rest = capsys.readouterr().out.partition("== 2  train trial 0's configuration")
+    assert search.startswith("== 1  search, as fashion-search\n")
+    assert "trials       8, drawn by random\n" in search
+    assert "train --run fashion-best --dataset custom --data-dir" in _line(rest, "command")
+    assert "steps        30\n" in rest  # ten epochs of three
+    assert "evaluate it on the test split (likelihood)" in rest
+    assert rest.count("Nothing was written.") == 1
+    assert list(tmp_path.iterdir()) == []
+
+    config, options = MainJob(dataset="custom", device="cpu").search()
+    folder = options.ckpt_folder
+    folder.mkdir(parents=True)
+    asked = {**config.to_dict(), "id": "0", "storage": None}
+    (folder / "search.json").write_text(json.dumps(asked))
+    drawn = {"latent_dim": 64, "learning_rate": 1e-3, "batch_size": 64, "beta": 1.0}
+    row = {"epoch": 3, "step": 9, "bound": 90.0, "total_loss": 90.0}
+    write_result(SearchResult(config, [TrialRecord(0, drawn, [row], "finished")], folder))
+    before = written(tmp_path)
+    assert train_vae.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "state        finished" in said
+    _, _, rest = said.partition("== 2  train the winner's configuration")
+    assert "--latent-dim 64 --learning-rate 0.001 --batch-size 64" in _line(rest, "command")
+    assert written(tmp_path) == before
+
+
+def _line(text, name):
+    return re.search(rf"^{name}.*\n", text, re.MULTILINE)[0]

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import statistics
 
 import pytest
-from conftest import NAMES, write_idx_folder
+from conftest import NAMES, write_idx_folder, written
 from matplotlib.figure import Figure
 
 from vae_hyperband import study_figures, train_vae
@@ -157,6 +158,34 @@ def test_the_command_trains_the_grid_on_drawn_garments(tmp_path, monkeypatch, ca
     picture = tmp_path / "logs/d/rate_distortion.png"
     assert picture.stat().st_size > 20_000
     assert str(picture.relative_to(tmp_path)) in said
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["study", "--run", "s", "--dataset", "custom", "--data-dir", str(small_data)]
+    argv += ["--betas", "1", "4", "--latent-dims", "2", "3", "--epochs", "2", "--device", "cpu"]
+    assert train_vae.main([*argv, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    shared = json.loads(said[: said.index("}") + 1])
+    assert shared["epochs"] == 2
+    assert not {"beta", "latent_dim", "capacity"} & set(shared)  # differ, or have no effect
+    assert "runs         4, one after the other, judged on the validation split\n" in said
+    for run in ("s-z2-b1-s0", "s-z2-b4-s0", "s-z3-b1-s0", "s-z3-b4-s0"):
+        assert f"  {run:24} 0 of 6 steps are done\n" in said
+    assert re.search(r"training     about \d+ s; validation", said)
+    assert said.endswith("Nothing was written.\n")
+    assert list(tmp_path.iterdir()) == []
+    where = ["--dataset", "custom", "--data-dir", str(small_data), "--device", "cpu"]
+    trained = ["train", "--run", "s-z2-b4-s0", "--latent-dim", "2", "--beta", "4", "--epochs", "2"]
+    assert train_vae.main([*trained, *where]) == 0
+    before = written(tmp_path)
+    capsys.readouterr()
+    assert train_vae.main([*argv, "--dry-run"]) == 0
+    assert f"  {'s-z2-b4-s0':24} 6 of 6 steps are done\n" in capsys.readouterr().out
+    argv[argv.index("--epochs") + 1] = "1"  # fewer than it has had
+    assert train_vae.main([*argv, "--dry-run"]) == 2
+    assert "s-z2-b4-s0/latest.pt was trained for 2.00 epochs" in capsys.readouterr().err
+    assert written(tmp_path) == before
 
 
 def test_the_picture_shows_whatever_was_measured(tmp_path):

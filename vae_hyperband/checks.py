@@ -14,12 +14,21 @@ def require(ok: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
+def flag(name: str) -> str:
+    """The option that gives a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def require_values(name: str, values: tuple[Any, ...]) -> None:
+    require(len(values) > 0, f"{flag(name)} names no value to choose from.")
+    require(len(set(values)) == len(values), f"{flag(name)} names a value twice: {values}.")
+
+
 def require_number(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
-    flag = "--" + name.replace("_", "-")
     limit = f"at least {lowest:g}" if highest == math.inf else f"between {lowest:g} and {highest:g}"
     require(
         math.isfinite(value) and lowest <= value <= highest,
-        f"{flag} is {value!r}, but must be {limit}.",
+        f"{flag(name)} is {value!r}, but must be {limit}.",
     )
 
 
@@ -38,8 +47,8 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
             return None
         [hint] = (kind for kind in typing.get_args(hint) if kind is not type(None))
     if typing.get_origin(hint) is Literal:
-        choices, flag = typing.get_args(hint), "--" + name.replace("_", "-")
-        require(value in choices, f"{flag} is {value!r}, but must be one of {choices}.")
+        choices = typing.get_args(hint)
+        require(value in choices, f"{flag(name)} is {value!r}, but must be one of {choices}.")
         return value
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)

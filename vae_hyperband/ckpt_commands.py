@@ -36,7 +36,7 @@ class EvaluateArgs:
 
     ckpt: tyro.conf.Positional[Path]
     """The checkpoint."""
-    options: tyro.conf.OmitArgPrefixes[EvaluateOptions]
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions]
     split: Literal["train", "validation", "test"] = "validation"
     """Which images; choose between models on validation, report on test."""
     json: Path | None = None
@@ -81,7 +81,7 @@ def evaluate_ckpt(argv: list[str]) -> int:
     if args.json:
         check_place(args.json)  # a mistake before the work
     with cpu_threads(args.num_threads):
-        report = evaluate(args.ckpt, args.split, args.data_dir, args.device, args.options, say)
+        report = evaluate(args.ckpt, args.split, args.data_dir, args.device, args.evaluation, say)
     if args.json:
         write_text(args.json, json.dumps(report, indent=2) + "\n")
     print(table_of(report))

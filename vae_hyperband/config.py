@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from vae_hyperband.checks import check_types, require, require_number
+from vae_hyperband.checks import check_types, flag, require, require_number
 from vae_hyperband.errors import ConfigError
 
 Dataset = Literal["fashion-mnist", "custom", "drawn"]
@@ -68,11 +68,11 @@ class CommonConfig:
         require_number("train_samples", self.train_samples, 1)
         require_number("pseudo_inputs", self.pseudo_inputs, 1)
         for name, (chooser, choice) in ONLY_WITH.items():
-            flag = "--" + name.replace("_", "-")
             require(
                 getattr(self, chooser) == choice
                 or getattr(self, name) == getattr(CommonConfig, name),
-                f"{flag} is for --{chooser} {choice}: give that, too, or leave out {flag}.",
+                f"{flag(name)} is for --{chooser} {choice}: give that, too, or leave out "
+                f"{flag(name)}.",
             )
         require(
             not (self.kl_cycles and self.kl_warmup_epochs),
@@ -262,6 +262,16 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in names
         if old.get(name) != new.get(name)
     ]
+
+
+def changed_options(settings: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """The words of a command line that give the settings which differ from the usual ones."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if value != usual[name]:
+            values = value if isinstance(value, tuple | list) else (value,)
+            words += [flag(name), *map(str, values)]
+    return words
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vae_hyperband.config import RunOptions, TrainConfig, in_effect
+from vae_hyperband.config import RunOptions, TrainConfig, changed_options, in_effect
 from vae_hyperband.data import Split, get_dataloader, load_split
 from vae_hyperband.process import cpu_threads, pick_device
 from vae_hyperband.state import TrainState, ckpt_to_resume, new_state
@@ -32,11 +32,8 @@ def dry_run(config: TrainConfig, options: RunOptions) -> str:
     before = busy()
     with cpu_threads(options.num_threads):
         train = load_split("train", options.data_dir, config.dataset)
-        num_steps = config.epochs * math.ceil(len(train) / config.batch_size)
-        found, _ = ckpt_to_resume(config, options, train)
-        done = found[1]["step"] if found else 0
+        num_steps, done = steps_and_done(config, options, train)
         seconds = seconds_per_step(config, train, device)
-        left = max(num_steps - done, 0)
         lines = [
             a_line_each(in_effect(config.to_dict())),
             f"command      {_command(config, options)}",
@@ -45,21 +42,28 @@ def dry_run(config: TrainConfig, options: RunOptions) -> str:
             f"checkpoints  {options.ckpt_folder}, logs {options.log_folder}",
             f"steps        {num_steps:,}"
             + (f", of which {done:,} are done: it would go on" if done else ""),
-            f"training     about {left * seconds:,.0f} s, {config.batch_size / seconds:,.0f} "
-            "images/s; validation and pictures on top",
+            f"training     about {(num_steps - done) * seconds:,.0f} s, "
+            f"{config.batch_size / seconds:,.0f} images/s; validation and pictures on top",
             *before,
-            NOTHING_WRITTEN,
         ]
     return "\n".join(lines)
 
 
+def steps_and_done(config: TrainConfig, options: RunOptions, train: Split) -> tuple[int, int]:
+    """How many steps a run takes, and how many of them it has taken.
+
+    Raises :class:`ResumeError` where a run of that name has other settings.
+    """
+    found, _ = ckpt_to_resume(config, options, train)
+    num_steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    return num_steps, found[1]["step"] if found else 0
+
+
 def _command(config: TrainConfig, options: RunOptions) -> str:
     """The command that trains this, in this place."""
-    words, usual = [train_command(config, options.run)], RunOptions()
-    for name in PLACES:
-        if (value := getattr(options, name)) != getattr(usual, name):
-            words += ["--" + name.replace("_", "-"), shlex.quote(str(value))]
-    return " ".join(words)
+    given, usual = ({name: getattr(o, name) for name in PLACES} for o in (options, RunOptions()))
+    command = train_command(config, options.run)
+    return " ".join([command, *map(shlex.quote, changed_options(given, usual))])
 
 
 def busy() -> list[str]:

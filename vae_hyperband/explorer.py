@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vae_hyperband.data import Split
 from vae_hyperband.errors import ConfigError
-from vae_hyperband.html_report import csp_digest, style
+from vae_hyperband.html_page import csp_digest, style
 from vae_hyperband.latents import Posteriors
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import aggregate, nats_by_dimension

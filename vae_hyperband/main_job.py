@@ -1,22 +1,26 @@
 """The whole job in one call: data -> search -> train the winner -> evaluate it once -> figures."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vae_hyperband import search_figures
+from vae_hyperband import html_report, search_figures
 from vae_hyperband.config import Dataset, Places, RunOptions, TrainConfig
 from vae_hyperband.data import SplitName, load_split
 from vae_hyperband.download import ensure_data
+from vae_hyperband.draws import draw
+from vae_hyperband.dry_run import dry_run
 from vae_hyperband.evaluation import evaluate_once
 from vae_hyperband.evaluation_config import PARTS, EvaluateOptions, Part
 from vae_hyperband.process import pick_device, stop_flag
 from vae_hyperband.report import draw_run, look_at, say, summary_of, table_of, with_error
-from vae_hyperband.search import STOPPING, search
+from vae_hyperband.search import STOPPING, search, search_there
 from vae_hyperband.search_command import train_winner
 from vae_hyperband.search_config import SearchConfig, SearchOptions
+from vae_hyperband.search_dry_run import search_dry_run
 from vae_hyperband.training import FitResult
-from vae_hyperband.trials import SearchResult, describe
+from vae_hyperband.trials import RESULT, SearchResult, describe, read_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +48,49 @@ class MainJob(Places):
     """What the final evaluation looks at; without images the job is a minute or two shorter."""
     seed: int = 0
     """Decides the configurations drawn, and every run's weights, order and noise."""
+    dry_run: bool = False
+    """Print what would be searched and trained, where and how long that would take; then end."""
+
+    def search(self) -> tuple[SearchConfig, SearchOptions]:
+        config = SearchConfig(
+            num_trials=self.num_trials,
+            max_epochs=self.max_epochs,
+            scheduler=self.scheduler,
+            seed=self.seed,
+            dataset=self.dataset,
+        )
+        return config, SearchOptions(**self._places(), run=f"{self.run}-search")
+
+    def winner(self) -> RunOptions:
+        return RunOptions(**self._places(), run=f"{self.run}-best")
+
+    def _places(self) -> dict[str, Any]:
+        fields = (field.name for field in dataclasses.fields(Places) if field.name != "run")
+        return {name: getattr(self, name) for name in fields}
+
+
+def main_job_dry_run(job: MainJob) -> str:
+    """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
+    config, options = job.search()
+    first = "trial 0's configuration, should it win"
+    best = config.trial_config(draw(config, 0, []))
+    if search_there(config, options) and (options.ckpt_folder / RESULT).exists():
+        first, best = "the winner's configuration", read_result(options.ckpt_folder).best_config
+    return "\n".join(
+        [
+            f"== 1  search, as {options.run}",
+            search_dry_run(config, options),
+            f"== 2  train {first}",
+            dry_run(dataclasses.replace(best, epochs=job.epochs), job.winner()),
+            f"== 3  evaluate it on the test split ({', '.join(job.parts)}), draw figures, report",
+        ]
+    )
 
 
 def run_main_job(job: MainJob) -> bool:
     """Do the whole job; whether it finished (False: stopped on request, the same call goes on)."""
-    places: dict[str, Any] = {
-        "device": job.device,
-        "checkpoints_dir": job.checkpoints_dir,
-        "logs_dir": job.logs_dir,
-        "data_dir": job.data_dir,
-    }
     pick_device(job.device)  # mistakes before the work, not after the search
+    config, options = job.search()
     TrainConfig(epochs=job.epochs, seed=job.seed)
     if job.dataset == "fashion-mnist":
         _heading("1/5  data: Fashion-MNIST, checked by its digests")
@@ -68,25 +104,15 @@ def run_main_job(job: MainJob) -> bool:
         print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
 
     _heading(f"2/5  search: {job.num_trials} configurations, up to {job.max_epochs} epochs each")
-    config = SearchConfig(
-        num_trials=job.num_trials,
-        max_epochs=job.max_epochs,
-        scheduler=job.scheduler,
-        seed=job.seed,
-        dataset=job.dataset,
-    )
     with stop_flag(STOPPING) as should_stop:
-        found = search(config, SearchOptions(run=f"{job.run}-search", **places), should_stop)
+        found = search(config, options, should_stop)
         if found is None:
             return False
-        picture = search_figures.best_config(
-            found, job.logs_dir / f"{job.run}-search" / "best_config.png"
-        )
+        picture = search_figures.best_config(found, options.log_folder / "best_config.png")
         print(summary_of(found), flush=True)
 
         _heading(f"3/5  train the best configuration for {job.epochs} epochs")
-        options = RunOptions(run=f"{job.run}-best", **places)
-        trained = train_winner(found, job.epochs, options, should_stop)
+        trained = train_winner(found, job.epochs, job.winner(), should_stop)
     best = trained.state.config
     if not trained.finished:
         return False
@@ -103,10 +129,12 @@ def run_main_job(job: MainJob) -> bool:
     )
     print(table_of(report), flush=True)
 
-    _heading("5/5  figures")
-    for path in (picture, *draw_run(trained, best, job.data_dir)):
+    _heading("5/5  figures and reports")
+    pictures = draw_run(trained, best, job.data_dir)
+    reports = [html_report.write_report(place) for place in (options, job.winner())]
+    for path in (picture, *pictures, *reports):
         print(path, flush=True)
-    _print_summary(found, trained, best, report, picture, job)
+    _print_summary(found, trained, best, report, reports, job)
     return True
 
 
@@ -119,7 +147,7 @@ def _print_summary(
     trained: FitResult,
     best: TrainConfig,
     report: dict[str, Any],
-    picture: Path,
+    reports: list[Path],
     job: MainJob,
 ) -> None:
     _heading("done")
@@ -129,9 +157,9 @@ def _print_summary(
         "test bound": f"{with_error(report['bound'])} nats/image, beta = 1",
         "checkpoint": trained.best,
         "TensorBoard logs": trained.log_folder,
-        "picture of the search": picture,
-        "configuration file": job.checkpoints_dir / f"{job.run}-search" / "best_config.json",
-        "look at them": look_at(job.logs_dir),
+        "configuration file": found.folder / "best_config.json",
+        "open in a browser": " ".join(map(str, reports)),
+        "look at the logs": look_at(job.logs_dir),
     }
     for name, value in rows.items():
         print(f"{name:22} {value}", flush=True)

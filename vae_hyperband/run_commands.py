@@ -13,7 +13,7 @@ from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
 from vae_hyperband.checks import require
 from vae_hyperband.config import Places
 from vae_hyperband.data import as_trained
-from vae_hyperband.files import check_place, make_folder, write_text
+from vae_hyperband.files import check_place
 from vae_hyperband.latents import encode_split
 from vae_hyperband.options import parse_options
 from vae_hyperband.trained import best_ckpt, split_of
@@ -89,13 +89,7 @@ def report(argv: list[str]) -> int:
         checkpoints_dir=args.checkpoints_dir,
         logs_dir=args.logs_dir,
     )
-    if args.out:
-        check_place(args.out)
-    page = html_report.report(place)
-    out = args.out or place.log_folder / "report.html"
-    make_folder(out.resolve().parent)
-    write_text(out, page)
-    print(out)
+    print(html_report.write_report(place, args.out))
     return 0
 
 

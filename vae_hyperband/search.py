@@ -36,7 +36,7 @@ from vae_hyperband.journal import Journal, read_events
 from vae_hyperband.process import only_writer, stop_flag
 from vae_hyperband.search_config import METRICS, SearchConfig, SearchOptions
 from vae_hyperband.storage import TrialStore, store_for
-from vae_hyperband.trials import ASKED, RESULT, SearchResult, read_result, write_result
+from vae_hyperband.trials import ASKED, RESULT, WINNER, SearchResult, read_result, write_result
 from vae_hyperband.tuning import run_trials
 from vae_hyperband.watching import Watch
 
@@ -233,9 +233,9 @@ def _write_result(board: Board, options: SearchOptions, store: TrialStore) -> No
             "with another --run."
         )
     store.fetch(winner.name, BEST, folder / "winner.tmp")
-    copy_ckpt(folder / "winner.tmp", folder / "winner.pt")
+    copy_ckpt(folder / "winner.tmp", folder / WINNER)
     (folder / "winner.tmp").unlink()
-    content = load_ckpt(folder / "winner.pt")
+    content = load_ckpt(folder / WINNER)
     if content["metrics"] != winner.best_row:
         raise SearchError(
             f"{BEST} of {winner.name} is not the model that the decision log has (epoch "

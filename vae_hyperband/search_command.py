@@ -4,14 +4,14 @@ import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
 
 from vae_hyperband import search_figures
 from vae_hyperband.checks import require_number
-from vae_hyperband.config import RunOptions
+from vae_hyperband.config import RunOptions, changed_options
+from vae_hyperband.dry_run import NOTHING_WRITTEN
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import stop_flag
 from vae_hyperband.report import program, say_trained, stopped, summary_of
@@ -45,7 +45,7 @@ def search_command(argv: list[str]) -> int:
     args = parse_options(SearchArgs, argv, "vae-hyperband search")
     require_number("final_epochs", args.final_epochs, 0)
     if args.dry_run:
-        print(search_dry_run(args.space, args.where))
+        print(search_dry_run(args.space, args.where), NOTHING_WRITTEN, sep="\n")
         return 0
     with stop_flag(STOPPING) as should_stop:
         return _search_and_train(args, argv, should_stop)
@@ -90,7 +90,5 @@ def _train_command(where: SearchOptions) -> str:
     """The command that trains the best configuration in full."""
     config = where.ckpt_folder / "best_config.json"
     words = ["train", "--run", f"{where.run}-best", "--config", str(config), "--epochs", "10"]
-    for name, folder in _places(where).items():
-        if folder not in (None, Path("checkpoints"), Path("logs")):
-            words += ["--" + name.replace("_", "-"), str(folder)]
+    words += changed_options(_places(where), _places(SearchOptions()))
     return f"{program('vae-hyperband')} {shlex.join(words)}"

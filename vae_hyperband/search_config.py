@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vae_hyperband.checks import require, require_number
+from vae_hyperband.checks import require, require_number, require_values
 from vae_hyperband.config import CommonConfig, Places, TrainConfig
 
 #: Importance samples of a trial's IWAE bound where that is the metric.
@@ -66,9 +66,7 @@ class SearchConfig(CommonConfig):
         require_number("grid_points", self.grid_points, 2)
         require_number("seed", self.seed, 0, 2**32 - 1)  # numpy's RandomState takes 32 bits
         for name in ("latent_dims", "batch_sizes", "betas"):
-            values, flag = getattr(self, name), "--" + name.replace("_", "-")
-            require(len(values) > 0, f"{flag} names no value to choose from.")
-            require(len(set(values)) == len(values), f"{flag} names a value twice: {values}.")
+            require_values(name, getattr(self, name))
         low, high = self.learning_rates
         require(
             0 < low < high < math.inf,

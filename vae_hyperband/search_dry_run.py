@@ -18,7 +18,7 @@ from vae_hyperband.cluster import (
 from vae_hyperband.config import in_effect
 from vae_hyperband.data import Split
 from vae_hyperband.draws import draw, num_random
-from vae_hyperband.dry_run import NOTHING_WRITTEN, a_line_each, seconds_per_step
+from vae_hyperband.dry_run import a_line_each, seconds_per_step
 from vae_hyperband.files import refuse_foreign
 from vae_hyperband.journal import read_events
 from vae_hyperband.process import cpu_threads, pick_device
@@ -67,7 +67,7 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
         lines.append("state        what is in the folder would be moved aside")
     if usual > done:
         lines += _time(config, options, train, usual - done)
-    return "\n".join([*lines, NOTHING_WRITTEN])
+    return "\n".join(lines)
 
 
 def expected_epochs(config: SearchConfig, seed: int) -> int:

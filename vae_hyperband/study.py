@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from scipy.special import stdtrit
 
-from vae_hyperband.config import Places, RunOptions, TrainConfig
-from vae_hyperband.data import SplitName
+from vae_hyperband.config import Places, RunOptions, TrainConfig, in_effect
+from vae_hyperband.data import SplitName, load_split
+from vae_hyperband.dry_run import a_line_each, busy, seconds_per_step, steps_and_done
 from vae_hyperband.evaluation import evaluate_once
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.files import make_folder, write_text
+from vae_hyperband.process import pick_device
 from vae_hyperband.training import fit
 
 Row = dict[str, Any]  # of one run: its configuration, and measures by name, each with its error
@@ -63,13 +66,8 @@ def run_study(
     make_folder(places.log_folder)
     for number, (name, config) in enumerate(configs.items(), start=1):
         say(f"run {number} of {len(configs)}: {name}")
-        where = {f.name: getattr(places, f.name) for f in dataclasses.fields(Places)}
-        trained = fit(
-            config,
-            RunOptions(**where | {"run": f"{places.run}-{name}"}),
-            should_stop=should_stop,
-            quiet=True,
-        )
+        where = _options(places, name)
+        trained = fit(config, where, should_stop=should_stop, quiet=True)
         if not trained.finished or should_stop():
             return None
         report = evaluate_once(
@@ -83,6 +81,46 @@ def run_study(
         rows.append(row_of(name, report))
         write_rows(rows, split, places.log_folder / "study.json")
     return rows
+
+
+def _options(places: Places, name: str) -> RunOptions:
+    where = {field.name: getattr(places, field.name) for field in dataclasses.fields(Places)}
+    return RunOptions(**where | {"run": f"{places.run}-{name}"})
+
+
+def study_dry_run(configs: dict[str, TrainConfig], places: Places, split: SplitName) -> str:
+    """What :func:`run_study` would train, and how long that takes, as text; nothing is written.
+
+    Raises what it would raise for the device, the data, and runs of other settings.
+    """
+    device, before = pick_device(places.device), busy()
+    one = next(iter(configs.values()))
+    train = load_split("train", places.data_dir, one.dataset)
+    lines, seconds, speeds = [], 0.0, dict[int, float]()
+    for name, config in configs.items():
+        where = _options(places, name)
+        num_steps, done = steps_and_done(config, where, train)
+        if done < num_steps and config.latent_dim not in speeds:
+            speeds[config.latent_dim] = seconds_per_step(config, train, device)
+        seconds += (num_steps - done) * speeds.get(config.latent_dim, 0)
+        lines.append(f"  {where.run:24} {done:,} of {num_steps:,} steps are done")
+    shared = {
+        setting: value
+        for setting, value in in_effect(one.to_dict()).items()
+        if all(getattr(config, setting) == value for config in configs.values())
+    }
+    return "\n".join(
+        [
+            a_line_each(shared),
+            f"runs         {len(configs)}, one after the other, judged on the {split} split",
+            *lines,
+            f"device       {device}, {torch.get_num_threads()} CPU threads",
+            f"data         {len(train):,} training images {train.image_shape}",
+            f"logs         {places.log_folder}",
+            f"training     about {seconds:,.0f} s; validation and evaluation on top",
+            *before,
+        ]
+    )
 
 
 def row_of(name: str, report: dict[str, Any]) -> Row:

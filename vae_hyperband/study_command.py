@@ -7,12 +7,14 @@ from typing import Literal
 import tyro
 
 from vae_hyperband import study_figures
+from vae_hyperband.checks import require_values
 from vae_hyperband.config import CommonConfig, Places, TrainConfig
+from vae_hyperband.dry_run import NOTHING_WRITTEN
 from vae_hyperband.evaluation_config import EvaluateOptions
 from vae_hyperband.options import parse_options
 from vae_hyperband.process import stop_flag
 from vae_hyperband.report import say, stopped
-from vae_hyperband.study import Row, grouped, over_seeds, run_study
+from vae_hyperband.study import Row, grouped, over_seeds, run_study, study_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,15 @@ class StudyArgs(Places):
     """Passes over the training split, per run."""
     split: Literal["validation", "test"] = "validation"
     """Which images judge; choose on validation, publish test."""
+    dry_run: bool = False
+    """Print the runs, where they would be computed and how long that would take; then end."""
     shared: tyro.conf.OmitArgPrefixes[CommonConfig] = field(default_factory=CommonConfig)
-    options: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("betas", "latent_dims", "seeds"):
+            require_values(name, getattr(self, name))
 
     def configs(self) -> dict[str, TrainConfig]:
         """The grid, by the names of its runs."""
@@ -57,8 +66,11 @@ class StudyArgs(Places):
 
 def study_command(argv: list[str]) -> int:
     args = parse_options(StudyArgs, argv, "vae-hyperband study")
+    if args.dry_run:
+        print(study_dry_run(args.configs(), args, args.split), NOTHING_WRITTEN, sep="\n")
+        return 0
     with stop_flag() as should_stop:
-        rows = run_study(args.configs(), args, args.split, args.options, should_stop, say)
+        rows = run_study(args.configs(), args, args.split, args.evaluation, should_stop, say)
     if rows is None:
         return stopped("study", argv)
     print(table(rows))

@@ -30,7 +30,7 @@ from vae_hyperband.config import (
 )
 from vae_hyperband.data import SplitName, get_dataloader, load_split
 from vae_hyperband.download import ensure_data
-from vae_hyperband.dry_run import dry_run
+from vae_hyperband.dry_run import NOTHING_WRITTEN, dry_run
 from vae_hyperband.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.export_command import export
 from vae_hyperband.options import parse_options
@@ -79,7 +79,7 @@ class DataArgs:
 def train(argv: list[str]) -> int:
     args = parse_options(TrainArgs, argv, "vae-hyperband train", default=_train_default(argv))
     if args.dry_run:
-        print(dry_run(args.recipe, args.where))
+        print(dry_run(args.recipe, args.where), NOTHING_WRITTEN, sep="\n")
         return 0
     with stop_flag() as should_stop:
         trained = fit(args.recipe, args.where, should_stop=should_stop)
@@ -108,10 +108,13 @@ def data(argv: list[str]) -> int:
 
 
 def run(argv: list[str]) -> int:
-    from vae_hyperband.main_job import MainJob, run_main_job
+    from vae_hyperband.main_job import MainJob, main_job_dry_run, run_main_job
 
-    finished = run_main_job(parse_options(MainJob, argv, "vae-hyperband run"))
-    return 0 if finished else stopped("run", argv)
+    job = parse_options(MainJob, argv, "vae-hyperband run")
+    if job.dry_run:
+        print(main_job_dry_run(job), NOTHING_WRITTEN, sep="\n")
+        return 0
+    return 0 if run_main_job(job) else stopped("run", argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

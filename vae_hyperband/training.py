@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch
 from vae_hyperband.checkpoint import tree_digest
-from vae_hyperband.config import RunOptions, TrainConfig, in_effect
+from vae_hyperband.config import RunOptions, TrainConfig, changed_options, in_effect
 from vae_hyperband.data import (
     EpochOrder,
     Split,
@@ -228,11 +228,8 @@ def _memory_explained(state: TrainState, train: Split, device: torch.device) -> 
 
 def train_command(config: TrainConfig, run: str) -> str:
     """The command that trains such a run, data and folders apart."""
-    usual, words = TrainConfig().to_dict(), ["vae-hyperband", "train", "--run", run]
-    for name, value in config.to_dict().items():
-        if value != usual[name]:
-            words += ["--" + name.replace("_", "-"), str(value)]
-    return shlex.join(words)
+    changed = changed_options(config.to_dict(), TrainConfig().to_dict())
+    return shlex.join(["vae-hyperband", "train", "--run", run, *changed])
 
 
 def _validate(state: TrainState, engine: Engine, loader: DataLoader, tracker: Tracker) -> bool:

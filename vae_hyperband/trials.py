@@ -12,7 +12,7 @@ from vae_hyperband.errors import ConfigError
 from vae_hyperband.files import write_text
 from vae_hyperband.search_config import SearchConfig
 
-ASKED, RESULT = "search.json", "trials.json"  # files of a search
+ASKED, RESULT, WINNER = "search.json", "trials.json", "winner.pt"  # files of a search
 
 Row = dict[str, Any]  # of one validation: epoch, step, and losses in nats per image
 Outcome = Literal["finished", "stopped", "failed"]
