@@ -15,9 +15,10 @@ from vae_hyperband.config import RunOptions, TrainConfig
 from vae_hyperband.data import CLASS_NAMES, Split, load_split
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.explorer import page
+from vae_hyperband.flow import Flow
 from vae_hyperband.latents import encode_split
-from vae_hyperband.model import VAE, initialized_vae
-from vae_hyperband.samplers import Mixture
+from vae_hyperband.model import VAE, draw_weights, initialized_vae
+from vae_hyperband.samplers import LearnedFlow, Mixture
 from vae_hyperband.train_vae import main
 from vae_hyperband.training import fit
 
@@ -96,6 +97,15 @@ def computed(page, name, values):
     return torch.tensor(page.evaluate(code, values.flatten().tolist()))
 
 
+def drawn(page, num, sampler, label):
+    """So many z of a sampler of the page, by the seeds from 0 on."""
+    code = (
+        "([num, ...how]) => Promise.all(Array.from({ length: num }, (_, i) => "
+        "explorer.drawZ(how[0], i, how[1]))).then(found => found.map(z => Array.from(z)))"
+    )
+    return torch.tensor(page.evaluate(code, [num, sampler, label]))
+
+
 def z_of(page):
     return torch.tensor(page.evaluate("Array.from(explorer.z())"))
 
@@ -136,12 +146,9 @@ def test_a_colour_model_with_a_vamp_prior_runs_too(chromium, tmp_path):
     decoded = computed(watched.page, "decode", z_BZ).view(9, 3, 16, 16)
     torch.testing.assert_close(decoded, model.decode_images(z_BZ), rtol=0, atol=1e-4)
     assert watched.page.title() == "T & <b>"
-    drawn = watched.page.evaluate(
-        "Array.from({ length: 4000 }, (_, i) => Array.from(explorer.drawZ('prior', i, -1)))"
-    )
-    expected = model.draw_prior(4000, stream)
-    torch.testing.assert_close(torch.tensor(drawn).mean(0), expected.mean(0), rtol=0, atol=0.1)
-    torch.testing.assert_close(torch.tensor(drawn).std(0), expected.std(0), rtol=0.05, atol=0)
+    z_NZ, expected = drawn(watched.page, 4000, "prior", -1), model.draw_prior(4000, stream)
+    torch.testing.assert_close(z_NZ.mean(0), expected.mean(0), rtol=0, atol=0.1)
+    torch.testing.assert_close(z_NZ.std(0), expected.std(0), rtol=0.05, atol=0)
     assert watched.troubles == []
     watched.context.close()
 
@@ -243,14 +250,7 @@ def test_a_seed_gives_the_same_sample_and_the_next_another(web):
 
 @browsing
 def test_samples_are_of_the_prior_and_of_the_mixture(web, ckpt):
-    def drawn(sampler, label):
-        code = (
-            "([sampler, label]) => Array.from({ length: 6000 }, "
-            "(_, i) => Array.from(explorer.drawZ(sampler, i, label)))"
-        )
-        return torch.tensor(web.evaluate(code, [sampler, label]), dtype=torch.float64)
-
-    z_NZ = drawn("prior", -1)
+    z_NZ = drawn(web, 6000, "prior", -1).double()
     torch.testing.assert_close(z_NZ.mean(0), torch.zeros(6).double(), rtol=0, atol=0.06)
     torch.testing.assert_close(z_NZ.T.cov(), torch.eye(6).double(), rtol=0, atol=0.08)
     from vae_hyperband.checkpoint import load_pt
@@ -260,11 +260,50 @@ def test_samples_are_of_the_prior_and_of_the_mixture(web, ckpt):
     mixture = Mixture(**found["tensors"])
     for label in (None, 1):
         expected = mixture.draw(6000, torch.Generator().manual_seed(0), label).double()
-        z_NZ = drawn("mixture", -1 if label is None else label)
+        z_NZ = drawn(web, 6000, "mixture", -1 if label is None else label).double()
         size = expected.std(0)
         assert ((z_NZ.mean(0) - expected.mean(0)) / size).abs().max() < 0.08
         apart = (z_NZ.T.cov() - expected.T.cov()) / torch.outer(size, size)
         assert apart.abs().max() < 0.1
+
+
+@browsing
+def test_the_flow_goes_where_pytorch_s_goes(chromium, tmp_path):
+    model = initialized_vae(5, 8, 1, seed=1).eval().requires_grad_(False)
+    stream = torch.Generator().manual_seed(2)
+    images = torch.randint(256, (24, 1, 8, 8), dtype=torch.uint8, generator=stream)
+    split = Split(images, torch.arange(24) % 3, "0")
+    posteriors = encode_split(model, eval_dataloader(split))
+    flow = draw_weights(Flow(5, num_labels=3, width=24, depth=2), stream)
+    flow.mean_Z, flow.std_Z = torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5)
+    shares_L = torch.tensor([0.0, 0.75, 0.25])
+    sampler = LearnedFlow(shares_L, flow)
+    (tmp_path / "index.html").write_text(page(model, split, posteriors, (), "One", {}, sampler))
+    watched = opened(chromium, tmp_path / "index.html")
+    noise_NZ = torch.randn(6, 5, generator=stream)
+    label_N = torch.tensor([0, 1, 2, 2, 1, 0])
+    found = watched.page.evaluate(
+        "paths => Promise.all(paths.map(([noise, label]) => explorer.flow(noise, label)"
+        ".then(z => Array.from(z))))",
+        [
+            [noise_Z, label]
+            for noise_Z, label in zip(noise_NZ.tolist(), label_N.tolist(), strict=True)
+        ],
+    )
+    expected = flow.path(noise_NZ, label_N)
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
+    z_NZ, expected = drawn(watched.page, 400, "flow", -1), sampler.draw(4000, stream)
+    apart = (z_NZ.mean(0) - expected.mean(0)) / expected.std(0)
+    assert apart.abs().max() < 0.2  # four standard errors
+    assert watched.page.input_value("#sampler") == "flow"
+    labels = watched.page.locator("#label option").all_text_contents()
+    assert labels == ["any", "label 1", "label 2"]  # no training image has label 0
+    before = z_of(watched.page)
+    watched.page.select_option("#label", "2")
+    seed_0_of_label_2 = watched.page.evaluate("explorer.drawZ('flow', 0, 2).then(z => [...z])")
+    assert settle(watched.page, before).tolist() == seed_0_of_label_2
+    assert watched.troubles == []
+    watched.context.close()
 
 
 @browsing

@@ -13,10 +13,11 @@ import torch
 
 from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.errors import CheckpointError
+from vae_hyperband.flow import VelocityNet
 from vae_hyperband.likelihoods import pixel_means
-from vae_hyperband.model import initialized_vae
+from vae_hyperband.model import draw_weights, initialized_vae
 from vae_hyperband.onnx_check import largest_difference
-from vae_hyperband.onnx_graph import decoder_graph, encoder_graph
+from vae_hyperband.onnx_graph import decoder_graph, encoder_graph, velocity_graph
 from vae_hyperband.train_vae import main
 from vae_hyperband.training import fit
 
@@ -79,6 +80,20 @@ def test_onnx_runtime_computes_what_pytorch_does(settings):
         found = run(decoder_graph(model, {}), z=z_BZ)
         torch.testing.assert_close(found["logits"], model.decode(z_BZ), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found["image"], model.decode_images(z_BZ), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_onnx_runtime_computes_a_flow_s_velocity():
+    stream = torch.Generator().manual_seed(1)
+    net = draw_weights(VelocityNet(5, num_labels=3, width=24, depth=2), stream)
+    for block in net.blocks:
+        torch.nn.init.normal_(block.norm.weight, 1, 0.3, generator=stream)
+        torch.nn.init.normal_(block.norm.bias, 0, 0.3, generator=stream)
+    z_BZ, t_B = torch.randn(7, 5, generator=stream), torch.rand(7, generator=stream)
+    label_B = torch.arange(7) % 3
+    kinds = torch.nn.functional.one_hot(label_B).float()
+    found = run(velocity_graph(net), z=z_BZ, t=t_B[:, None], label=kinds)
+    torch.testing.assert_close(found["v"], net(z_BZ, t_B, label_B), rtol=0, atol=1e-5)
 
 
 def test_continuous_bernoulli_means_are_right_for_every_logit():

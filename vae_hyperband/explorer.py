@@ -22,12 +22,13 @@ from torch import Tensor
 
 from vae_hyperband.data import Split
 from vae_hyperband.errors import ConfigError
+from vae_hyperband.flow import NUM_STEPS
 from vae_hyperband.html_page import csp_digest, style
 from vae_hyperband.latents import Posteriors
 from vae_hyperband.model import VAE
 from vae_hyperband.objective import aggregate, nats_by_dimension
-from vae_hyperband.onnx_graph import decoder_graph, encoder_graph
-from vae_hyperband.samplers import Mixture
+from vae_hyperband.onnx_graph import decoder_graph, encoder_graph, velocity_graph
+from vae_hyperband.samplers import LearnedFlow, Mixture
 
 FOLDER = Path(__file__).with_name("web")
 SCRIPTS = ("engine.js", "page.js", "drawing.js")
@@ -57,7 +58,7 @@ def page(
     names: tuple[str, ...],
     title: str,
     facts: dict[str, str],
-    mixture: Mixture | None = None,
+    sampler: Mixture | LearnedFlow | None = None,
 ) -> str:
     """The whole page. ``posteriors`` are those of the split's images, which are its map.
 
@@ -66,7 +67,11 @@ def page(
     """
     if model.channels not in (1, 3):
         raise ConfigError(f"Images of {model.channels} channels cannot be shown: 1 or 3 can.")
-    data, share = _data(model, split, posteriors, names, mixture)
+    data, share = _data(model, split, posteriors, names)
+    data |= {
+        "mixture": _mixture(sampler) if isinstance(sampler, Mixture) else None,
+        "flow": _flow(sampler) if isinstance(sampler, LearnedFlow) else None,
+    }
     script = "\n".join([_as_global(_runtime("ort.wasm.bundle.min.mjs").decode()), *_scripts()])
     css = style("explorer.css")
     parts = {
@@ -128,7 +133,6 @@ def _data(
     split: Split,
     posteriors: Posteriors,
     names: tuple[str, ...],
-    mixture: Mixture | None,
 ) -> tuple[dict[str, Any], float]:
     """What the scripts read, and which share of the variance the map shows."""
     mu_NZ = posteriors.mu_NZ
@@ -155,7 +159,6 @@ def _data(
         "runtime": _base64(
             gzip.compress(_runtime("ort-wasm-simd-threaded.wasm.xz"), compresslevel=9, mtime=0)
         ),
-        "mixture": _mixture(mixture) if mixture else None,
         "vamp": _vamp(model) if model.vamp else None,
     }
     return data, share
@@ -189,6 +192,17 @@ def _mixture(mixture: Mixture) -> dict[str, Any]:
         "weights": _floats(mixture.weights_LK),
         "means": _floats(mixture.means_LKZ),
         "roots": _floats(mixture.roots_LKZZ),
+    }
+
+
+def _flow(sampler: LearnedFlow) -> dict[str, Any]:
+    flow = sampler.flow
+    return {
+        "shares": sampler.shares_L.tolist(),
+        "mean": flow.mean_Z.tolist(),
+        "std": flow.std_Z.tolist(),
+        "velocity": _base64(velocity_graph(flow.velocity).SerializeToString()),
+        "steps": NUM_STEPS,
     }
 
 

@@ -21,7 +21,14 @@ from vae_hyperband.latents import encode_split
 from vae_hyperband.model import VAE
 from vae_hyperband.options import parse_options
 from vae_hyperband.report import LABEL_NAMES, say
-from vae_hyperband.samplers import Mixture, SamplerConfig, get_sampler
+from vae_hyperband.samplers import (
+    LearnedFlow,
+    Mixture,
+    Prior,
+    SamplerConfig,
+    SamplerName,
+    get_sampler,
+)
 from vae_hyperband.sharing import DATA_NAMES, write_shared
 from vae_hyperband.trained import own_losses, split_of
 
@@ -48,8 +55,8 @@ class ExportArgs:
     """The weights' licence, for the card (safetensors)."""
     evaluation: Path | None = None
     """What "evaluate --json" wrote of this checkpoint, for the card (safetensors)."""
-    sampler: Literal["prior", "mixture"] = "prior"
-    """Also draw z from the mixture fitted to the training latents (web)."""
+    sampler: SamplerName = "prior"
+    """Also draw z from the mixture or the flow fitted to the training latents (web)."""
     split: Literal["validation", "test"] = "validation"
     """Whose images are on the map (web)."""
     num_images: int = 1000
@@ -112,7 +119,7 @@ def _web(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
         tuple(LABEL_NAMES.get(config["dataset"], ())),
         f"A VAE of {DATA_NAMES[config['dataset']]}",
         _shown(content, model),
-        _mixture(args, config["dataset"]),
+        _fitted(args, config["dataset"]),
     )
     write_text(out, html)
     return [out]
@@ -135,18 +142,15 @@ def _shown(content: dict[str, Any], model: VAE) -> dict[str, str]:
     return shown | {"weights": content["weights"][:12]}
 
 
-def _mixture(args: ExportArgs, dataset: str) -> Mixture | None:
-    if args.sampler == "prior":
-        return None
+def _fitted(args: ExportArgs, dataset: str) -> Mixture | LearnedFlow | None:
     sampler = get_sampler(
-        "mixture",
+        args.sampler,
         args.ckpt,
         lambda: load_split("train", args.data_dir, dataset),
         SamplerConfig(),
         say,
     )
-    assert isinstance(sampler, Mixture)
-    return sampler
+    return None if isinstance(sampler, Prior) else sampler
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from vae_hyperband.randomness import generator
 TIME_FEATURES = 32
 BATCH_SIZE = 512
 PEAK = 2e-3
+NUM_STEPS = 50  # of a draw, from noise to z
 AVERAGED = 0.999  # decay of the weights' moving average, which is what is kept
 
 
@@ -82,11 +83,15 @@ class Flow(nn.Module):
         self.register_buffer("std_Z", torch.ones(latent_dim))
         self.velocity = VelocityNet(latent_dim, num_labels, width, depth)
 
-    @torch.no_grad()
-    def draw(self, label_N: Tensor, stream: torch.Generator, num_steps: int = 50) -> Tensor:
-        """One z per label, shape (N, Z): the path from noise, by the midpoint rule."""
+    def draw(self, label_N: Tensor, stream: torch.Generator, num_steps: int = NUM_STEPS) -> Tensor:
+        """One z per label, shape (N, Z)."""
         shape = (len(label_N), len(self.mean_Z))
-        z_NZ = torch.randn(shape, generator=stream)
+        return self.path(torch.randn(shape, generator=stream), label_N, num_steps)
+
+    @torch.no_grad()
+    def path(self, noise_NZ: Tensor, label_N: Tensor, num_steps: int = NUM_STEPS) -> Tensor:
+        """Where the paths from noise end, shape (N, Z), by the midpoint rule."""
+        z_NZ = noise_NZ
         step = 1 / num_steps
         for number in range(num_steps):
             t_N = torch.full((len(z_NZ),), number * step)

@@ -1,17 +1,20 @@
-"""The encoder and the decoder as ONNX graphs, written node by node.
+"""The encoder, the decoder and a flow's velocity as ONNX graphs, written node by node.
 
 The network is four (transposed) convolutions and three linear layers, so its graph is shorter than
 what a tracer needs to be told, and the same weights give the same bytes. Needs ``onnx``.
 
-Shape suffixes: B images of a batch, C channels, H height, W width, Z latent dimensions.
+Shape suffixes: B images of a batch, C channels, H height, W width, Z latent dimensions, L labels.
 """
 
+import math
 from typing import Any
 
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from vae_hyperband.flow import TIME_FEATURES, Block, VelocityNet
 from vae_hyperband.likelihoods import Likelihood
 from vae_hyperband.model import LOGVAR_LIMIT, VAE
 
@@ -43,6 +46,15 @@ class _Graph:
         weight = self.tensor(f"{out}.weight", layer.weight)
         bias = self.tensor(f"{out}.bias", layer.bias)
         return self.add("Gemm", x, weight, bias, out=out, transB=1)
+
+    def norm(self, x: str, layer: nn.LayerNorm, out: str) -> str:
+        weight = self.tensor(f"{out}.weight", layer.weight)
+        bias = self.tensor(f"{out}.bias", layer.bias)
+        return self.add("LayerNormalization", x, weight, bias, out=out, epsilon=layer.eps)
+
+    def silu(self, x: str) -> str:
+        gate = self.add("Sigmoid", x, out=f"{x}.gate")
+        return self.add("Mul", x, gate, out=f"{x}.silu")
 
     def conv(self, x: str, layer: nn.Conv2d | nn.ConvTranspose2d, out: str, relu: bool) -> str:
         """3x3, stride 2, padding 1; see :mod:`vae_hyperband.layers`."""
@@ -99,6 +111,30 @@ def decoder_graph(model: VAE, facts: dict[str, str]) -> Any:
     size = ("batch", model.channels, model.image_size, model.image_size)
     results = [_value("logits", *size), _value("image", *size)]
     return graph.model("decoder", [_value("z", "batch", model.latent_dim)], results, facts)
+
+
+def velocity_graph(net: VelocityNet) -> Any:
+    """``z`` (B, Z), ``t`` (B, 1), ``label`` (B, L) one-hot -> ``v`` (B, Z), of flow matching."""
+    graph = _Graph()
+    frequencies = math.pi * torch.arange(1.0, TIME_FEATURES // 2 + 1)[None]
+    waves = graph.add("Mul", "t", graph.tensor("frequencies", frequencies), out="waves")
+    known = [graph.add(kind, waves, out=kind.lower()) for kind in ("Sin", "Cos")]
+    known.append(graph.add("MatMul", "label", graph.tensor("kinds", net.label.weight), out="kind"))
+    given = graph.linear(graph.add("Concat", *known, out="known", axis=1), net.given, "given")
+    given = graph.silu(given)
+    h = graph.add("Add", graph.linear("z", net.enter, "enter"), given, out="h")
+    for i, block in enumerate(net.blocks):
+        assert isinstance(block, Block)
+        up = graph.linear(graph.norm(h, block.norm, f"norm{i}"), block.up, f"up{i}")
+        up = graph.silu(graph.add("Add", up, given, out=f"up{i} given"))
+        h = graph.add("Add", h, graph.linear(up, block.down, f"down{i}"), out=f"h{i}")
+    norm, leave = net.leave
+    assert isinstance(norm, nn.LayerNorm)
+    assert isinstance(leave, nn.Linear)
+    graph.linear(graph.norm(h, norm, "norm"), leave, "v")
+    z, v = (_value(name, "batch", net.enter.in_features) for name in "zv")
+    inputs = [z, _value("t", "batch", 1), _value("label", "batch", net.label.num_embeddings)]
+    return graph.model("velocity", inputs, [v], {})
 
 
 def _pixel_means(graph: _Graph, likelihood: Likelihood) -> None:

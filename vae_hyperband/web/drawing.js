@@ -95,7 +95,9 @@ try {
     const linked = linkedZ(); // a link that was just made here is of this z, up to its rounding
     if (linked?.some((value, i) => Math.abs(value - z[i]) > 1e-4)) setZ(linked);
   });
-  window.explorer = { ...model, drawZ, setZ, z: () => z, nearest }; // for the console, and for tests
+  window.explorer = { // for the console, and for tests
+    ...model, drawZ: (...what) => drawZ(model, ...what), setZ, z: () => z, nearest,
+  };
   ["aria-busy", "inert"].forEach((name) => $("main").removeAttribute(name));
 } catch (error) {
   $("trouble").hidden = false;

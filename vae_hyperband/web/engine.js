@@ -37,9 +37,11 @@ async function startModel() {
   const how = { executionProviders: ["wasm"] };
   const [encoder, decoder] = await Promise.all(
     [given.encoder, given.decoder].map((graph) => ort.InferenceSession.create(bytes(graph), how)));
+  const velocity = given.flow && await ort.InferenceSession.create(bytes(given.flow.velocity), how);
   let last = Promise.resolve();
   // one at a time: the runtime takes no second call while one is under way
   const run = (session, feeds) => (last = last.catch(() => {}).then(() => session.run(feeds)));
+  const row = (values) => new ort.Tensor("float32", Float32Array.from(values), [1, values.length]);
   return {
     /** x, B * PIXELS values in [0, 1] -> {mu, logvar}, B * Z each. */
     async encode(x) {
@@ -51,6 +53,21 @@ async function startModel() {
     async decode(z) {
       const found = await run(decoder, { z: new ort.Tensor("float32", z, [z.length / Z, Z]) });
       return found.image.data;
+    },
+    /** Where the flow's path from noise ends, for a label: by the midpoint rule, as in flow.py. */
+    async flow(noise, label) {
+      const { mean, std, shares, steps } = given.flow;
+      const kind = row(shares.map((_, l) => Number(l === label)));
+      const moved = async (z, at, t, length) => { // from z along the velocity at that place and time
+        const { v } = await run(velocity, { z: row(at), t: row([t]), label: kind });
+        return z.map((value, i) => value + length * v.data[i]);
+      };
+      let z = Float32Array.from(noise);
+      for (let k = 0; k < steps; k++) {
+        const half = await moved(z, z, k / steps, 0.5 / steps);
+        z = await moved(z, half, (k + 0.5) / steps, 1 / steps);
+      }
+      return z.map((value, i) => mean[i] + std[i] * value);
     },
   };
 }
@@ -88,9 +105,13 @@ const mixture = given.mixture && {
   roots: floats(given.mixture.roots),
 };
 
-/** One z of "prior" or "mixture"; of a label, or of any where it is -1. */
-function drawZ(sampler, seed, label) {
+/** One z of "prior", "mixture" or "flow"; of a label, or of any where it is -1. */
+async function drawZ(model, sampler, seed, label) {
   const uniform = uniforms(seed);
+  if (sampler === "flow") {
+    const kind = label >= 0 ? label : chosen(given.flow.shares, uniform());
+    return model.flow(normals(uniform, Z), kind);
+  }
   if (sampler === "prior" && !given.vamp) return Float32Array.from(normals(uniform, Z));
   if (sampler === "prior") { // a VampPrior: the mean of the pseudo-inputs' posteriors
     const k = Math.floor(uniform() * given.vamp.count), at = k * Z, noise = normals(uniform, Z);

@@ -215,9 +215,10 @@ function startMap() {
 
 // ---- samples, links
 
-function sample() {
-  setZ(drawZ($("sampler").value, Number($("seed").value), Number($("label").value)));
-}
+const sample = latest(async () => {
+  const [seed, label] = ["seed", "label"].map((id) => Number($(id).value));
+  setZ(await drawZ(model, $("sampler").value, seed, label));
+});
 
 function option(select, value, text) {
   select.append(new Option(text, value));
@@ -225,16 +226,16 @@ function option(select, value, text) {
 
 function startSamples() {
   option($("sampler"), "prior", given.vamp ? "the VampPrior" : "the prior N(0, I)");
-  if (mixture) {
-    option($("sampler"), "mixture", "the fitted mixture");
-    $("sampler").value = "mixture";
-  }
   option($("label"), -1, "any");
-  mixture?.shares.forEach((share, label) => share > 0 && option($("label"), label, nameOf(label)));
-  const labelled = () => { $("label-row").hidden = $("sampler").value !== "mixture"; };
+  for (const name of ["mixture", "flow"]) { // the one that was fitted, if any
+    if (!given[name]) continue;
+    option($("sampler"), name, `the fitted ${name}`);
+    $("sampler").value = name;
+    given[name].shares.forEach((share, label) => share > 0 && option($("label"), label, nameOf(label)));
+  }
+  const labelled = () => { $("label-row").hidden = $("sampler").value === "prior"; };
   $("sampler").addEventListener("change", () => { labelled(); sample(); });
-  $("label").addEventListener("change", sample);
-  $("seed").addEventListener("change", sample);
+  for (const id of ["label", "seed"]) $(id).addEventListener("change", sample);
   $("sample").addEventListener("click", sample);
   $("next").addEventListener("click", () => { $("seed").value = Number($("seed").value) + 1; sample(); });
   $("middle").addEventListener("click", () => setZ(given.mean));
