@@ -7,6 +7,7 @@ python tests/screenshots.py logs explorer/index.html docs
 """
 
 import contextlib
+import io
 import socket
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chromium import Watched, browser
-from playwright.sync_api import Browser
+from PIL import Image
+from playwright.sync_api import Browser, Page
 
 
 @contextlib.contextmanager
@@ -40,15 +42,34 @@ def tensorboard(logs: Path) -> Iterator[str]:
             process.terminate()
 
 
-def shot(watched: Watched, url: str, ready: str, path: Path) -> None:
-    """One page of TensorBoard, when what it shows has been drawn."""
-    watched.page.goto(url)
-    watched.page.wait_for_selector(ready, timeout=60_000)
-    close = watched.page.get_by_role("button", name="Close side pane")
+def show(page: Page, url: str, ready: str) -> None:
+    """A page of TensorBoard, when what it shows has been drawn, without the pane of settings."""
+    page.goto(url)
+    page.wait_for_selector(ready, timeout=60_000)
+    close = page.get_by_role("button", name="Close side pane")
     if close.count():
+        page.get_by_label("Ignore outliers in chart scaling").uncheck()  # else it cuts curves off
         close.first.click()
-    watched.page.wait_for_timeout(4000)  # curves are drawn after their cards are there
-    watched.page.screenshot(path=path)
+    page.wait_for_timeout(4000)  # curves are drawn after their cards are there
+
+
+def over_epochs(page: Page, path: Path, shown: tuple[int, ...]) -> None:
+    """The first card of pictures with its slider at some of the steps, side by side."""
+    card = page.locator("image-card").first
+    slider = card.locator("input[type=range]")
+    slider.press("Home")
+    cards, at = [], 0
+    for position in shown:
+        for _ in range(position - at):
+            slider.press("ArrowRight")
+        at = position
+        slider.blur()  # without the halo of what is being moved
+        page.wait_for_timeout(1000)  # the next picture is asked for
+        cards.append(Image.open(io.BytesIO(card.screenshot())))
+    row = Image.new("RGB", (sum(card.width for card in cards), cards[0].height), "white")
+    for number, one in enumerate(cards):
+        row.paste(one, (number * one.width, 0))
+    row.save(path)
 
 
 #: A pair of trousers in one stroke, as shares of the drawing area.
@@ -84,12 +105,12 @@ def main(logs: str, html: str, out: str) -> None:
     size = {"width": 1500, "height": 640}
     with tensorboard(Path(logs)) as url, browser() as chromium:
         explorer(chromium, Path(html), Path(out) / "explorer.png")
-        watched = Watched(chromium, viewport=size, color_scheme="light")
+        page = Watched(chromium, viewport=size, color_scheme="light", device_scale_factor=1.5).page
         curves = "?smoothing=0&tagFilter=(bound|KL_divergence|recon_loss)%2Fvalidation#timeseries"
-        shot(watched, url + curves, "scalar-card", Path(out) / "tensorboard1.png")
-        pictures = "?tagFilter=random_samples#timeseries"
-        watched.page.set_viewport_size({"width": 1100, "height": 520})
-        shot(watched, url + pictures, "image-card img", Path(out) / "tensorboard2.png")
+        show(page, url + curves, "scalar-card")
+        page.screenshot(path=Path(out) / "tensorboard1.png")
+        show(page, url + "?tagFilter=random_samples#timeseries", "image-card img")
+        over_epochs(page, Path(out) / "tensorboard2.png", shown=(0, 2, 4))
 
 
 if __name__ == "__main__":
