@@ -53,9 +53,9 @@ def show(page: Page, url: str, ready: str) -> None:
     page.wait_for_timeout(4000)  # curves are drawn after their cards are there
 
 
-def over_epochs(page: Page, path: Path, shown: tuple[int, ...]) -> None:
-    """The first card of pictures with its slider at some of the steps, side by side."""
-    card = page.locator("image-card").first
+def over_epochs(page: Page, run: str, path: Path, shown: tuple[int, ...]) -> None:
+    """A run's card of pictures with its slider at some of the steps, side by side."""
+    card = page.locator("image-card", has_text=run)
     slider = card.locator("input[type=range]")
     slider.press("Home")
     cards, at = [], 0
@@ -110,7 +110,7 @@ def main(logs: str, html: str, out: str) -> None:
         show(page, url + curves, "scalar-card")
         page.screenshot(path=Path(out) / "tensorboard1.png")
         show(page, url + "?tagFilter=random_samples#timeseries", "image-card img")
-        over_epochs(page, Path(out) / "tensorboard2.png", shown=(0, 2, 4))
+        over_epochs(page, "betas-beta-1", Path(out) / "tensorboard2.png", shown=(0, 2, 4))
 
 
 if __name__ == "__main__":
