@@ -241,6 +241,9 @@ MISTAKES = {
     "search on an unknown device": ("search --device tpu9", "must be auto, cpu or cuda"),
     "search on a CPU with GPUs": ("search --device cpu --gpus-per-trial 1", "contradict"),
     "main job of no epochs": ("run --epochs 0", "--epochs is 0"),
+    "main job that evaluates nothing": ("run --parts", "--parts names no part"),
+    "main job of a long name": (f"run --run {'a' * 98}", "at most 100"),
+    "search of a long name": (f"search --run {'a' * 98} --final-epochs 1", "at most 100"),
     "main job on no device": ("run --device tpu9", "use --device cpu"),
     "search without room to stop": ("search --max-epochs 1", "nothing to stop"),
     "search over a training run": (
@@ -371,6 +374,22 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert train_vae.main([*argv, "--latent-dim", "4", "--dry-run"]) == 2
     assert "other settings (latent_dim: 32 -> 4)" in capsys.readouterr().err
     assert written(tmp_path) == before
+
+
+def test_a_dry_run_s_command_is_what_was_asked_for(trained, tmp_path, small_data, capsys):
+    where = ["--data-dir", str(small_data), "--num-threads", "1", "--device", "cpu"]
+    where += ["--checkpoints-dir", str(tmp_path / "c d"), "--logs-dir", str(tmp_path / "l")]
+    resume = ["--resume_ckpt", str(trained.latest), "--run", "new", "--no-tensorboard"]
+    epochs = load_ckpt(trained.latest)["config"]["epochs"]
+    assert train_vae.main(["train", *where, *resume, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "all of which are done: nothing would be trained" in said
+    assert "--num-threads 1 may" not in said  # they were given
+    command = next(line for line in said.splitlines() if line.startswith("command"))
+    again = shlex.split(command)[2:]
+    assert "--no-tensorboard" in again
+    assert train_vae.main([*again, "--dry-run", "--epochs", str(epochs + 1)]) == 0
+    assert "it would go on" in capsys.readouterr().out
 
 
 def test_a_dry_run_finds_mistakes_too(tmp_path, capsys):

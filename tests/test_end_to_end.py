@@ -47,6 +47,17 @@ def test_the_main_job_on_real_data_goes_from_pixels_to_figures(fashion_mnist, co
     assert time.monotonic() - started < 120
 
 
+@pytest.mark.faults
+def test_the_main_job_goes_without_the_bound(command, small_data):
+    arguments = ["run", "--run", "p", "--dataset", "custom", "--data-dir", small_data]
+    arguments += ["--device", "cpu", "--num-trials", 1, "--max-epochs", 1, "--scheduler", "none"]
+    done = command(*arguments, "--epochs", 1, "--parts", "latents")
+    assert done.returncode == 0, done.stderr
+    assert "linear probe" in done.stdout
+    assert "validation bound" in done.stdout
+    assert "test bound" not in done.stdout
+
+
 def test_betas_are_trained_side_by_side_and_shown_on_loopback(tmp_path, small_data):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -180,7 +180,7 @@ def test_sliders_are_ordered_by_what_their_dimension_says_and_change_the_image(w
     posteriors = encode_split(model, eval_dataloader(split))
     kl_Z = 0.5 * (posteriors.mu_NZ**2 + posteriors.logvar_NZ.exp() - 1 - posteriors.logvar_NZ)
     order = kl_Z.mean(dim=0).argsort(descending=True).tolist()
-    labels = web.locator("#sliders label span").all_text_contents()
+    labels = web.locator("#sliders label span:first-child").all_text_contents()
     assert [int(label.split("]")[0][2:]) for label in labels] == order
     shown = "document.getElementById('image').toDataURL()"
     until(web, "document.getElementById('image').width === 28")
@@ -445,6 +445,8 @@ def test_axe_finds_nothing_that_keeps_people_out(chromium, exported, scheme):
     assert barriers(watched.page) == []
     watched.page.set_viewport_size({"width": 390, "height": 844})
     assert barriers(watched.page) == []
+    live = watched.page.locator("output, [role=status], [role=alert], [aria-live]")
+    assert live.count() == 2  # who listens is told where z comes to rest, and of troubles
     watched.page.evaluate("document.getElementById('image').removeAttribute('aria-label')")
     assert len(barriers(watched.page)) == 1  # it does look
     watched.context.close()

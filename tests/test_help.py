@@ -49,19 +49,32 @@ def test_every_command_teaches_with_an_example(command):
 
 def test_no_colours_where_nobody_sees_them_or_nobody_wants_them():
     assert "\x1b" not in PATH.read_text()
-    words = [sys.executable, "-m", "vae_hyperband.train_vae", "train", "--help"]
-    master, slave = os.openpty()  # a terminal
-    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
-    with subprocess.Popen(words, stdout=slave, env=environment) as process:
+    said = on_terminal("train", "--help", NO_COLOR="1")
+    assert b"--latent-dim" in said
+    assert b"\x1b" not in said
+    assert b"\x1b" in on_terminal("train", "--help", NO_COLOR="")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistake_is_a_sentence_on_a_terminal_too(encoding):
+    said = on_terminal("train", "--latent-dims", "3", NO_COLOR="", PYTHONIOENCODING=encoding)
+    assert said.startswith(b"vae-hyperband: Unrecognized options: --latent-dims, 3 (perhaps")
+    assert b"\x1b" not in said
+
+
+def on_terminal(*argv, **environment):
+    """What a command says on a terminal of colours."""
+    words = [sys.executable, "-m", "vae_hyperband.train_vae", *argv]
+    master, slave = os.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", **environment}
+    with subprocess.Popen(words, stdout=slave, stderr=slave, env=environment):
         os.close(slave)
         said = b""
         with contextlib.suppress(OSError):  # its end
             while part := os.read(master, 1 << 16):
                 said += part
     os.close(master)
-    assert process.returncode == 0
-    assert b"--latent-dim" in said
-    assert b"\x1b" not in said
+    return said
 
 
 if __name__ == "__main__":

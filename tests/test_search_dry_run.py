@@ -99,6 +99,18 @@ def test_expected_epochs_of_asha_depend_on_the_order_and_lie_between_its_limits(
     assert expected_epochs(config, 3) == expected_epochs(config, 3)
 
 
+def test_the_training_of_the_winner_is_foretold_too(
+    command, tmp_path, searched, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert train_vae.main([*command, "--final-epochs", "2"]) == 0
+    said = capsys.readouterr().out
+    _, _, rest = said.partition("== then train the winner; if it is trial 0, as s-best\n")
+    batch = draw_trials(read_result(searched[0] / "checkpoints/s").config)[0]["batch_size"]
+    assert f"steps        {2 * -(-300 // batch)}\n" in rest
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tpe_does_not_foretell_what_it_has_yet_to_learn(tmp_path, small_data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["search", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
@@ -136,10 +148,13 @@ def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, mon
     argv = ["run", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
     argv += ["--device", "cpu", "--parts", "likelihood"]
     assert train_vae.main(argv) == 0
-    search, _, rest = capsys.readouterr().out.partition("== 2  train trial 0's configuration")
-    assert search.startswith("== 1  search, as fashion-search\n")
+    search, _, rest = capsys.readouterr().out.partition(
+        "== then train the winner; if it is trial 0, as"
+    )
+    assert search.startswith("== search, as fashion-search\n")
     assert "trials       8, drawn by random\n" in search
-    assert "train --run fashion-best --dataset custom --data-dir" in _line(rest, "command")
+    line = _line(rest, "command")
+    assert "train --run fashion-best --dataset custom --device cpu --data-dir" in line
     assert "steps        30\n" in rest  # ten epochs of three
     assert "evaluate it on the test split (likelihood)" in rest
     assert rest.count("Nothing was written.") == 1
@@ -157,7 +172,7 @@ def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, mon
     assert train_vae.main(argv) == 0
     said = capsys.readouterr().out
     assert "state        finished" in said
-    _, _, rest = said.partition("== 2  train the winner's configuration")
+    _, _, rest = said.partition("== then train the winner, as fashion-best\n")
     assert "--latent-dim 64 --learning-rate 0.001 --batch-size 64" in _line(rest, "command")
     assert written(tmp_path) == before
 

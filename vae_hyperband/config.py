@@ -230,8 +230,8 @@ def check_run_name(name: str) -> None:
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=")
     require(
         0 < len(name) <= 100 and set(name) <= allowed and name[0] not in ".-",
-        f"The run is called {name!r}, but needs a plain name: letters, digits and . _ - + = only, "
-        "not starting with a dot or a dash.",
+        f"The run is called {name!r}, but needs a plain name: at most 100 letters, digits and "
+        ". _ - + =, not starting with a dot or a dash.",
     )
 
 
@@ -269,6 +269,9 @@ def changed_options(settings: dict[str, Any], usual: dict[str, Any]) -> list[str
     words: list[str] = []
     for name, value in settings.items():
         if value != usual[name]:
+            if isinstance(value, bool):
+                words.append(flag(name if value else f"no_{name}"))
+                continue
             values = value if isinstance(value, tuple | list) else (value,)
             words += [flag(name), *map(str, values)]
     return words

@@ -1,5 +1,6 @@
 """What a training would do, without doing it: nothing is written."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,21 +16,20 @@ from vae_hyperband.process import cpu_threads, pick_device
 from vae_hyperband.state import TrainState, ckpt_to_resume, new_state
 from vae_hyperband.training import train_command, train_epoch
 
-#: Options of a place that the command has to repeat.
-PLACES = ("data_dir", "checkpoints_dir", "logs_dir", "device", "num_threads")
-
 NOTHING_WRITTEN = "Nothing was written."
 TRIAL_SECONDS = 2.0  # of training, on a model that is thrown away
 
 
-def dry_run(config: TrainConfig, options: RunOptions) -> str:
+def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> str:
     """The configuration, where it would be computed, and how long it would take, as text.
+
+    ``advise``: who asks can choose the number of threads, and is told where fewer are faster.
 
     Raises what :func:`~vae_hyperband.training.fit` would raise for the configuration, the device,
     the data, and a run of that name with other settings.
     """
     device = pick_device(options.device)
-    before = busy()
+    before = busy(advise and options.num_threads is None)
     with cpu_threads(options.num_threads):
         train = load_split("train", options.data_dir, config.dataset)
         num_steps, done = steps_and_done(config, options, train)
@@ -40,8 +40,7 @@ def dry_run(config: TrainConfig, options: RunOptions) -> str:
             f"device       {device}, {torch.get_num_threads()} CPU threads",
             f"data         {len(train):,} training images {train.image_shape}",
             f"checkpoints  {options.ckpt_folder}, logs {options.log_folder}",
-            f"steps        {num_steps:,}"
-            + (f", of which {done:,} are done: it would go on" if done else ""),
+            f"steps        {num_steps:,}{_state(num_steps, done)}",
             f"training     about {(num_steps - done) * seconds:,.0f} s, "
             f"{config.batch_size / seconds:,.0f} images/s; validation and pictures on top",
             *before,
@@ -61,20 +60,27 @@ def steps_and_done(config: TrainConfig, options: RunOptions, train: Split) -> tu
 
 def _command(config: TrainConfig, options: RunOptions) -> str:
     """The command that trains this, in this place."""
-    given, usual = ({name: getattr(o, name) for name in PLACES} for o in (options, RunOptions()))
+    given, usual = (dataclasses.asdict(which) for which in (options, RunOptions()))
+    given["run"] = usual["run"]  # train_command has it
     command = train_command(config, options.run)
     return " ".join([command, *map(shlex.quote, changed_options(given, usual))])
 
 
-def busy() -> list[str]:
-    """What to do where other programs use this machine's cores, or nothing."""
+def _state(num_steps: int, done: int) -> str:
+    if done >= num_steps:
+        return ", all of which are done: nothing would be trained"
+    return f", of which {done:,} are done: it would go on" if done else ""
+
+
+def busy(advise: bool = False) -> list[str]:
+    """A note where other programs use this machine's cores: what is measured is slower then."""
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     if load < cores / 2:
         return []
-    return [
-        f"note         the load of these {cores} cores was {load:.1f} over the last minute: beside "
-        "other programs, --num-threads 1 may be several times faster"
-    ]
+    note = f"note         the load of these {cores} cores was {load:.1f} over the last minute"
+    if advise:
+        note += ": beside other programs, --num-threads 1 may be several times faster"
+    return [note]
 
 
 def a_line_each(settings: dict[str, Any]) -> str:

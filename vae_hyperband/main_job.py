@@ -9,18 +9,17 @@ from vae_hyperband import html_report, search_figures
 from vae_hyperband.config import Dataset, Places, RunOptions, TrainConfig
 from vae_hyperband.data import SplitName, load_split
 from vae_hyperband.download import ensure_data
-from vae_hyperband.draws import draw
-from vae_hyperband.dry_run import dry_run
+from vae_hyperband.errors import DataError
 from vae_hyperband.evaluation import evaluate_once
 from vae_hyperband.evaluation_config import PARTS, EvaluateOptions, Part
 from vae_hyperband.process import pick_device, stop_flag
 from vae_hyperband.report import draw_run, look_at, say, summary_of, table_of, with_error
-from vae_hyperband.search import STOPPING, search, search_there
+from vae_hyperband.search import STOPPING, search
 from vae_hyperband.search_command import train_winner
 from vae_hyperband.search_config import SearchConfig, SearchOptions
-from vae_hyperband.search_dry_run import search_dry_run
+from vae_hyperband.search_dry_run import search_dry_run, winner_dry_run
 from vae_hyperband.training import FitResult
-from vae_hyperband.trials import RESULT, SearchResult, describe, read_result
+from vae_hyperband.trials import SearchResult, describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,14 @@ class MainJob(Places):
     dry_run: bool = False
     """Print what would be searched and trained, where and how long that would take; then end."""
 
+    def __post_init__(self) -> None:
+        """Mistakes are found here, before the work, and not after the search."""
+        super().__post_init__()
+        pick_device(self.device)
+        for check in (self.search, self.winner, self.evaluation):
+            check()
+        TrainConfig(epochs=self.epochs, seed=self.seed)
+
     def search(self) -> tuple[SearchConfig, SearchOptions]:
         config = SearchConfig(
             num_trials=self.num_trials,
@@ -64,6 +71,9 @@ class MainJob(Places):
     def winner(self) -> RunOptions:
         return RunOptions(**self._places(), run=f"{self.run}-best")
 
+    def evaluation(self) -> EvaluateOptions:
+        return EvaluateOptions(parts=self.parts, samplers=("prior", "mixture"))
+
     def _places(self) -> dict[str, Any]:
         fields = (field.name for field in dataclasses.fields(Places) if field.name != "run")
         return {name: getattr(self, name) for name in fields}
@@ -72,26 +82,25 @@ class MainJob(Places):
 def main_job_dry_run(job: MainJob) -> str:
     """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
     config, options = job.search()
-    first = "trial 0's configuration, should it win"
-    best = config.trial_config(draw(config, 0, []))
-    if search_there(config, options) and (options.ckpt_folder / RESULT).exists():
-        first, best = "the winner's configuration", read_result(options.ckpt_folder).best_config
+    try:
+        load_split("train", job.data_dir, job.dataset)
+    except DataError as error:
+        if job.dataset != "fashion-mnist" or job.data_dir:
+            raise
+        return f"== fetch Fashion-MNIST first; what follows can be said when it is here\n{error}"
     return "\n".join(
         [
-            f"== 1  search, as {options.run}",
+            f"== search, as {options.run}",
             search_dry_run(config, options),
-            f"== 2  train {first}",
-            dry_run(dataclasses.replace(best, epochs=job.epochs), job.winner()),
-            f"== 3  evaluate it on the test split ({', '.join(job.parts)}), draw figures, report",
+            winner_dry_run(config, options, job.epochs, job.winner()),
+            f"== then evaluate it on the test split ({', '.join(job.parts)}), draw figures, report",
         ]
     )
 
 
 def run_main_job(job: MainJob) -> bool:
     """Do the whole job; whether it finished (False: stopped on request, the same call goes on)."""
-    pick_device(job.device)  # mistakes before the work, not after the search
     config, options = job.search()
-    TrainConfig(epochs=job.epochs, seed=job.seed)
     if job.dataset == "fashion-mnist":
         _heading("1/5  data: Fashion-MNIST, checked by its digests")
         if job.data_dir is None:
@@ -124,7 +133,7 @@ def run_main_job(job: MainJob) -> bool:
         "test",
         job.data_dir,
         job.device,
-        EvaluateOptions(parts=job.parts, samplers=("prior", "mixture")),
+        job.evaluation(),
         say,
     )
     print(table_of(report), flush=True)
@@ -142,6 +151,12 @@ def _heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
+def _test_bound(report: dict[str, Any]) -> dict[str, str]:
+    if "bound" not in report:  # --parts without likelihood
+        return {}
+    return {"test bound": f"{with_error(report['bound'])} nats/image, beta = 1"}
+
+
 def _print_summary(
     found: SearchResult,
     trained: FitResult,
@@ -154,7 +169,7 @@ def _print_summary(
     rows = {
         "best configuration": describe(best.to_dict()),
         "validation bound": f"{trained.state.best['bound']:.2f} nats/image, beta = 1",
-        "test bound": f"{with_error(report['bound'])} nats/image, beta = 1",
+        **_test_bound(report),
         "checkpoint": trained.best,
         "TensorBoard logs": trained.log_folder,
         "configuration file": found.folder / "best_config.json",

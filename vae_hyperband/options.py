@@ -20,15 +20,22 @@ def parse_options(
 
     Raises :class:`ConfigError` with one sentence for a wrong one. ``--help`` prints and exits.
     """
-    said = io.StringIO()
     optional: dict[str, Any] = {} if default is None else {"default": default}
+
+    def parse() -> Args:
+        return tyro.cli(args_type, args=argv, prog=prog, **optional)
+
+    said = io.StringIO()
+    # what tyro says depends on stdout: like this, its frames are lines of UTF-8 without colours
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
-        with contextlib.redirect_stderr(said), _colours_as_wanted():
-            return tyro.cli(args_type, args=argv, prog=prog, **optional)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(plain):
+            return parse()
     except SystemExit as stop:
-        if stop.code in (0, None):  # --help
-            raise
-        raise ConfigError(_one_sentence(said.getvalue(), prog)) from None
+        if stop.code not in (0, None):
+            raise ConfigError(_one_sentence(said.getvalue(), prog)) from None
+    with _colours_as_wanted():
+        return parse()  # --help, which exits
 
 
 @contextlib.contextmanager

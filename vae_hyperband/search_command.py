@@ -17,7 +17,7 @@ from vae_hyperband.process import stop_flag
 from vae_hyperband.report import program, say_trained, stopped, summary_of
 from vae_hyperband.search import STOPPING, search
 from vae_hyperband.search_config import SearchConfig, SearchOptions
-from vae_hyperband.search_dry_run import search_dry_run
+from vae_hyperband.search_dry_run import search_dry_run, winner_dry_run
 from vae_hyperband.training import FitResult, fit
 from vae_hyperband.trials import SearchResult
 
@@ -40,12 +40,20 @@ class SearchArgs:
     """Print the space, the first trials, where they would run and how long it would take; then
     end."""
 
+    def winner(self) -> RunOptions:
+        where = self.where
+        return RunOptions(run=f"{where.run}-best", device=where.device, **_places(where))
+
 
 def search_command(argv: list[str]) -> int:
     args = parse_options(SearchArgs, argv, "vae-hyperband search")
     require_number("final_epochs", args.final_epochs, 0)
+    final = args.winner() if args.final_epochs else None  # a mistake before the work
     if args.dry_run:
-        print(search_dry_run(args.space, args.where), NOTHING_WRITTEN, sep="\n")
+        print(search_dry_run(args.space, args.where))
+        if final:
+            print(winner_dry_run(args.space, args.where, args.final_epochs, final))
+        print(NOTHING_WRITTEN)
         return 0
     with stop_flag(STOPPING) as should_stop:
         return _search_and_train(args, argv, should_stop)
@@ -62,11 +70,10 @@ def _search_and_train(args: SearchArgs, argv: list[str], should_stop: Callable[[
     if not args.final_epochs:
         print(f"train it in full: {_train_command(where)}")
         return 0
-    options = RunOptions(run=f"{where.run}-best", device=where.device, **_places(where))
-    trained = train_winner(found, args.final_epochs, options, should_stop)
+    trained = train_winner(found, args.final_epochs, args.winner(), should_stop)
     if not trained.finished:
         return stopped("search", argv)
-    say_trained(trained, options)
+    say_trained(trained, args.winner())
     return 0
 
 

@@ -1,6 +1,7 @@
 """What a search would do, without doing it: nothing is written, and Ray is not started."""
 
 import collections
+import dataclasses
 import math
 import os
 import statistics
@@ -15,17 +16,17 @@ from vae_hyperband.cluster import (
     trial_device,
     with_gpus,
 )
-from vae_hyperband.config import in_effect
+from vae_hyperband.config import RunOptions, in_effect
 from vae_hyperband.data import Split
 from vae_hyperband.draws import draw, num_random
-from vae_hyperband.dry_run import a_line_each, seconds_per_step
+from vae_hyperband.dry_run import a_line_each, busy, dry_run, seconds_per_step
 from vae_hyperband.files import refuse_foreign
 from vae_hyperband.journal import read_events
 from vae_hyperband.process import cpu_threads, pick_device
 from vae_hyperband.rules import Curve, verdicts
 from vae_hyperband.search import DECISIONS, load_splits, search_there
 from vae_hyperband.search_config import SearchConfig, SearchOptions
-from vae_hyperband.trials import RESULT, describe
+from vae_hyperband.trials import RESULT, describe, read_result
 
 NUM_SHOWN = 12  # trials
 NUM_IMAGINED = 20  # orders of the trials, over which the expected epochs are averaged
@@ -68,6 +69,19 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     if usual > done:
         lines += _time(config, options, train, usual - done)
     return "\n".join(lines)
+
+
+def winner_dry_run(
+    config: SearchConfig, options: SearchOptions, epochs: int, where: RunOptions
+) -> str:
+    """What training the winner in full would do; of a search that has not ended, trial 0's."""
+    folder = options.ckpt_folder
+    if search_there(config, options) and (folder / RESULT).exists():
+        which, best = "the winner", read_result(folder).best_config
+    else:
+        which, best = "the winner; if it is trial 0", config.trial_config(draw(config, 0, []))
+    what = dry_run(dataclasses.replace(best, epochs=epochs), where, advise=False)
+    return f"== then train {which}, as {where.run}\n{what}"
 
 
 def expected_epochs(config: SearchConfig, seed: int) -> int:
@@ -115,7 +129,7 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split, epochs: fl
     where = f"device       {device}, {places} trials side by side, CPU threads of each: {threads}"
     if options.engine == "packed":
         return [where, "training     no guess for --engine packed"]
-    first = draw(config, 0, [])
+    first, before = draw(config, 0, []), busy()
     with cpu_threads(threads):
         an_epoch = statistics.mean(
             math.ceil(len(train) / size)
@@ -126,4 +140,5 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split, epochs: fl
         where,
         f"training     about {epochs * an_epoch / places:,.0f} s, {an_epoch:.1f} s an epoch; "
         "validation, and what trials side by side cost each other, on top",
+        *before,
     ]

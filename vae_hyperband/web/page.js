@@ -100,7 +100,8 @@ function startMini() {
 
 const sliders = given.order.map((i) => {
   const row = document.createElement("label"), name = document.createElement("span");
-  const input = document.createElement("input"), output = document.createElement("output");
+  const input = document.createElement("input"), output = document.createElement("span");
+  [output.className, output.ariaHidden] = ["value", "true"]; // the slider says its value itself
   name.textContent = `z[${i}]  ${given.nats[i].toFixed(2)} nats`;
   const [min, max] = [Math.floor(given.low[i]), Math.ceil(given.high[i])];
   Object.assign(input, { type: "range", min, max, step: 0.05, value: given.mean[i] });
