@@ -1,8 +1,13 @@
 """The completion script in a real shell."""
 
 import contextlib
+import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -24,11 +29,68 @@ def completed(scripts, *words):
     asked = " ".join(f'"{word}"' for word in ("vae-hyperband", *words))
     code = (
         f"source {scripts / 'bash'}; COMP_WORDS=({asked}); COMP_CWORD={len(words)}; "
-        'complete -p vae-hyperband > /dev/null || exit 1; _vae_hyperband; echo "${COMPREPLY[*]}"'
+        "complete -p vae-hyperband > /dev/null || exit 1; _vae_hyperband; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
     )
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    return done.stdout.split()
+    return done.stdout.split("\n")[:-1] if done.stdout != "\n" else []
+
+
+SHELLS = {
+    "bash": ["bash", "--norc", "--noprofile", "-i"],
+    "zsh": ["zsh", "-f", "-i"],
+}
+
+
+def shown(shell, script, folder, text, line):
+    """Whether a person who types that, with tabs, into a shell in that folder sees that line."""
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        environment = {"PATH": os.environ["PATH"], "TERM": "dumb", "HOME": str(folder), "PS1": "$ "}
+        os.execvpe(SHELLS[shell][0], SHELLS[shell], environment)
+    said = b""
+
+    def until(end, seconds=30.0):
+        nonlocal said
+        deadline = time.monotonic() + seconds
+        while end not in said and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):
+                    said += os.read(terminal, 1 << 16)
+        return end in said
+
+    try:
+        os.write(terminal, f"source {script}; echo rea''dy\n".encode())
+        assert until(b"ready\r\n")
+        said = b""
+        os.write(terminal, text.encode())
+        return until(line.encode(), 3)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("vae-hyperband da\t", "vae-hyperband data "),  # and not the folder
+        ("vae-hyperband evaluate che\t", "vae-hyperband evaluate checkpoints/"),
+        ("vae-hyperband evaluate my\t", "vae-hyperband evaluate my\\ model.pt "),
+        ("vae-hyperband train --latent-d\t", "vae-hyperband train --latent-dim "),
+        ("vae-hyperband export --format saf\t", "vae-hyperband export --format safetensors "),
+    ],
+)
+def test_a_tab_completes_what_a_person_means(shell, text, line, scripts, tmp_path):
+    for folder in ("data", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "my model.pt").touch()
+    assert shown(shell, scripts / shell, tmp_path, text, line)
 
 
 def test_commands_are_completed(scripts):
@@ -63,11 +125,8 @@ def test_every_command_has_options_to_offer(scripts):
 def test_files_are_completed(scripts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "best.pt").touch()
+    (tmp_path / "my model.pt").touch()
     assert completed(scripts, "evaluate", "be") == ["best.pt"]
-
-
-@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh here")
-def test_zsh_takes_its_script(scripts):
-    code = f"source {scripts / 'zsh'}; whence -w _vae_hyperband"
-    done = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, check=True)
-    assert "function" in done.stdout
+    assert completed(scripts, "evaluate", "my") == ["my model.pt"]
+    assert completed(scripts, "export", "--format", "") == ["web", "onnx", "safetensors"]
+    assert completed(scripts, "evaluate", "--parts", "la") == ["latents"]

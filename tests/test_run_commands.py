@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from chromium import Watched, barriers
 from conftest import write_idx_folder
 from PIL import Image
 
-from vae_hyperband import html_report
+from vae_hyperband import figures, html_report
 from vae_hyperband.animations import latent_walk, logged_pictures, logged_samples
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.config import Places, RunOptions, TrainConfig
@@ -310,15 +311,52 @@ def test_other_images_than_the_run_s_are_refused(runs, places, tmp_path, size, c
 def test_rows_without_what_is_drawn_are_left_out(runs, places, tmp_path, capsys):
     shutil.copytree(runs, tmp_path / "copy")
     logs = tmp_path / "copy/logs/one"
+    whole = {"step": 5, "split": "validation"} | dict.fromkeys(figures.LOSSES, 9.0)
+    odd = [{**whole, "bound": value} for value in ("x", math.nan, None, [1])]
+    odd += [{**whole, "split": 3}, {"step": 5}, {"step": 5, "images_per_second": "fast"}]
     for name in ("metrics.jsonl", "timing.jsonl"):
         with open(logs / name, "a") as file:
-            file.write('{"step": 5}\n')
+            file.writelines(json.dumps(row) + "\n" for row in odd)
+    assert len(figures.logged_losses(logs)) == len(figures.logged_losses(runs / "logs/one"))
     places = ["--checkpoints-dir", str(tmp_path / "copy/checkpoints")]
     places += ["--logs-dir", str(tmp_path / "copy/logs")]
     out = tmp_path / "new/folder/c.png"  # which is made
     assert main(["compare", "one", "other", "--out", str(out), *places]) == 0
     with Image.open(out) as drawn:
         assert drawn.size[0] > 1000
+
+
+def test_what_is_not_in_the_logs_is_said(runs, small_data, tmp_path, capsys):
+    shutil.copytree(runs / "logs/one", tmp_path / "logs/one")
+    places = ["--checkpoints-dir", str(runs / "checkpoints"), "--logs-dir", str(tmp_path / "logs")]
+    out = tmp_path / "c.png"
+    assert main(["compare", "one", "other", "--out", str(out), *places]) == 0
+    assert f"{tmp_path}/logs has no metrics.jsonl of other: drawn" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "logs/one")
+    out.unlink()
+    assert main(["compare", "one", "other", "--out", str(out), *places]) == 2
+    assert "there are no curves to draw" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["report", "one", *places, "--data-dir", str(small_data)]) == 0
+    page = (tmp_path / "logs/one/report.html").read_text()
+    assert page.count("<img") == 3  # reconstructions, samples, traversals
+    assert page.count(f"There are none in {tmp_path}/logs/one:") == 2
+
+
+def test_what_cannot_be_read_is_one_sentence(runs, small_data, tmp_path, capsys):
+    shutil.copytree(runs / "logs/one", tmp_path / "logs/one")
+    places = ["--checkpoints-dir", str(runs / "checkpoints"), "--logs-dir", str(tmp_path / "logs")]
+    commands = {
+        "metrics.jsonl": ["report", "one", "--data-dir", str(small_data)],
+        "timing.jsonl": ["compare", "one", "other"],
+        "events.out.tfevents.1": ["animate", "one", "--kind", "training", "--out", "x.gif"],
+    }
+    for name, argv in commands.items():
+        (tmp_path / "logs/one" / name).unlink(missing_ok=True)
+        (tmp_path / "logs/one" / name).mkdir()  # like a file of another owner, for root, too
+        assert main([*argv, *places]) == 2
+        assert f"logs/one/{name} cannot be read: " in capsys.readouterr().err
+        (tmp_path / "logs/one" / name).rmdir()
 
 
 def test_pictures_of_a_long_training_are_thinned_out_evenly(tmp_path):

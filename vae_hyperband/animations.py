@@ -29,17 +29,21 @@ SCALE = 3  # screen pixels per pixel
 def logged_pictures(log_folder: Path, tag: str) -> dict[int, bytes]:
     """The PNGs of a run's event files under a tag ("images/random_samples"), by their step.
 
-    A run that went on from a checkpoint has logged some steps twice: the last one counts.
+    A run that went on from a checkpoint has logged some steps twice: the last one counts. Raises
+    :class:`RunFolderError` if a file cannot be read.
     """
     found: dict[int, bytes] = {}
     for path in sorted(log_folder.glob("events.out.tfevents.*")):
-        for record in RawEventFileLoader(str(path)).Load():
-            event = Event.FromString(record)
-            if event.HasField("session_log"):  # what follows takes the place of these
-                found = {step: png for step, png in found.items() if step < event.step}
-            for value in event.summary.value:
-                if value.tag == tag:
-                    found[event.step] = value.image.encoded_image_string
+        try:
+            for record in RawEventFileLoader(str(path)).Load():
+                event = Event.FromString(record)
+                if event.HasField("session_log"):  # what follows takes the place of these
+                    found = {step: png for step, png in found.items() if step < event.step}
+                for value in event.summary.value:
+                    if value.tag == tag:
+                        found[event.step] = value.image.encoded_image_string
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
     return found
 
 

@@ -14,60 +14,92 @@ import tyro
 
 from vae_hyperband.options import parse_options
 
-SCRIPT = """\
+BASH = """\
 _vae_hyperband() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" words
+    local word="${{COMP_WORDS[COMP_CWORD]}}" options="" choices="" IFS=$' \\n'
     if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{commands}"
-    else
-        case "${{COMP_WORDS[1]}}" in
-{cases}
-        esac
+        COMPREPLY=($(compgen -W "{commands}" -- "$word"))
+        return
     fi
+    case "${{COMP_WORDS[1]}}" in
+{options}
+    esac
+    case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD - 1]}}" in
+{choices}
+    esac
     case "$word" in
-    -*) COMPREPLY=($(compgen -W "$words" -- "$word")) ;;
+    -*) COMPREPLY=($(compgen -W "$options" -- "$word")) ;;
     *)
-        [ "$COMP_CWORD" -eq 1 ] || words=""
-        COMPREPLY=($(compgen -W "$words" -- "$word"))
-        [ "$COMP_CWORD" -eq 1 ] || COMPREPLY+=($(compgen -f -- "$word"))
+        if [ -n "$choices" ]; then
+            COMPREPLY=($(compgen -W "$choices" -- "$word"))
+        else
+            compopt -o filenames 2> /dev/null
+            mapfile -t COMPREPLY < <(compgen -f -- "$word")
+        fi
         ;;
     esac
 }}
-complete -o filenames -F _vae_hyperband vae-hyperband
+complete -F _vae_hyperband vae-hyperband
 """
 
-#: zsh runs bash's completions.
-ZSH = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"
+ZSH = """\
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
+_vae_hyperband() {{
+    local options="" choices=""
+    if (( CURRENT == 2 )); then
+        compadd -- {commands}
+        return
+    fi
+    case "$words[2]" in
+{options}
+    esac
+    case "$words[2] $words[CURRENT - 1]" in
+{choices}
+    esac
+    if [[ "$PREFIX" == -* ]]; then
+        compadd -- ${{=options}}
+    elif [[ -n "$choices" ]]; then
+        compadd -- ${{=choices}}
+    else
+        _files
+    fi
+}}
+compdef _vae_hyperband vae-hyperband
+"""
 
 
 @dataclass(frozen=True)
 class CompletionArgs:
     """Print a script that completes commands, options and files in a shell.
 
-    eval "$(vae-hyperband completion bash)"
+    vae-hyperband completion bash > ~/.vae-hyperband.bash
     """
 
     shell: tyro.conf.Positional[Literal["bash", "zsh"]]
-    """Whose script; the line above goes into ~/.bashrc or ~/.zshrc."""
+    """Whose script; "source ~/.vae-hyperband.bash" then goes into ~/.bashrc (zsh: ~/.zshrc)."""
 
 
 def completion_script(shell: str, commands: Mapping[str, Callable[[list[str]], int]]) -> str:
-    """The script; the options are those that each command's ``--help`` names."""
-    cases = "\n".join(
-        f'        {name}) words="{" ".join(_options(command))}" ;;'
-        for name, command in commands.items()
+    """The script; options and their choices are those that each command's ``--help`` names."""
+    options, choices = [], []
+    for name, command in commands.items():
+        text = _help(command)
+        # at the beginning of a line of the box, or after the option that is its opposite
+        found = re.findall(r"(?:^│?\s*|, )(--[a-z][a-z0-9-]*)", text, re.MULTILINE)
+        options.append(f'    {name}) options="{" ".join(sorted(set(found)))}" ;;')
+        for option, values in re.findall(r"(--[a-z-]+) \[?\{([a-z0-9,-]+)\}", text):
+            choices.append(f'    "{name} {option}") choices="{values.replace(",", " ")}" ;;')
+    script = {"bash": BASH, "zsh": ZSH}[shell]
+    return script.format(
+        commands=" ".join(commands), options="\n".join(options), choices="\n".join(choices)
     )
-    script = SCRIPT.format(commands=" ".join(commands), cases=cases)
-    return ZSH + script if shell == "zsh" else script
 
 
-def _options(command: Callable[[list[str]], int]) -> list[str]:
+def _help(command: Callable[[list[str]], int]) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         command(["--help"])
-    # at the beginning of a line of the box, or after the option that is its opposite
-    found = re.findall(r"(?:^│?\s*|, )(--[a-z][a-z0-9-]*)", said.getvalue(), re.MULTILINE)
-    return sorted(set(found))
+    return said.getvalue()
 
 
 def completion(argv: list[str], commands: Mapping[str, Callable[[list[str]], int]]) -> int:

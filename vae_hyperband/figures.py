@@ -61,10 +61,15 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
+def logged_losses(log_folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl that can be drawn."""
+    return read_rows(log_folder / "metrics.jsonl", ("split", *LOSSES))
+
+
 @styled
 def curves(log_folder: Path, path: Path) -> Path:
     """Training and validation losses of a run, from its metrics.jsonl."""
-    rows = read_rows(log_folder / "metrics.jsonl", ("split", *LOSSES))
+    rows = logged_losses(log_folder)
     figure = Figure(figsize=(10, 3))
     axes = figure.subplots(1, 3)
     for axis, (name, title) in zip(axes, LOSSES.items(), strict=True):

@@ -17,6 +17,10 @@ from vae_hyperband.report import Table
 WEB = Path(__file__).with_name("web")
 
 
+def quiet(text: str) -> str:
+    return f'<p class="quiet">{escape(text)}</p>'
+
+
 def wide(name: str, rows: str) -> str:
     """A table that scrolls sideways where the page is narrower than it."""
     return f'<div class="wide" role="group" aria-label="{escape(name)}"><table>{rows}</table></div>'

@@ -20,6 +20,7 @@ from vae_hyperband.html_page import (
     figure,
     page,
     png,
+    quiet,
     section,
     table,
     wide,
@@ -68,10 +69,7 @@ def run_report(place: Places) -> str:
     )
     parts = [
         section("Metrics", _metrics(content, ckpt, place.log_folder / "evaluation.json")),
-        section(
-            "Curves",
-            drawn(lambda path: figures.curves(place.log_folder, path), "Losses over training"),
-        ),
+        section("Curves", _curves(place.log_folder)),
         section("Samples over training", _over_training(place.log_folder)),
         section(
             "Reconstructions",
@@ -114,7 +112,7 @@ def _metrics(content: dict[str, Any], ckpt: Path, path: Path) -> str:
     if path.exists():
         evaluation = read_json(path)
         if evaluation.get("checkpoint_digest") == content["digest"]:
-            return f'<p class="quiet">{escape(headline(evaluation))}</p>' + "".join(
+            return quiet(headline(evaluation)) + "".join(
                 f"<h3>{escape(part.title)}</h3>{table(part)}" for part in tables_of(evaluation)
             )
         stale = f"{path} is of other weights. "
@@ -128,10 +126,20 @@ def _metrics(content: dict[str, Any], ckpt: Path, path: Path) -> str:
     return facts("Losses", rows) + note
 
 
+def _curves(log_folder: Path) -> str:
+    if not figures.logged_losses(log_folder):
+        return quiet(
+            f"There are none in {log_folder}: its metrics.jsonl is not there, or not whole."
+        )
+    return drawn(lambda path: figures.curves(log_folder, path), "Losses over training")
+
+
 def _over_training(log_folder: Path) -> str:
     pictures = logged_samples(log_folder, most=4)
     if not pictures:
-        return '<p class="quiet">None were logged: the run was trained without TensorBoard.</p>'
+        return quiet(
+            f"There are none in {log_folder}: TensorBoard's files are not there, or not whole."
+        )
     shown = [
         figure(png(picture), f"after step {step:,}", "Samples of the same noise")
         for step, picture in pictures.items()
@@ -208,7 +216,7 @@ def _trials(found: SearchResult) -> str:
         rows.append(f"<tr{kind}>{cells}</tr>")
     note = f"Losses in nats per image, of each trial's best epoch. Ranked by {METRICS[metric]}."
     trials = wide("Trials", f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>")
-    return f'<p class="quiet">{escape(note)}</p>{trials}'
+    return quiet(note) + trials
 
 
 def _number(value: Any) -> str:

@@ -16,6 +16,7 @@ from vae_hyperband.data import as_trained
 from vae_hyperband.files import check_place
 from vae_hyperband.latents import encode_split
 from vae_hyperband.options import parse_options
+from vae_hyperband.report import say
 from vae_hyperband.trained import best_ckpt, split_of
 
 
@@ -102,6 +103,14 @@ def compare(argv: list[str]) -> int:
         check_place(args.out)
     runs = [comparing.read_run(name, places) for name in args.runs]
     table = comparing.table(runs)
+    if args.out:
+        without = [
+            run.name for run in runs if not any(r["split"] == "validation" for r in run.rows)
+        ]
+        none = f"{args.logs_dir} has no metrics.jsonl of {', '.join(without)}"
+        require(len(without) < len(runs), f"{none}: there are no curves to draw.")
+        if without:
+            say(f"{none}: drawn without")
     print(json.dumps(comparing.as_data(runs), indent=2) if args.json else table)
     if args.out:
         rows = {run.name: run.rows for run in runs}

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import histogram, hparams, image, scalar, text
 from tqdm import tqdm
 
+from vae_hyperband.errors import RunFolderError
 from vae_hyperband.files import AppendedFile, make_folder, remove_leftovers, write_bytes
 from vae_hyperband.process import on_terminal
 
@@ -153,17 +154,29 @@ class EventFile:
 def read_rows(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; a line torn by a kill, or damaged, is left out.
 
-    So is one that lacks a column that is ``needed``.
+    So is one without a finite number in a column that is ``needed``, or without a text as "split".
+    No file has no rows; raises :class:`RunFolderError` if there is one that cannot be read.
     """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
     rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                whole = isinstance(row, dict) and isinstance(row.get("step"), int)
-                if whole and all(name in row for name in needed):
-                    rows.append(row)
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+            if whole and all(_usable(name, row.get(name)) for name in needed):
+                rows.append(row)
     return rows
+
+
+def _usable(name: str, value: Any) -> bool:
+    if name == "split":
+        return isinstance(value, str)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -21,8 +21,11 @@ def best_ckpt(place: Places) -> Path:
     """The best checkpoint of the run of that name, or a :class:`CheckpointError` that says why
     there is none."""
     folder = place.ckpt_folder
-    if (folder / BEST).exists():
-        return folder / BEST
+    try:
+        if (folder / BEST).exists():
+            return folder / BEST
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}.") from error
     if (folder / RESULT).exists():
         why = f"{place.run} is a search, not a run: vae-hyperband report {place.run} shows it."
     elif (folder / ASKED).exists():
