@@ -70,6 +70,14 @@ def test_evaluate_prints_and_writes_what_python_returns(trained, small_data, cap
     assert report["nats_above_floor"] == pytest.approx(above)
 
 
+def test_an_evaluation_is_printed_as_json_alone(trained, small_data, capsys, tmp_path):
+    arguments = ["evaluate", str(trained.best), "--json", "-", "--parts", "likelihood"]
+    assert train_vae.main([*arguments, "--data-dir", str(small_data), "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == evaluate(trained.best, "validation", small_data, "cpu", LIKELIHOOD)
+    assert not (tmp_path / "-").exists()
+
+
 def test_evaluating_on_validation_repeats_the_training_s_own_number(trained, small_data):
     report = evaluate(trained.best, "validation", small_data, "cpu", LIKELIHOOD)
     assert report["bound"]["mean"] == pytest.approx(trained.state.best["bound"], rel=1e-6)
@@ -230,6 +238,19 @@ MISTAKES = {
     "sample by an unknown sampler": ("sample {ckpt} --sampler gan", "gan"),
     "evaluate an unknown part": ("evaluate {ckpt} --parts fid", "fid"),
     "evaluate few images": ("evaluate {ckpt} --num-generated 2", "--num-generated is 2"),
+    "evaluate into a checkpoint": ("evaluate {ckpt} --json {ckpt}", "must end in .json"),
+    "sample into a checkpoint": ("sample {ckpt} --out {ckpt}", "must end in .png or .npy"),
+    "train with an infinite beta": ("train --beta inf", "must be a finite number"),
+    "export ONNX with a sampler": (
+        "export {ckpt} --format onnx --out o --sampler flow",
+        "--sampler is for --format web",
+    ),
+    "export a page with a licence": (
+        "export {ckpt} --format web --out o --license mit-0",
+        "--license is for --format safetensors",
+    ),
+    "export components of no use": ("export {ckpt} --format web --out o --components 3", "mixture"),
+    "study of two betas of one name": ("study --betas 1 1.0000001", "would name the same run"),
     "study of no epochs": ("study --epochs 0", "--epochs is 0"),
     "study of no beta": ("study --betas", "--betas names no value to choose from"),
     "study of a seed twice": ("study --seeds 1 1", "--seeds names a value twice"),
@@ -294,6 +315,12 @@ def test_help_into_a_closed_pipe_is_silent(tmp_path):
     line = shlex.join(command_line("train", "--help")) + " | head -1"
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("usage: vae-hyperband train")
+    assert done.stderr == ""
+
+
+def test_usage_into_a_closed_pipe_is_silent(tmp_path):
+    line = shlex.join(command_line("--help")) + " | true"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
     assert done.stderr == ""
 
 

@@ -218,6 +218,12 @@ def test_the_map_is_worked_by_keyboard_and_pointer(web, split, model):
     canvas.press("ArrowUp")
     up = settle(web, right)
     assert torch.dot(right - z, up - right).abs() < 1e-4  # at right angles
+    for _ in range(60):  # more than from one edge to the other
+        canvas.press("ArrowLeft")
+    edge = z_of(web)
+    canvas.press("ArrowLeft")
+    assert torch.allclose(z_of(web), edge, atol=1e-5)  # it stays on the map
+    web.evaluate("z => explorer.setZ(z)", up.tolist())
     canvas.press("Enter")
     taken = settle(web, up)
     mu_NZ = encode_split(model, eval_dataloader(split)).mu_NZ

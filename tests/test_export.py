@@ -18,6 +18,7 @@ from vae_hyperband.likelihoods import pixel_means
 from vae_hyperband.model import draw_weights, initialized_vae
 from vae_hyperband.onnx_check import largest_difference
 from vae_hyperband.onnx_graph import decoder_graph, encoder_graph, velocity_graph
+from vae_hyperband.samplers import sampler_file
 from vae_hyperband.train_vae import main
 from vae_hyperband.training import fit
 
@@ -136,6 +137,20 @@ def test_onnx_files_say_which_weights_they_are_of(ckpt, tmp_path, capsys):
     assert json.loads(facts["config"]) == content["config"]
 
 
+def test_the_sampler_that_is_kept_is_the_page_s(ckpt, tmp_path, small_data):
+    data, fitted = ["--data-dir", str(small_data)], ["--sampler", "mixture", "--components", "2"]
+    out = str(tmp_path / "s.png")
+    assert main(["sample", str(ckpt), "--out", out, *fitted, *data]) == 0
+    kept = sampler_file(ckpt, "mixture")
+    before = kept.read_bytes()
+    web = ["--format", "web", "--out", str(tmp_path / "w"), "--num-images", "60"]
+    assert main(["export", str(ckpt), *web, *fitted, *data]) == 0
+    assert kept.read_bytes() == before
+    html = (tmp_path / "w/index.html").read_text()
+    page = json.loads(html.split('id="data">')[1].split("</script>")[0])
+    assert page["mixture"]["components"] == 2
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
 def test_a_package_that_is_missing_is_one_sentence(ckpt, tmp_path, missing, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
@@ -195,6 +210,8 @@ def test_the_card_tells_data_metrics_licence_and_weights(ckpt, tmp_path, small_d
     card, content = (out / "README.md").read_text(), load_ckpt(ckpt)
     assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: vae-hyperband\n")
     assert f"`{content['data']['digest']}`" in card
+    assert '"objective": "elbo"' in card
+    assert "capacity" not in card  # no setting of this objective
     assert f"`{content['weights']}`" in card
     assert "test split, 60 images" in card
     bound = json.loads(report.read_text())["bound"]["mean"]

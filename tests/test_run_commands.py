@@ -216,6 +216,8 @@ MISTAKES = {
     "another folder": (["compare", "one", "../one"], "plain name"),
     "a strange file": (["compare", "one", "other", "--out", "x.txt"], "must end in"),
     "a strange picture": (["animate", "one", "--out", "x.mp4"], "must end in"),
+    "a checkpoint as report": (["report", "one", "--out", "best.pt"], "must end in .html"),
+    "the name of a job": (["report", "ot"], "has no run ot; there are"),
     "no logs": (["animate", "nothing", "--kind", "training"], "0 pictures of samples"),
     "too few images": (["animate", "one"], "80 images"),
 }
@@ -324,6 +326,43 @@ def test_rows_without_what_is_drawn_are_left_out(runs, places, tmp_path, capsys)
     assert main(["compare", "one", "other", "--out", str(out), *places]) == 0
     with Image.open(out) as drawn:
         assert drawn.size[0] > 1000
+
+
+def test_what_only_begins_with_a_name_is_named(runs, tmp_path, capsys):
+    for name in ("job-search", "job-best"):
+        (tmp_path / name).mkdir()
+    assert main(["report", "job", "--checkpoints-dir", str(tmp_path)]) == 2
+    assert "job is no run, but job-best, job-search begin with" in capsys.readouterr().err
+
+
+def test_a_setting_that_a_run_does_not_look_at_is_not_compared(runs, places, small_data, capsys):
+    config = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=1,
+                         objective="free-bits", free_bits=0.5)  # fmt: skip
+    where = RunOptions(
+        run="free", device="cpu", num_threads=1, data_dir=small_data,
+        checkpoints_dir=runs / "checkpoints", logs_dir=runs / "logs",
+    )  # fmt: skip
+    fit(config, where, quiet=True)
+    try:
+        assert main(["compare", "one", "free", "--json", *places]) == 0
+        differs = json.loads(capsys.readouterr().out)["differs"]
+        assert differs["objective"] == ["elbo", "free-bits"]
+        assert differs["free_bits"] == [None, 0.5]
+    finally:
+        shutil.rmtree(runs / "checkpoints/free")
+
+
+def test_the_evaluation_of_a_study_is_one_of_its_run(runs, places, small_data, tmp_path):
+    data, best = ["--data-dir", str(small_data)], runs / "checkpoints/other/best.pt"
+    out = ["--out", str(tmp_path / "r.html")]
+    assert main(["report", "other", *out, *places, *data]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert f"evaluation.json --data-dir {small_data}</span>" in page  # as it has to be given
+    how = ["--json", str(runs / "logs/other/evaluation-validation.json"), "--parts", "likelihood"]
+    assert main(["evaluate", str(best), *how, *data]) == 0
+    assert main(["report", "other", *out, *places, *data]) == 0
+    assert "validation split, 60 images; mean +- standard" in (tmp_path / "r.html").read_text()
+    (runs / "logs/other/evaluation-validation.json").unlink()
 
 
 def test_what_is_not_in_the_logs_is_said(runs, small_data, tmp_path, capsys):

@@ -25,9 +25,10 @@ def require_values(name: str, values: tuple[Any, ...]) -> None:
 
 
 def require_number(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
+    require(math.isfinite(value), f"{flag(name)} is {value!r}, but must be a finite number.")
     limit = f"at least {lowest:g}" if highest == math.inf else f"between {lowest:g} and {highest:g}"
     require(
-        math.isfinite(value) and lowest <= value <= highest,
+        lowest <= value <= highest,
         f"{flag(name)} is {value!r}, but must be {limit}.",
     )
 

@@ -40,7 +40,8 @@ class EvaluateArgs:
     split: Literal["train", "validation", "test"] = "validation"
     """Which images; choose between models on validation, report on test."""
     json: Path | None = None
-    """Also write the result, with its protocol and environment, to this file."""
+    """Also write the result, with its protocol and environment, to this .json file; with "-" print
+    it instead of the tables."""
     data_dir: Path | None = None
     """A folder with the four IDX files, plain or gzipped."""
     device: str = "auto"
@@ -78,21 +79,21 @@ class SampleArgs:
 def evaluate_ckpt(argv: list[str]) -> int:
     args = parse_options(EvaluateArgs, argv, "vae-hyperband evaluate")
     RunOptions(num_threads=args.num_threads)  # checks it
-    if args.json:
-        check_place(args.json)  # a mistake before the work
+    stdout = args.json == Path("-")
+    if args.json and not stdout:
+        check_place(args.json, ".json", option="--json")  # a mistake before the work
     with cpu_threads(args.num_threads):
         report = evaluate(args.ckpt, args.split, args.data_dir, args.device, args.evaluation, say)
-    if args.json:
+    if args.json and not stdout:
         write_text(args.json, json.dumps(report, indent=2) + "\n")
-    print(table_of(report))
+    print(json.dumps(report, indent=2) if stdout else table_of(report))
     return 0
 
 
 def sample(argv: list[str]) -> int:
     args = parse_options(SampleArgs, argv, "vae-hyperband sample")
     require_number("num_samples", args.num_samples, 1)
-    if args.out.suffix not in (".png", ".npy"):
-        raise ConfigError(f"--out is {args.out}, but must end in .png or .npy.")
+    check_place(args.out, ".png", ".npy")
     dataset = load_ckpt(args.ckpt)["config"]["dataset"]
     names = LABEL_NAMES.get(dataset, ())
     label = label_number(args.label, names)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.config import Places
+from vae_hyperband.config import Places, in_effect
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.tracking import read_rows
 from vae_hyperband.trained import LOSSES, best_ckpt, own_losses
@@ -40,7 +40,7 @@ def read_run(name: str, places: Places) -> Run:
     ]
     return Run(
         name,
-        content["config"],
+        in_effect(content["config"]),
         content["data"]["digest"],
         content["weights"],
         content["epoch"],

@@ -12,7 +12,7 @@ import tyro
 
 from vae_hyperband.bounds import eval_dataloader
 from vae_hyperband.checkpoint import load_ckpt, model_from_ckpt
-from vae_hyperband.checks import require_number
+from vae_hyperband.checks import flag, require, require_number
 from vae_hyperband.config import read_json
 from vae_hyperband.data import Split, as_trained, load_split
 from vae_hyperband.errors import ConfigError
@@ -51,6 +51,7 @@ class ExportArgs:
     """What to write."""
     out: Path
     """The folder to write it to; made if it is not there."""
+    fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
     license: str = "mit"
     """The weights' licence, for the card (safetensors)."""
     evaluation: Path | None = None
@@ -65,9 +66,29 @@ class ExportArgs:
     """A folder with the four IDX files, plain or gzipped (web)."""
 
 
+#: Options that one format alone looks at, and what they are where they are not given.
+ONLY_FOR: dict[str, tuple[str, Any]] = {
+    "license": ("safetensors", ExportArgs.license),
+    "evaluation": ("safetensors", ExportArgs.evaluation),
+    "sampler": ("web", ExportArgs.sampler),
+    "split": ("web", ExportArgs.split),
+    "num_images": ("web", ExportArgs.num_images),
+}
+
+
 def export(argv: list[str]) -> int:
     args = parse_options(ExportArgs, argv, "vae-hyperband export")
     require_number("num_images", args.num_images, 2)
+    for name, (format, usual) in ONLY_FOR.items():
+        require(
+            args.format == format or getattr(args, name) == usual,
+            f"{flag(name)} is for --format {format}: leave it out.",
+        )
+    require(
+        args.sampler != "prior" or args.fitting == SamplerConfig(),
+        "How a sampler is fitted (--components, --flow-...) is for --sampler mixture or flow: give "
+        "that, too.",
+    )
     content = load_ckpt(args.ckpt)
     write = {"web": _web, "onnx": _onnx, "safetensors": _safetensors}[args.format]
     for path in write(args, content):
@@ -147,7 +168,7 @@ def _fitted(args: ExportArgs, dataset: str) -> Mixture | LearnedFlow | None:
         args.sampler,
         args.ckpt,
         lambda: load_split("train", args.data_dir, dataset),
-        SamplerConfig(),
+        args.fitting,
         say,
     )
     return None if isinstance(sampler, Prior) else sampler

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vae_hyperband.errors import RunFolderError
+from vae_hyperband.errors import ConfigError, RunFolderError
 
 
 class replacing:
@@ -118,12 +118,18 @@ def write_text(path: Path, text: str) -> None:
         write_bytes(path.resolve(), text.encode())
 
 
-def check_place(path: Path) -> None:
-    """Make the folder of a file; raise :class:`RunFolderError` if it could not be written there."""
+def check_place(path: Path, *endings: str, option: str = "--out") -> None:
+    """Make the folder of a file; raise :class:`RunFolderError` if it could not be written there.
+
+    Raises :class:`ConfigError` if its name has none of the ``endings``: what it replaces may be
+    something else.
+    """
     if path.is_dir():
         raise RunFolderError(f"{path} is a folder: give the name of a file.")
     if path.exists() and not path.is_file():
         return  # /dev/stdout and its like
+    if endings and path.suffix not in endings:
+        raise ConfigError(f"{option} is {path}, but must end in {' or '.join(endings)}.")
     make_folder(path.resolve().parent)
     try:
         with tempfile.TemporaryFile(dir=path.resolve().parent):

@@ -42,7 +42,7 @@ def report(place: Places) -> str:
 def write_report(place: Places, out: Path | None = None) -> Path:
     """The report as a file: ``out``, or report.html in the log folder."""
     if out:
-        check_place(out)  # a mistake before the work
+        check_place(out, ".html", ".htm")  # a mistake before the work
     text = report(place)
     out = out or place.log_folder / "report.html"
     make_folder(out.resolve().parent)
@@ -68,7 +68,7 @@ def run_report(place: Places) -> str:
         "(beta = 1; lower is better)."
     )
     parts = [
-        section("Metrics", _metrics(content, ckpt, place.log_folder / "evaluation.json")),
+        section("Metrics", _metrics(content, ckpt, place)),
         section("Curves", _curves(place.log_folder)),
         section("Samples over training", _over_training(place.log_folder)),
         section(
@@ -106,24 +106,40 @@ def _environment(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _metrics(content: dict[str, Any], ckpt: Path, path: Path) -> str:
-    """The evaluation beside the logs, if it is of this checkpoint; else the last validation."""
-    stale = ""
-    if path.exists():
-        evaluation = read_json(path)
-        if evaluation.get("checkpoint_digest") == content["digest"]:
-            return quiet(headline(evaluation)) + "".join(
-                f"<h3>{escape(part.title)}</h3>{table(part)}" for part in tables_of(evaluation)
-            )
-        stale = f"{path} is of other weights. "
+#: What evaluations are called beside the logs: by ``run`` and in the README, and by ``study``.
+EVALUATIONS = ("evaluation.json", "evaluation-validation.json", "evaluation-test.json")
+
+
+def _metrics(content: dict[str, Any], ckpt: Path, place: Places) -> str:
+    """The evaluations beside the logs that are of this checkpoint; else the last validation."""
+    found, stale = [], ""
+    for path in (place.log_folder / name for name in EVALUATIONS):
+        if path.exists():
+            evaluation = read_json(path)
+            if evaluation.get("checkpoint_digest") == content["digest"]:
+                found.append(_evaluation(evaluation))
+            else:
+                stale += f"{path} is of other weights. "
+    if found:
+        return "".join(found)
     losses = own_losses(content)
-    command = shlex.join(["vae-hyperband", "evaluate", str(ckpt), "--json", str(path)])
+    words = ["vae-hyperband", "evaluate", str(ckpt)]
+    words += ["--json", str(place.log_folder / EVALUATIONS[0])]
+    if place.data_dir:
+        words += ["--data-dir", str(place.data_dir)]
     note = (
         f'<p class="quiet">Validation split, nats per image. {escape(stale)}With standard errors, '
-        f'FID and probes, after this command: <span class="code">{escape(command)}</span></p>'
+        f'FID and probes, after this command: <span class="code">{escape(shlex.join(words))}'
+        "</span></p>"
     )
     rows = {title: f"{losses[name]:.2f}" for name, title in LOSSES.items()}
     return facts("Losses", rows) + note
+
+
+def _evaluation(evaluation: dict[str, Any]) -> str:
+    return quiet(headline(evaluation)) + "".join(
+        f"<h3>{escape(part.title)}</h3>{table(part)}" for part in tables_of(evaluation)
+    )
 
 
 def _curves(log_folder: Path) -> str:

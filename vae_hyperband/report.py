@@ -58,7 +58,7 @@ def say_trained(trained: FitResult, where: RunOptions) -> None:
 
 def look_at(logs_dir: Path) -> str:
     """The command that opens TensorBoard over the logs, on loopback."""
-    return f"{program('tensorboard')} --logdir {logs_dir} --host 127.0.0.1"
+    return shlex.join([program("tensorboard"), "--logdir", str(logs_dir), "--host", "127.0.0.1"])
 
 
 def summary_of(found: SearchResult) -> str:

@@ -98,9 +98,7 @@ def compare(argv: list[str]) -> int:
     args = parse_options(CompareArgs, argv, "vae-hyperband compare")
     places = Places(checkpoints_dir=args.checkpoints_dir, logs_dir=args.logs_dir)
     if args.out:
-        kinds = (".png", ".svg", ".pdf")
-        require(args.out.suffix in kinds, f"--out is {args.out}, but must end in .png, .svg, .pdf.")
-        check_place(args.out)
+        check_place(args.out, ".png", ".svg", ".pdf")
     runs = [comparing.read_run(name, places) for name in args.runs]
     table = comparing.table(runs)
     if args.out:
@@ -121,11 +119,7 @@ def compare(argv: list[str]) -> int:
 def animate(argv: list[str]) -> int:
     args = parse_options(AnimateArgs, argv, "vae-hyperband animate")
     out = args.out or Path(f"{args.kind}.gif")
-    require(
-        out.suffix in animations.FORMATS,
-        f"--out is {out}, but must end in {' or '.join(animations.FORMATS)}.",
-    )
-    check_place(out)
+    check_place(out, *animations.FORMATS)
     place = Places(run=args.run, checkpoints_dir=args.checkpoints_dir, logs_dir=args.logs_dir)
     if args.kind == "training":
         animations.over_training(place.log_folder, out)

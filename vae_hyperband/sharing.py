@@ -15,6 +15,7 @@ from vae_hyperband.checkpoint import (
     SHARED_WEIGHTS,
     model_from_ckpt,
 )
+from vae_hyperband.config import in_effect
 from vae_hyperband.errors import ConfigError
 from vae_hyperband.files import make_folder, write_together
 from vae_hyperband.model import VAE
@@ -22,7 +23,11 @@ from vae_hyperband.report import table_of
 from vae_hyperband.trained import LOSSES, own_losses
 
 #: What the data sets are called, and where hubs have them.
-DATA_NAMES = {"fashion-mnist": "Fashion-MNIST", "drawn": "drawn garments", "custom": "own images"}
+DATA_NAMES = {
+    "fashion-mnist": "Fashion-MNIST",
+    "drawn": "drawn garments",
+    "custom": "custom images",
+}
 DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
 
 #: What ``license:`` in the head of a card may be; hubs read it as an SPDX-like word.
@@ -155,7 +160,7 @@ def card(content: dict[str, Any], model: VAE, license: str, report: dict[str, An
         num_images=content["data"]["num_images"],
         data_digest=content["data"]["digest"],
         metrics=_metrics(content, report),
-        config=json.dumps(config, indent=2),
+        config=json.dumps(in_effect(config), indent=2),
         weights=content["weights"],
     )
 

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from vae_hyperband import study_figures
-from vae_hyperband.checks import require_values
+from vae_hyperband.checks import require, require_values
 from vae_hyperband.config import CommonConfig, Places, TrainConfig
 from vae_hyperband.dry_run import NOTHING_WRITTEN
 from vae_hyperband.evaluation_config import EvaluateOptions
@@ -47,6 +47,8 @@ class StudyArgs(Places):
         super().__post_init__()
         for name in ("betas", "latent_dims", "seeds"):
             require_values(name, getattr(self, name))
+        num = len(self.betas) * len(self.latent_dims) * len(self.seeds)
+        require(len(self.configs()) == num, "--betas has two values that would name the same run.")
 
     def configs(self) -> dict[str, TrainConfig]:
         """The grid, by the names of its runs."""

@@ -156,12 +156,6 @@ at once by signal n. After 70, 75, 128 + n and a kill the same command goes on.
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(metadata.version("vae-hyperband"))
-        return 0
     keep_freed_memory()  # evaluation and sampling, too; ``fit`` does so for those who call it
     with lossy_output():
         return _status_of(argv)
@@ -169,6 +163,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _status_of(argv: list[str]) -> int:
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE, end="", flush=True)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            print(metadata.version("vae-hyperband"))
+            return 0
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is no command: use one of {', '.join(COMMANDS)}.")
         return COMMANDS[argv[0]](argv[1:])

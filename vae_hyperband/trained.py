@@ -32,6 +32,11 @@ def best_ckpt(place: Places) -> Path:
         why = f"{place.run} is a search that has not ended: the command that began it goes on."
     elif (folder / LATEST).exists():
         why = f"The run {place.run} has not been validated yet: its command goes on."
+    elif related := sorted(path.name for path in place.checkpoints_dir.glob(f"{place.run}-*")):
+        # the parts of a job, the runs of a study
+        why = (
+            f"{place.run} is no run, but {', '.join(related[:20])} begin with that name: give one."
+        )
     else:
         there = sorted(path.parent.name for path in place.checkpoints_dir.glob(f"*/{BEST}"))
         why = f"{place.checkpoints_dir} has no run {place.run}" + (

@@ -129,7 +129,11 @@ function toScreen([u, v]) {
 function fromScreen(event) {
   const box = $("map").getBoundingClientRect();
   return [2 * (event.clientX - box.left) / box.width - 1, 1 - 2 * (event.clientY - box.top) / box.height]
-    .map((value) => value * EDGE);
+    .map((value) => within(value * EDGE));
+}
+
+function within(value) {
+  return Math.max(-EDGE, Math.min(EDGE, value));
 }
 
 function drawPoints() {
@@ -201,7 +205,7 @@ function startMap() {
     const length = EDGE / (event.shiftKey ? 100 : 25);
     if (event.key in steps) {
       event.preventDefault();
-      setZ(movedTo(z, onMap(z).map((value, k) => value + length * steps[event.key][k])));
+      setZ(movedTo(z, onMap(z).map((value, k) => within(value + length * steps[event.key][k]))));
     } else if (event.key === "Enter") {
       setZ(muOf(nearest(z).n));
     }
