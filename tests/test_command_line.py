@@ -389,7 +389,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert "capacity" not in config  # no other objective than capacity looks at it
     assert "train --run a --dataset custom --batch-size 32 --epochs 2" in said
     assert "cpu, 1 CPU threads" in said
-    assert "steps        20\n" in said
+    assert "steps        20 in 2 epochs\n" in said
     assert re.search(r"about \d+ s, [\d,]+ images/s", said)
     assert list(tmp_path.iterdir()) == []
     assert train_vae.main(argv) == 0
@@ -397,7 +397,10 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     capsys.readouterr()
     argv[argv.index("--epochs") + 1] = "3"
     assert train_vae.main([*argv, "--dry-run"]) == 0
-    assert "steps        30, of which 20 are done: it would go on" in capsys.readouterr().out
+    assert (
+        "steps        30 in 3 epochs, of which 20 are done: it would go on"
+        in capsys.readouterr().out
+    )
     assert train_vae.main([*argv, "--latent-dim", "4", "--dry-run"]) == 2
     assert "other settings (latent_dim: 32 -> 4)" in capsys.readouterr().err
     assert written(tmp_path) == before

@@ -107,7 +107,7 @@ def test_the_training_of_the_winner_is_foretold_too(
     said = capsys.readouterr().out
     _, _, rest = said.partition("== then train the winner; if it is trial 0, as s-best\n")
     batch = draw_trials(read_result(searched[0] / "checkpoints/s").config)[0]["batch_size"]
-    assert f"steps        {2 * -(-300 // batch)}\n" in rest
+    assert f"steps        {2 * -(-300 // batch)} in 2 epochs\n" in rest
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,7 +155,7 @@ def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, mon
     assert "trials       8, drawn by random\n" in search
     line = _line(rest, "command")
     assert "train --run fashion-best --dataset custom --device cpu --data-dir" in line
-    assert "steps        30\n" in rest  # ten epochs of three
+    assert "steps        30 in 10 epochs\n" in rest
     assert "evaluate it on the test split (likelihood)" in rest
     assert rest.count("Nothing was written.") == 1
     assert list(tmp_path.iterdir()) == []

@@ -160,7 +160,8 @@ def _over_training(log_folder: Path) -> str:
         figure(png(picture), f"after step {step:,}", "Samples of the same noise")
         for step, picture in pictures.items()
     ]
-    return f'<div class="row">{"".join(shown)}</div>'
+    note = quiet("The same noise, decoded after the first validation, the last, and some between.")
+    return f'{note}<div class="row">{"".join(shown)}</div>'
 
 
 def search_report(found: SearchResult, name: str) -> str:
@@ -217,12 +218,14 @@ def _trials(found: SearchResult) -> str:
     metric = found.config.metric
     if metric not in columns:
         columns[metric] = _best(metric)
+    sorted_by: dict[str, str] = {metric: ' aria-sort="ascending"'}
     head = "".join(
-        f'<th scope="col"><button>{escape(name.replace("_", " "))}</button></th>'
+        f'<th scope="col"{sorted_by.get(name, "")}>'
+        f"<button>{escape(name.replace('_', ' '))}</button></th>"
         for name in columns
     )
     rows = []
-    for trial in found.trials:
+    for trial in sorted(found.trials, key=lambda trial: trial.score(metric)):
         values = [value(trial) for value in columns.values()]
         cells = "".join(
             f'<td data-value="{escape(str(value))}"{_number(value)}>{escape(_short(value))}</td>'

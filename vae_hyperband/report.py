@@ -1,5 +1,6 @@
 """What a command says at its end: short tables, and the pictures of a run."""
 
+import math
 import shlex
 import shutil
 import sys
@@ -46,9 +47,12 @@ def stopped(command: str, argv: list[str]) -> int:
 def say_trained(trained: FitResult, where: RunOptions) -> None:
     """The end of a training: its best checkpoint and its pictures."""
     best = trained.state.best
+    chosen = ""
+    if not math.isclose(best["total_loss"], best["bound"]):
+        chosen = f"by the run's own validation loss, {best['total_loss']:.2f} nats/image; "
     print(
-        f"best after epoch {best['epoch']}, validation bound {best['bound']:.2f} nats/image "
-        f"(beta = 1): {trained.best}"
+        f"best after epoch {best['epoch']}, {chosen}validation bound {best['bound']:.2f} "
+        f"nats/image (beta = 1): {trained.best}"
     )
     print(f"SHA-256 of the final weights: {trained.weights}")
     for path in draw_run(trained, trained.state.config, where.data_dir):

@@ -113,6 +113,7 @@ def compare(argv: list[str]) -> int:
     if args.out:
         rows = {run.name: run.rows for run in runs}
         figures.overlaid(rows, args.out, comparing.incomparable(runs))
+        say(str(args.out))  # stdout may be read by a program
     return 0
 
 

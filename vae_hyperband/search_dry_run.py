@@ -38,7 +38,7 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     Raises what :func:`~vae_hyperband.search.search` would raise for the data, and for what its
     folder holds; not what only a cluster knows.
     """
-    options = options.absolute()
+    shown, options = options, options.absolute()
     folder = options.ckpt_folder
     if folder.exists():
         refuse_foreign(folder)
@@ -51,7 +51,7 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
         f"scheduler    {config.scheduler}: about {usual:.0f} epochs of the "
         f"{config.total_trials * config.max_epochs} that all trials to their ends would take",
         f"data         {len(train):,} training images {train.image_shape}",
-        f"checkpoints  {folder}, logs {options.log_folder}",
+        f"checkpoints  {shown.ckpt_folder}, logs {shown.log_folder}",
     ]
     done = 0
     if (folder / RESULT).exists() and goes_on:
