@@ -296,6 +296,7 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path, small_data):
         assert "belongs to another user" in done.stderr
 
 
+@pytest.mark.faults
 def test_a_damaged_log_is_refused_and_fresh_moves_it_aside(tmp_path, small_data):
     folder = tmp_path / "checkpoints/s"
     folder.mkdir(parents=True)
@@ -330,6 +331,7 @@ def test_trials_whose_log_is_gone_are_not_removed(tmp_path, small_data):
     assert trained.read_bytes() == b"an hour of work"
 
 
+@pytest.mark.faults
 def test_a_second_driver_is_told_who_the_first_is(tmp_path, small_data):
     folder = tmp_path / "checkpoints/s"
     command = search_command(small_data, "--max-epochs", 60, "--batch-sizes", 32)
@@ -351,6 +353,7 @@ def test_a_storage_that_cannot_be_used_is_one_sentence(tmp_path, small_data):
         assert "cannot be" in done.stderr
 
 
+@pytest.mark.faults
 def test_every_trial_failing_has_a_status_of_its_own(tmp_path, small_data):
     command = search_command(
         small_data, "--num-trials", 2, "--max-epochs", 2, "--scheduler", "none", "--betas", 1e38,
@@ -419,6 +422,7 @@ def wait_for_nodes(address: str, num_nodes: int, env: dict[str, str]) -> None:
         time.sleep(1)
 
 
+@pytest.mark.faults
 def test_other_data_on_the_way_is_refused(tmp_path, small_data):
     command = search_command(small_data, "--max-epochs", 60, "--batch-sizes", 32)
     interrupt_at("epoch 2/60", command, tmp_path)
