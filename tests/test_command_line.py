@@ -406,6 +406,15 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert written(tmp_path) == before
 
 
+def test_what_was_chosen_by_another_beta_says_by_which_loss(tmp_path, small_data, capsys):
+    where = ["--data-dir", str(small_data), "--logs-dir", str(tmp_path / "my logs")]
+    assert train_vae.main(["train", *BASE, "--epochs", "1", "--beta", "4", *where]) == 0
+    said = capsys.readouterr().out
+    best = load_ckpt(tmp_path / "checkpoints/vae/best.pt")["metrics"]
+    assert f"own validation loss, {best['total_loss']:.2f} nats/image; validation bound" in said
+    assert f"--logdir '{tmp_path}/my logs' --host" in said  # to be copied
+
+
 def test_a_dry_run_s_command_is_what_was_asked_for(trained, tmp_path, small_data, capsys):
     where = ["--data-dir", str(small_data), "--num-threads", "1", "--device", "cpu"]
     where += ["--checkpoints-dir", str(tmp_path / "c d"), "--logs-dir", str(tmp_path / "l")]

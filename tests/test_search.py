@@ -224,12 +224,21 @@ def test_impossible_searches_are_refused(wrong, message):
         SearchConfig(**wrong)
 
 
-def test_more_resources_than_there_are_is_one_sentence_not_a_wait(tmp_path, small_data):
-    """GPUs that Ray does not have; of CPUs a dry run says so, too (test_search_dry_run.py)."""
-    command = search_command(small_data, "r", "--device", "cuda", "--gpus-per-trial", 300)
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (("--device", "cuda", "--gpus-per-trial", 300), "300 GPU"),
+        pytest.param(("--cpus-per-trial", 1000), "1000 CPU", marks=pytest.mark.faults),
+    ],
+    ids=["GPUs", "CPUs"],
+)
+def test_more_resources_than_there_are_is_one_sentence_not_a_wait(
+    tmp_path, small_data, asked, named
+):
+    command = search_command(small_data, "r", *asked)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "300 GPU" in done.stderr
+    assert named in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -7,9 +7,10 @@ import shutil
 import pytest
 from conftest import written
 
-from vae_hyperband import train_vae
+from vae_hyperband import main_job, train_vae
 from vae_hyperband.config import in_effect
 from vae_hyperband.draws import draw_trials
+from vae_hyperband.errors import DataError
 from vae_hyperband.main_job import MainJob
 from vae_hyperband.search_config import SearchConfig
 from vae_hyperband.search_dry_run import expected_epochs
@@ -175,6 +176,19 @@ def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, mon
     _, _, rest = said.partition("== then train the winner, as fashion-best\n")
     assert "--latent-dim 64 --learning-rate 0.001 --batch-size 64" in _line(rest, "command")
     assert written(tmp_path) == before
+
+
+def test_without_the_data_the_main_job_says_that_it_would_fetch_it(monkeypatch, tmp_path, capsys):
+    def missing(*_):
+        raise DataError("There is none.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main_job, "load_split", missing)
+    assert train_vae.main(["run", "--dry-run", "--device", "cpu"]) == 0
+    assert "== fetch Fashion-MNIST first" in capsys.readouterr().out
+    assert train_vae.main(["run", "--dry-run", "--device", "cpu", "--data-dir", "x"]) == 2
+    assert "There is none." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def _line(text, name):
