@@ -8,6 +8,11 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
+# the base states of a job that runs no more (Slurm's "Job State Codes")
+ENDED = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "TIMEOUT",
+)  # fmt: skip
 SPOOL = Path("/var/spool/vae-hyperband-slurm")
 CONFIG = Path("/etc/slurm/slurm.conf")
 
@@ -136,20 +141,26 @@ def facts(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
 
+def is_over(job: str) -> bool:
+    """Whether it has ended. One that has not may show more than PENDING and RUNNING: passing flags,
+    such as SIGNALING and CONFIGURING, hide these."""
+    return facts(job)["JobState"] in ENDED
+
+
 def wait_for(job: str, log: Path, done: str = "", seconds: float = 300) -> None:
     """Until the job has ended, or its log says ``done``; a job put back is started at once."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
+        now = facts(job)  # before the log: what an ended job has said is all there
         said = log.read_text() if log.exists() else ""
         if done and done in said:
             return
-        state = facts(job)["JobState"]
-        if state == "PENDING" and facts(job)["Restarts"] != "0":  # Slurm would wait two minutes
+        if now["JobState"] == "PENDING" and now["Restarts"] != "0":  # Slurm would wait two minutes
             subprocess.run(
                 ["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True
             )
-        if state in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"):
-            assert (state, done) == ("COMPLETED", ""), said
+        if now["JobState"] in ENDED:
+            assert (now["JobState"], done) == ("COMPLETED", ""), said
             return
         time.sleep(0.5)
     raise AssertionError(f"not within {seconds} s:\n{log.read_text() if log.exists() else ''}")

@@ -13,7 +13,7 @@ import pytest
 import slurm_cluster
 from conftest import command_line, write_idx_folder
 from killing import descendants
-from slurm_cluster import Cluster, facts, sbatch, wait_for
+from slurm_cluster import Cluster, facts, is_over, sbatch, wait_for
 
 ROOT = Path(__file__).parent.parent
 READY = Path(sys.prefix) / ".vae-hyperband-ready"  # what "make setup" looks for
@@ -129,7 +129,7 @@ def test_two_nodes_share_one_search(project, data, undisturbed):
     deadline = time.monotonic() + 60
     while num_training(raylets) < 2:
         assert time.monotonic() < deadline
-        assert facts(job.id)["JobState"] == "RUNNING"
+        assert not is_over(job.id), job.said()
         time.sleep(0.2)
     job.wait()
     assert job.result == undisturbed
@@ -158,7 +158,7 @@ def test_a_node_whose_ray_is_killed_comes_back_and_loses_nothing(project, data, 
     ]
     os.kill(worker_node, signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while len(job.raylets()) < 2 and facts(job.id)["JobState"] == "RUNNING":
+    while len(job.raylets()) < 2 and not is_over(job.id):
         assert time.monotonic() < deadline
         time.sleep(0.5)
     job.wait()
@@ -172,7 +172,7 @@ def test_the_time_limit_is_no_end(project, data, undisturbed):
     held, deadline = None, time.monotonic() + 300
     while "time is nearly up" not in (said := job.said()):
         assert time.monotonic() < deadline, said
-        assert facts(job.id)["JobState"] in ("PENDING", "RUNNING"), said
+        assert not is_over(job.id), said
         if held is None and "epoch 1/9" in said:
             held = job.driver()
             os.kill(held, signal.SIGSTOP)
