@@ -32,13 +32,18 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 
 def write_idx_folder(
-    folder: Path, num_train: int = 360, num_test: int = 60, size: int = 8, zipped: bool = False
+    folder: Path,
+    num_train: int = 360,
+    num_test: int = 60,
+    size: int = 8,
+    zipped: bool = False,
+    num_classes: int = 10,
 ) -> Path:
     """Four IDX files of bright rectangles, whose width and height depend on the label."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(7)
     for part, num in (("train", num_train), ("t10k", num_test)):
-        labels = random.integers(0, 10, num)
+        labels = random.integers(0, num_classes, num)
         images = random.integers(0, 20, (num, size, size))
         for image, label in zip(images, labels, strict=True):
             image[: 2 + label % 3 * 2, : 2 + label // 3] += 200

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_idx_folder
 
 from vae_hyperband import features
 from vae_hyperband.bounds import eval_dataloader, eval_epoch, prior_fid
@@ -44,6 +45,7 @@ from vae_hyperband.samplers import (
     generate,
     get_sampler,
 )
+from vae_hyperband.study import row_of
 from vae_hyperband.training import fit
 
 QUICK = SamplerConfig(components=2, flow_epochs=2, flow_width=16, flow_depth=1)
@@ -219,6 +221,37 @@ def test_probes_are_of_the_posterior_means(trained, small_data):
         for found, (x, y) in ((report, latents), (report["raw_pixels"], pixels)):
             expected = probe(x, train.labels_N, y, test.labels_N)
             assert tuple(found[name].values()) == expected
+
+
+def test_images_of_one_class_have_no_probes(small_config, options, tmp_path):
+    """An accuracy of 1.000 would say nothing of the latents."""
+    data = write_idx_folder(tmp_path / "one", num_classes=1)
+    trained = fit(small_config, options(data_dir=data), quiet=True)
+    asked = EvaluateOptions(parts=("latents",))
+    report = evaluate(trained.best, "test", data, "cpu", asked)
+    assert not {"linear_probe", "knn_probe", "raw_pixels"} & set(report["latents"])
+    assert report["latents"]["active_units"] >= 0
+    text = table_of(report)
+    assert "probe" not in text
+    assert "mutual information" in text
+    assert "linear_probe" not in row_of("x", report)
+
+
+def test_each_step_says_which_of_how_many_it_is(trained, small_data):
+    said = []
+    options = EvaluateOptions(iwae_samples=0, samplers=("mixture",), sampler=QUICK)
+    evaluate(trained.best, "test", small_data, "cpu", options, said.append)
+    assert [text for text in said if not text.startswith("fitting")] == [
+        "1 of 5: likelihood bounds",
+        "2 of 5: latent space and probes",
+        "3 of 5: features of the real images",
+        "4 of 5: reconstructions",
+        "5 of 5: images from the mixture",
+    ]
+    said.clear()
+    options = EvaluateOptions(parts=("latents",))
+    evaluate(trained.best, "test", small_data, "cpu", options, said.append)
+    assert said == ["1 of 1: latent space and probes"]
 
 
 def test_factors_are_those_of_the_split(options):

@@ -8,6 +8,7 @@ per number that is published.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,14 +69,21 @@ def evaluate(
         "config": config.to_dict(),
         "environment": environment(target),
     }
+    num_images_steps = 2 + len(options.samplers)
+    total = sum(num_images_steps if part == "images" else 1 for part in set(options.parts))
+    numbers = itertools.count(1)
+
+    def step(text: str) -> None:
+        say(f"{next(numbers)} of {total}: {text}")
+
     if "likelihood" in options.parts:
-        say("likelihood bounds")
+        step("likelihood bounds")
         report |= likelihood(subject, options)
     if "latents" in options.parts:
-        say("latent space and probes")
+        step("latent space and probes")
         report["latents"] = latent_space(subject)
     if "images" in options.parts:
-        report["images"] = generated_images(subject, options, say)
+        report["images"] = generated_images(subject, options, step, say)
     return report
 
 

@@ -95,10 +95,9 @@ def linear_probe(
 
     200 rounds of L-BFGS. How strong its ridge is (scikit-learn's C, 0.01 or 1) is chosen on a
     random tenth of the training images, for each kind of features by itself: raw pixels need more
-    of it than latents, and a baseline should be as good as it can be.
+    of it than latents, and a baseline should be as good as it can be. The training images have to
+    be of two classes at least.
     """
-    if len(labels_P.unique()) == 1:  # nothing to learn
-        return mean_and_error(labels_N == labels_P[0])
     mean_F, std_F = train_PF.mean(dim=0), train_PF.std(dim=0).clamp(min=1e-6)
     train_PF, held_out_NF = (train_PF - mean_F) / std_F, (held_out_NF - mean_F) / std_F
     probe = _fitted(train_PF, labels_P, _best_ridge(train_PF, labels_P))

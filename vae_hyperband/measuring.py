@@ -159,9 +159,10 @@ def latent_space(subject: Subject) -> dict[str, Any]:
         "mutual_information": mutual_information(
             posteriors, posteriors.draw(subject.seed)
         )._asdict(),
-        **_probes(train, held_out, subject.posteriors(train).mu_NZ, posteriors.mu_NZ),
-        "raw_pixels": _pixel_probes(train, held_out),
     }
+    if len(train.labels_N.unique()) > 1:  # with one class there is nothing to tell apart
+        report |= _probes(train, held_out, subject.posteriors(train).mu_NZ, posteriors.mu_NZ)
+        report["raw_pixels"] = _pixel_probes(train, held_out)
     if subject.config.dataset == "drawn":
         report["factors"] = _factors(subject, posteriors.mu_NZ)
     return report
@@ -194,12 +195,19 @@ def _factors(subject: Subject, mu_NZ: Tensor) -> dict[str, Any]:
 
 
 def generated_images(
-    subject: Subject, options: EvaluateOptions, say: Callable[[str], None]
+    subject: Subject,
+    options: EvaluateOptions,
+    step: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """FID, precision, recall, density, coverage and copying of what the model makes."""
+    """FID, precision, recall, density, coverage and copying of what the model makes.
+
+    ``step`` is told what begins, once for the real images and once per kind of made ones; ``say``
+    what a sampler that is fitted has to say.
+    """
     model, held_out, train = subject.model, subject.held_out, subject.train
     num = options.num_generated or len(held_out)
-    say("features of the real images")
+    step("features of the real images")
     real_NF, train_PF = (split_features(split, subject.device) for split in (held_out, train))
     held_out_N = nearest(real_NF, train_PF, 1)[0][:, 0]
     chosen = torch.randperm(len(train), generator=generator(subject.seed, "real"))[:num]
@@ -214,15 +222,14 @@ def generated_images(
         nearest_M = nearest(features_MF, train_PF, 1)[0][:, 0]
         return compare(features_MF, images_NCHW) | copying(nearest_M, held_out_N)
 
+    rows = {"real": compare(train_PF[chosen], train.images_NCHW[chosen])}
+    step("reconstructions")
     mu_NZ = subject.posteriors(held_out).mu_NZ[:num]
-    rows = {
-        "real": compare(train_PF[chosen], train.images_NCHW[chosen]),
-        "reconstructions": judge(decode_bytes(model, mu_NZ)),
-    }
+    rows["reconstructions"] = judge(decode_bytes(model, mu_NZ))
     counts = {"real": len(chosen), "reconstructions": len(mu_NZ)}
     for name in options.samplers:
+        step(f"images from the {name}")
         sampler = get_sampler(name, subject.ckpt, lambda: train, options.sampler, say)
-        say(f"images from the {name}")
         rows[name], counts[name] = judge(generate(model, sampler, num, subject.seed)), num
     bits = inception = ""
     if subject.config.binarize != "none":

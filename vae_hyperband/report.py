@@ -119,7 +119,9 @@ def tables_of(report: dict[str, Any]) -> list[Table]:
         rows = _likelihood_rows(report)
         tables.append(Table(f"likelihood: {report['unit']}", [], _pairs(rows)))
     if "latents" in report:
-        title = "latent space: accuracy of probes on the posterior means"
+        title = "latent space"
+        if "linear_probe" in report["latents"]:
+            title += ": accuracy of probes on the posterior means"
         tables.append(Table(title, [], _pairs(_latent_rows(report["latents"]))))
     if "images" in report:
         tables.append(_image_table(report["images"]))
@@ -152,15 +154,15 @@ def _likelihood_rows(report: dict[str, Any]) -> dict[str, str]:
 
 
 def _latent_rows(latents: dict[str, Any]) -> dict[str, str]:
-    pixels = latents["raw_pixels"]
     rows = {
         "active units": f"{latents['active_units']} of {latents['latent_dim']}"
         + ("  COLLAPSED: z says nothing about the image" if latents["collapsed"] else ""),
         "mutual information": f"{with_error(latents['mutual_information'])} nats",
-        "linear probe": f"{_three(latents['linear_probe'])}  "
-        f"(raw pixels {_three(pixels['linear_probe'])})",
-        "kNN probe": f"{_three(latents['knn_probe'])}  (raw pixels {_three(pixels['knn_probe'])})",
     }
+    for probe, name in (("linear_probe", "linear probe"), ("knn_probe", "kNN probe")):
+        if probe in latents:  # there is none of images of a single class
+            of_pixels = _three(latents["raw_pixels"][probe])
+            rows[name] = f"{_three(latents[probe])}  (raw pixels {of_pixels})"
     if factors := latents.get("factors"):
         dci = factors["dci"]
         rows |= {
