@@ -1,6 +1,7 @@
 """Studies: a grid trained and judged once, in one table and one picture."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -201,6 +202,37 @@ def test_the_picture_shows_whatever_was_measured(tmp_path):
         for seed in (0, 1)
     ]
     assert study_figures.rate_distortion(rows, tmp_path / "p.png").stat().st_size > 20_000
+
+
+def drawn(rows, monkeypatch):
+    """The axes of the picture of a study that can be seen."""
+    kept = []
+    monkeypatch.setattr(study_figures, "save_figure", lambda figure, path: kept.append(figure))
+    study_figures.rate_distortion(rows, None)
+    return [axes for axes in kept[0].axes if axes.get_visible()]
+
+
+def test_the_picture_has_no_panel_of_what_was_not_measured(monkeypatch):
+    rows = [fake_row(beta, 0, 240.0, active_units=9) for beta in (0.5, 2.0)]
+    assert [axes.get_title(loc="left") for axes in drawn(rows, monkeypatch)] == ["active units"]
+    nats = {"recon_loss": {"mean": 200.0}, "KL_divergence": {"mean": 20.0}}
+    both = [row | nats for row in rows]
+    assert [axes.get_title(loc="left") for axes in drawn(both, monkeypatch)] == [
+        "rate and distortion, labelled with beta", "active units",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("betas", [(0.0,), (0.0, 0.5, 2.0), (0.5, 2.0)], ids=str)
+def test_every_beta_has_its_place_in_the_picture(betas, monkeypatch):
+    rows = [fake_row(beta, 0, 240.0, active_units=9 + beta) for beta in betas]
+    [axes] = drawn(rows, monkeypatch)
+    line = axes.containers[0].lines[0]
+    assert line.get_xdata().tolist() == list(betas)
+    points = axes.transData.transform(line.get_xydata())[:, 0]
+    left, right = axes.bbox.x0, axes.bbox.x1
+    assert all(left <= point <= right for point in points)
+    assert all(b - a > (right - left) / 10 for a, b in itertools.pairwise(points))
+    assert [text.get_text() for text in axes.get_xticklabels()] == [f"{b:g}" for b in betas]
 
 
 def test_the_picture_has_a_line_for_each_latent_size():

@@ -31,23 +31,32 @@ def rate_distortion(rows: list[Row], path: Path) -> Path:
     """
     families = families_of(rows)
     by_measure: dict[str, Callable[[Axes, list[Family]], None]] = {
-        "fid_reconstructions": _images, "linear_probe": _probes, "mig": _disentanglement,
-        "active_units": _active_units,
+        "recon_loss": plane, "fid_reconstructions": _images, "linear_probe": _probes,
+        "mig": _disentanglement, "active_units": _active_units,
     }  # fmt: skip
-    panels = [plane, *(panel for name, panel in by_measure.items() if name in rows[0])]
-    height = -(-len(panels) // 2)
-    figure = Figure(figsize=(10, 3.2 * height))
-    all_axes = figure.subplots(height, 2, squeeze=False).flatten()
+    panels = [panel for name, panel in by_measure.items() if name in rows[0]]
+    height, width = -(-len(panels) // 2), min(2, len(panels))
+    figure = Figure(figsize=(5 * width, 3.2 * height))
+    all_axes = figure.subplots(height, width, squeeze=False).flatten()
     for axes, panel in zip(all_axes, panels, strict=False):
         panel(axes, families)
+        if panel is not plane:
+            _beta_axis(axes, sorted({row["config"]["beta"] for row in rows}))
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    betas = sorted({row["config"]["beta"] for row in rows} - {0})
-    for axes in all_axes[1 : len(panels)]:
-        axes.set(xlabel="beta", xscale="log")
-        axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
-        axes.xaxis.set_minor_locator(NullLocator())
     return save_figure(figure, path)
+
+
+def _beta_axis(axes: Axes, betas: list[float]) -> None:
+    """Logarithmic, with a place for 0 left of the smallest beta above it."""
+    if betas[0] > 0:
+        axes.set_xscale("log")
+    elif len(betas) > 1:
+        axes.set_xscale("symlog", linthresh=betas[1], linscale=0.5)
+        axes.set_xlim(-betas[1] / 5, betas[-1] * 1.2)
+    axes.set_xlabel("beta")
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _images(axes: Axes, families: list[Family]) -> None:
@@ -121,7 +130,7 @@ def plane(axes: Axes, families: list[Family]) -> None:
 def _against_beta(axes: Axes, families: list[Family], measure: str, color: str, label: str) -> None:
     """Means over seeds; the first family names the colour."""
     for line, groups in families:
-        there = [g for g in groups if measure in g[0] and g[0]["config"]["beta"] > 0]
+        there = [g for g in groups if measure in g[0]]
         if not there:
             continue
         found = [over_seeds(group, measure) for group in there]
