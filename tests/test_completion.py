@@ -68,7 +68,7 @@ def shown(shell, script, folder, text, line):
         assert until(b"ready\r\n")
         said = b""
         os.write(terminal, text.encode())
-        return until(line.encode(), 3)
+        return until(line.encode())
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -84,11 +84,18 @@ def shown(shell, script, folder, text, line):
         ("vae-hyperband evaluate my\t", "vae-hyperband evaluate my\\ model.pt "),
         ("vae-hyperband train --latent-d\t", "vae-hyperband train --latent-dim "),
         ("vae-hyperband export --format saf\t", "vae-hyperband export --format safetensors "),
+        ("vae-hyperband report be\t", "vae-hyperband report betas-1 "),
+        ("vae-hyperband train --run be\t", "vae-hyperband train --run betas-1 "),
+        ("vae-hyperband compare betas-1 mi\t", "vae-hyperband compare betas-1 mine "),
+        (
+            "vae-hyperband report betas-1 --out my\t",
+            "vae-hyperband report betas-1 --out my\\ model.pt ",
+        ),
     ],
 )
 def test_a_tab_completes_what_a_person_means(shell, text, line, scripts, tmp_path):
-    for folder in ("data", "checkpoints"):
-        (tmp_path / folder).mkdir()
+    for folder in ("data", "checkpoints/betas-1", "logs/betas-1", "logs/mine"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "my model.pt").touch()
     assert shown(shell, scripts / shell, tmp_path, text, line)
 

@@ -14,6 +14,11 @@ def require(ok: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
+def counted(number: int, noun: str) -> str:
+    """As a sentence has it: "1 epoch", "2 epochs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def flag(name: str) -> str:
     """The option that gives a setting."""
     return "--" + name.replace("_", "-")

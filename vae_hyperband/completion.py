@@ -1,6 +1,7 @@
-"""The command ``completion``: a script by which a shell completes commands, options and files.
+"""The command ``completion``: a script by which a shell completes what it can know.
 
-tyro can write one per command, but shells know a program by its first word only.
+Commands, options, their values, names of runs, and files. tyro can write a script per
+command, but shells know a program by its first word only.
 """
 
 import contextlib
@@ -14,6 +15,17 @@ import tyro
 
 from vae_hyperband.options import parse_options
 
+#: Commands whose words are names of runs.
+OF_RUNS = ("compare", "report", "animate")
+
+# in both shells
+RUNS = """\
+_vae_hyperband_runs() {
+    find checkpoints logs -mindepth 1 -maxdepth 1 -type d -name "[!.]*" 2> /dev/null |
+        sed "s|.*/||" | sort -u
+}
+"""
+
 BASH = """\
 _vae_hyperband() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" options="" choices="" IFS=$' \\n'
@@ -26,6 +38,9 @@ _vae_hyperband() {{
     esac
     case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD - 1]}}" in
 {choices}
+    *" --run") choices="$(_vae_hyperband_runs)" ;;
+    *" --"*) ;;
+{runs}) choices="$(_vae_hyperband_runs)" ;;
     esac
     case "$word" in
     -*) COMPREPLY=($(compgen -W "$options" -- "$word")) ;;
@@ -55,6 +70,9 @@ _vae_hyperband() {{
     esac
     case "$words[2] $words[CURRENT - 1]" in
 {choices}
+    *" --run") choices="$(_vae_hyperband_runs)" ;;
+    *" --"*) ;;
+{runs}) choices="$(_vae_hyperband_runs)" ;;
     esac
     if [[ "$PREFIX" == -* ]]; then
         compadd -- ${{=options}}
@@ -70,7 +88,7 @@ compdef _vae_hyperband vae-hyperband
 
 @dataclass(frozen=True)
 class CompletionArgs:
-    """Print a script that completes commands, options and files in a shell.
+    """Print a script that completes commands, options, names of runs and files in a shell.
 
     vae-hyperband completion bash > ~/.vae-hyperband.bash
     """
@@ -90,8 +108,11 @@ def completion_script(shell: str, commands: Mapping[str, Callable[[list[str]], i
         for option, values in re.findall(r"(--[a-z-]+) \[?\{([a-z0-9,-]+)\}", text):
             choices.append(f'    "{name} {option}") choices="{values.replace(",", " ")}" ;;')
     script = {"bash": BASH, "zsh": ZSH}[shell]
-    return script.format(
-        commands=" ".join(commands), options="\n".join(options), choices="\n".join(choices)
+    return RUNS + script.format(
+        commands=" ".join(commands),
+        options="\n".join(options),
+        choices="\n".join(choices),
+        runs="    " + " | ".join(f'"{name} "*' for name in OF_RUNS),
     )
 
 

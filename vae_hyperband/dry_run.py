@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vae_hyperband.checks import counted
 from vae_hyperband.config import RunOptions, TrainConfig, changed_options, in_effect
 from vae_hyperband.data import Split, get_dataloader, load_split
 from vae_hyperband.process import cpu_threads, pick_device
@@ -40,7 +41,8 @@ def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> st
             f"device       {device}, {torch.get_num_threads()} CPU threads",
             f"data         {len(train):,} training images {train.image_shape}",
             f"checkpoints  {options.ckpt_folder}, logs {options.log_folder}",
-            f"steps        {num_steps:,} in {config.epochs} epochs{_state(num_steps, done)}",
+            f"steps        {num_steps:,} in {counted(config.epochs, 'epoch')}"
+            + _state(num_steps, done),
             f"training     about {(num_steps - done) * seconds:,.0f} s, "
             f"{config.batch_size / seconds:,.0f} images/s; validation and pictures on top",
             *before,

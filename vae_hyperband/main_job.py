@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vae_hyperband import html_report, search_figures
+from vae_hyperband.checks import counted
 from vae_hyperband.config import Dataset, Places, RunOptions, TrainConfig
 from vae_hyperband.data import SplitName, load_split
 from vae_hyperband.download import ensure_data
@@ -112,7 +113,10 @@ def run_main_job(job: MainJob) -> bool:
         split = load_split(name, job.data_dir, job.dataset)
         print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
 
-    _heading(f"2/5  search: {job.num_trials} configurations, up to {job.max_epochs} epochs each")
+    _heading(
+        f"2/5  search: {counted(job.num_trials, 'configuration')}, up to "
+        f"{counted(job.max_epochs, 'epoch')} each"
+    )
     with stop_flag(STOPPING) as should_stop:
         found = search(config, options, should_stop)
         if found is None:
@@ -120,7 +124,7 @@ def run_main_job(job: MainJob) -> bool:
         picture = search_figures.best_config(found, options.log_folder / "best_config.png")
         print(summary_of(found), flush=True)
 
-        _heading(f"3/5  train the best configuration for {job.epochs} epochs")
+        _heading(f"3/5  train the best configuration for {counted(job.epochs, 'epoch')}")
         trained = train_winner(found, job.epochs, job.winner(), should_stop)
     best = trained.state.config
     if not trained.finished:

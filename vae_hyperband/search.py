@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vae_hyperband.board import Board
 from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt
+from vae_hyperband.checks import counted
 from vae_hyperband.cluster import check_resources, nodes, ray_for, with_gpus
 from vae_hyperband.config import differences, read_json
 from vae_hyperband.data import Split, load_split
@@ -182,8 +183,9 @@ def _train(
     train, held_out = load_splits(config, options)
     _check_same_data(journal, train, held_out)
     print(
-        f"{config.total_trials} trials of up to {config.max_epochs} epochs on {len(train):,} "
-        f"images, drawn by {config.algorithm}, scheduler {config.scheduler}; starting Ray",
+        f"{counted(config.total_trials, 'trial')} of up to {counted(config.max_epochs, 'epoch')} "
+        f"on {len(train):,} images, drawn by {config.algorithm}, scheduler {config.scheduler}; "
+        "starting Ray",
         flush=True,
     )
     with ray_for(options):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from vae_hyperband.bounds import Losses, eval_dataloader, eval_epoch
 from vae_hyperband.checkpoint import tree_digest
+from vae_hyperband.checks import counted
 from vae_hyperband.config import RunOptions, TrainConfig, changed_options, in_effect
 from vae_hyperband.data import (
     EpochOrder,
@@ -177,8 +178,9 @@ def fit(
             )
             if not quiet:
                 print(
-                    f"training {options.run} for {config.epochs} epochs on {len(train):,} images, "
-                    f"{torch.get_num_threads()} threads, {device}",
+                    f"training {options.run} for {counted(config.epochs, 'epoch')} on "
+                    f"{len(train):,} images, {counted(torch.get_num_threads(), 'thread')}, "
+                    f"{device}",
                     flush=True,
                 )
             if state.step == 0:
