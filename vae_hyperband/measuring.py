@@ -147,11 +147,15 @@ def latent_space(subject: Subject) -> dict[str, Any]:
     train, held_out = subject.train, subject.held_out
     posteriors = subject.posteriors(held_out)
     active = active_units(posteriors)
+    several = len(train.labels_N.unique()) > 1  # of one class there is nothing to tell apart
+    probes = (
+        "probes trained on all images of the training split: logistic regression on standardised "
+        "values (ridge chosen on a tenth of them), majority of the 10 nearest neighbours"
+    )
     report = {
-        "protocol": "posterior means; probes trained on all images of the training split: logistic "
-        "regression on standardised values (ridge chosen on a tenth of them), majority of the 10 "
-        f"nearest neighbours; active: variance of the mean above {ACTIVE_VARIANCE}; mutual "
-        "information of z and the number of the image, at most log N",
+        "protocol": f"posterior means; {probes if several else 'no probes, all of one class'}; "
+        f"active: variance of the mean above {ACTIVE_VARIANCE}; mutual information of z and the "
+        "number of the image, at most log N",
         "latent_dim": subject.model.latent_dim,
         "active_units": active,
         "collapsed": active == 0,
@@ -160,7 +164,7 @@ def latent_space(subject: Subject) -> dict[str, Any]:
             posteriors, posteriors.draw(subject.seed)
         )._asdict(),
     }
-    if len(train.labels_N.unique()) > 1:  # with one class there is nothing to tell apart
+    if several:
         report |= _probes(train, held_out, subject.posteriors(train).mu_NZ, posteriors.mu_NZ)
         report["raw_pixels"] = _pixel_probes(train, held_out)
     if subject.config.dataset == "drawn":
