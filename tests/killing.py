@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 KINDS = ("driver", "worker", "everything")
+TRAINING_SECONDS = 3.0  # the longest that a kill lets a search train: it is to outlast them
 
 
 def descendants(pid: int) -> list[int]:
@@ -89,19 +90,26 @@ def kill(kind: str, driver: int, random: np.random.Generator) -> bool:
 
 
 def run_with_kills(
-    command: list[str], folder: Path, random: np.random.Generator, num_kills: int
+    command: list[str],
+    folder: Path,
+    random: np.random.Generator,
+    num_kills: int,
+    start_seconds: float,
 ) -> dict[str, int]:
     """Give the command until it ends with status 0, with at most that many kills on the way.
 
-    Returns how many there were of each kind. What the commands said is in said.txt.
+    Half of them come during the start, which takes about ``start_seconds``, half in the seconds
+    after it. Returns how many there were of each kind. What the commands said is in said.txt.
     """
     counts = dict.fromkeys(KINDS, 0)
     with (folder / "said.txt").open("wb") as said:
         while True:
             process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
             while sum(counts.values()) < num_kills and process.poll() is None:
-                # half of them during the seconds of the start
-                time.sleep(random.uniform(0, 7) if random.random() < 0.5 else random.uniform(7, 15))
+                earliest, latest = 0.0, start_seconds
+                if random.random() < 0.5:
+                    earliest, latest = start_seconds, start_seconds + TRAINING_SECONDS
+                time.sleep(random.uniform(earliest, latest))
                 if process.poll() is None:
                     kind = str(random.choice(KINDS, p=(0.35, 0.4, 0.25)))
                     counts[kind] += kill(kind, process.pid, random)

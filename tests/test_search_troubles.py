@@ -200,10 +200,10 @@ def test_a_packer_that_dies_costs_no_trial_an_attempt(tmp_path, slow_data):
 
 
 @pytest.mark.faults
-def test_an_idle_worker_that_dies_costs_nothing(tmp_path, slow_data):
+def test_an_idle_worker_that_dies_costs_nothing(tmp_path, small_data):
     """HyperBand pauses every trial; the process of the last one waits to be used again."""
     command = search_command(
-        slow_data, "--scheduler", "hyperband", "--num-trials", 6, "--max-epochs", 9,
+        small_data, "--scheduler", "hyperband", "--num-trials", 6, "--max-epochs", 9,
         "--batch-sizes", 16, "--max-concurrent", 1, "--max-failures", 3,
     )  # fmt: skip
     calm, storm = tmp_path / "calm", tmp_path / "storm"
