@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,19 @@ def descendants(pid: int) -> list[int]:
         frontier = [child for child, parent in parents.items() if parent in frontier]
         found += frontier
     return found
+
+
+def until_the_end(
+    process: subprocess.Popen[bytes], pause: float = 0.05, seconds: float = 600
+) -> Iterator[None]:
+    """Again and again, as long as the process lives; what outlives its time is killed, an error."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            kill("everything", process.pid, np.random.default_rng())
+            raise AssertionError(f"not at its end after {seconds} s")
+        yield
+        time.sleep(pause)
 
 
 def trial_workers(pid: int) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import command_line, write_idx_folder
-from killing import descendants, ray_workers, trial_workers
+from killing import descendants, ray_workers, trial_workers, until_the_end
 
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.errors import RayBrokeError
@@ -164,13 +164,12 @@ def test_a_worker_that_dies_again_and_again_costs_one_trial(tmp_path, slow_data,
     )  # fmt: skip
     killed = set()
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
+        for _ in until_the_end(process):
             for worker in trial_workers(process.pid):
                 if worker not in killed and len(killed) < 2:
                     time.sleep(1)
                     killed.add(worker)
                     os.kill(worker, signal.SIGKILL)
-            time.sleep(0.05)
     assert process.returncode == 0
     result = read_result(tmp_path / "checkpoints/s")
     assert result.trials[0].why == "its process died; tried 2 times"
@@ -187,12 +186,11 @@ def test_a_packer_that_dies_costs_no_trial_an_attempt(tmp_path, slow_data):
     )  # fmt: skip
     killed = set()
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
+        for _ in until_the_end(process):
             for packer in ray_workers(process.pid, "Packer.advance"):
                 if packer not in killed and len(killed) < 2:
                     killed.add(packer)
                     os.kill(packer, signal.SIGKILL)
-            time.sleep(0.05)
     assert process.returncode == 0
     assert len(killed) == 2
     result = read_result(tmp_path / "checkpoints/s")
@@ -212,14 +210,13 @@ def test_an_idle_worker_that_dies_costs_nothing(tmp_path, small_data):
     run(command, calm)
     kills = 0
     with subprocess.Popen(command, cwd=storm, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
+        for _ in until_the_end(process, pause=0.002):
             for worker in trial_workers(process.pid):
                 title = Path(f"/proc/{worker}/cmdline").read_bytes()
                 if kills < 3 and b"." not in title.split(b"\0")[0]:  # it runs no task
                     kills += 1
                     os.kill(worker, signal.SIGKILL)
                     time.sleep(3)
-            time.sleep(0.002)
     assert process.returncode == 0
     assert kills > 0
     expected, found = (read_result(folder / "checkpoints/s") for folder in (calm, storm))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import command_line, write_idx_folder
-from killing import run_with_kills
+from killing import run_with_kills, until_the_end
 
 from vae_hyperband.checkpoint import load_ckpt
 
@@ -35,10 +35,9 @@ def first_epoch(command: list[str], folder: Path) -> float:
     begun, first = time.monotonic(), 0.0
     with (folder / "said.txt").open("wb") as said:
         process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
-        while process.poll() is None:
+        for _ in until_the_end(process):
             if not first and b"epoch 1/" in (folder / "said.txt").read_bytes():
                 first = time.monotonic() - begun
-            time.sleep(0.1)
     assert process.returncode == 0, (folder / "said.txt").read_text()
     return first
 
