@@ -1,5 +1,6 @@
 """The processes of a search: which there are, where they listen, and SIGKILL for some of them."""
 
+import contextlib
 import os
 import re
 import signal
@@ -32,6 +33,17 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def command_lines(root: int = 1) -> list[tuple[int, bytes]]:
+    """Process id and command line, its words ended by zero bytes, of all that root started."""
+    found = []
+    for pid in descendants(root):
+        try:
+            found.append((pid, Path(f"/proc/{pid}/cmdline").read_bytes()))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
 def until_the_end(
     process: subprocess.Popen[bytes], pause: float = 0.05, seconds: float = 600
 ) -> Iterator[None]:
@@ -52,15 +64,17 @@ def trial_workers(pid: int) -> list[int]:
 
 def ray_workers(pid: int, kind: str) -> list[int]:
     """Ray's processes of a driver whose actors are of that class."""
-    workers = []
-    for child in descendants(pid):
-        try:
-            title = Path(f"/proc/{child}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if title.startswith(f"ray::{kind}".encode()):
-            workers.append(child)
-    return workers
+    title = f"ray::{kind}".encode()
+    return [child for child, line in command_lines(pid) if line.startswith(title)]
+
+
+def idle_workers(pid: int) -> list[int]:
+    """Those of :func:`trial_workers` that run no task: Ray would name it behind a dot."""
+    return [
+        child
+        for child, line in command_lines(pid)
+        if line.startswith(b"ray::ImplicitFunc") and b"." not in line.split(b"\0")[0]
+    ]
 
 
 def listening(pids: list[int]) -> list[tuple[str, int]]:
@@ -95,12 +109,15 @@ def kill(kind: str, driver: int, random: np.random.Generator) -> bool:
         victims = [int(random.choice(workers))] if workers else []
     else:
         victims = descendants(driver)
-    for victim in victims:
-        try:
-            os.kill(victim, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    return bool(victims)
+    return sum(map(sigkill, victims)) > 0
+
+
+def sigkill(pid: int) -> bool:
+    """Whether there was such a process to kill."""
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, signal.SIGKILL)
+        return True
+    return False
 
 
 def run_with_kills(

@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import command_line, write_idx_folder
-from killing import descendants, ray_workers, trial_workers, until_the_end
+from killing import (
+    descendants,
+    idle_workers,
+    ray_workers,
+    sigkill,
+    trial_workers,
+    until_the_end,
+)
 
 from vae_hyperband.checkpoint import load_ckpt
 from vae_hyperband.errors import RayBrokeError
@@ -169,7 +176,7 @@ def test_a_worker_that_dies_again_and_again_costs_one_trial(tmp_path, slow_data,
                 if worker not in killed and len(killed) < 2:
                     time.sleep(1)
                     killed.add(worker)
-                    os.kill(worker, signal.SIGKILL)
+                    assert sigkill(worker)
     assert process.returncode == 0
     result = read_result(tmp_path / "checkpoints/s")
     assert result.trials[0].why == "its process died; tried 2 times"
@@ -188,9 +195,8 @@ def test_a_packer_that_dies_costs_no_trial_an_attempt(tmp_path, slow_data):
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
         for _ in until_the_end(process):
             for packer in ray_workers(process.pid, "Packer.advance"):
-                if packer not in killed and len(killed) < 2:
+                if packer not in killed and len(killed) < 2 and sigkill(packer):
                     killed.add(packer)
-                    os.kill(packer, signal.SIGKILL)
     assert process.returncode == 0
     assert len(killed) == 2
     result = read_result(tmp_path / "checkpoints/s")
@@ -211,11 +217,9 @@ def test_an_idle_worker_that_dies_costs_nothing(tmp_path, small_data):
     kills = 0
     with subprocess.Popen(command, cwd=storm, stdout=subprocess.DEVNULL) as process:
         for _ in until_the_end(process, pause=0.002):
-            for worker in trial_workers(process.pid):
-                title = Path(f"/proc/{worker}/cmdline").read_bytes()
-                if kills < 3 and b"." not in title.split(b"\0")[0]:  # it runs no task
+            for worker in idle_workers(process.pid) if kills < 3 else []:
+                if sigkill(worker):
                     kills += 1
-                    os.kill(worker, signal.SIGKILL)
                     time.sleep(3)
     assert process.returncode == 0
     assert kills > 0
@@ -235,7 +239,7 @@ def test_when_ray_itself_dies_the_same_command_goes_on(tmp_path, slow_data):
             if "epoch 2/9" in line:
                 break
         for child in descendants(process.pid)[1:]:
-            os.kill(child, signal.SIGKILL)
+            sigkill(child)
         _, said = process.communicate(timeout=200)
     # Ray ends the process itself, with status 1, where it cannot tell us
     assert process.returncode in (RayBrokeError.exit_status, 1), said

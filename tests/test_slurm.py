@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 from conftest import command_line, write_idx_folder
-from killing import descendants
+from killing import command_lines
 from slurm_cluster import Cluster, facts, is_over, sbatch, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -99,17 +99,6 @@ class Job:
             for pid, line in command_lines()
             if line.split(b"\0")[0].endswith(b"/raylet") and mark in line
         ]
-
-
-def command_lines(root: int = 1) -> list[tuple[int, bytes]]:
-    """Process id and command line, its words ended by zero bytes, of all that root started."""
-    found = []
-    for pid in descendants(root):
-        try:
-            found.append((pid, Path(f"/proc/{pid}/cmdline").read_bytes()))
-        except OSError:  # it has just ended
-            continue
-    return found
 
 
 def num_training(raylets: list[int]) -> int:
