@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-KINDS = ("driver", "worker", "everything")
 TRAINING_SECONDS = 3.0  # the longest that a kill lets a search train: it is to outlast them
 
 
@@ -124,28 +123,26 @@ def run_with_kills(
     command: list[str],
     folder: Path,
     random: np.random.Generator,
-    num_kills: int,
+    kinds: list[str],
     start_seconds: float,
-) -> dict[str, int]:
-    """Give the command until it ends with status 0, with at most that many kills on the way.
+) -> None:
+    """Give the command until it ends with status 0, with kills of those kinds on the way.
 
     Half of them come during the start, which takes about ``start_seconds``, half in the seconds
-    after it. Returns how many there were of each kind. What the commands said is in said.txt.
+    after it. Takes out of ``kinds`` what was killed. What the commands said is in said.txt.
     """
-    counts = dict.fromkeys(KINDS, 0)
     with (folder / "said.txt").open("wb") as said:
         while True:
             process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
-            while sum(counts.values()) < num_kills and process.poll() is None:
+            while kinds and process.poll() is None:
                 earliest, latest = 0.0, start_seconds
                 if random.random() < 0.5:
                     earliest, latest = start_seconds, start_seconds + TRAINING_SECONDS
                 time.sleep(random.uniform(earliest, latest))
-                if process.poll() is None:
-                    kind = str(random.choice(KINDS, p=(0.35, 0.4, 0.25)))
-                    counts[kind] += kill(kind, process.pid, random)
+                if process.poll() is None and kill(kinds[-1], process.pid, random):
+                    kinds.pop()
                     time.sleep(0.2)
             status = process.wait(timeout=600)
             if status == 0:
-                return counts
+                return
             assert status == -signal.SIGKILL, (folder / "said.txt").read_text()[-3000:]

@@ -43,15 +43,19 @@ def first_epoch(command: list[str], folder: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "engine", "num_kills"),
+    ("scheduler", "engine", "kinds"),
     [
-        ("asha", ["solo"], 20),
-        ("hyperband", ["packed", "--pack-size", 2, "--max-concurrent", 3], 12),
+        ("asha", ["solo"], {"driver": 7, "worker": 8, "everything": 5}),
+        (
+            "hyperband",
+            ["packed", "--pack-size", 2, "--max-concurrent", 3],
+            {"driver": 4, "worker": 5, "everything": 3},
+        ),
     ],
     ids=["asha-solo", "hyperband-packed"],
 )
 def test_kills_of_driver_worker_or_everything_change_nothing(
-    tmp_path, data, scheduler, engine, num_kills
+    tmp_path, data, scheduler, engine, kinds
 ):
     """Workers are the processes of trials, and with packs the one that trains them."""
     command = search_command(data, scheduler, engine)
@@ -66,14 +70,13 @@ def test_kills_of_driver_worker_or_everything_change_nothing(
         assert epochs == list(range(1, len(epochs) + 1))
         assert len(epochs) in (1, 3, 9)
 
-    random, kills = np.random.default_rng(7), {"driver": 0, "worker": 0, "everything": 0}
-    while sum(kills.values()) < num_kills:  # a search that ends before the last kill: another one
+    random = np.random.default_rng(7)
+    kills = random.permutation([kind for kind, count in kinds.items() for _ in range(count)])
+    left = kills.tolist()
+    while left:  # a search that ends before the last kill: another one
         storm = tmp_path / "storm"
         storm.mkdir()
-        for kind, count in run_with_kills(
-            command, storm, random, num_kills - sum(kills.values()), start_seconds
-        ).items():
-            kills[kind] += count
+        run_with_kills(command, storm, random, left, start_seconds)
         found = json.loads((storm / "checkpoints/s/trials.json").read_text())
         assert found == expected  # every trial, every epoch, every digit, every reason
         again = json.loads((storm / "checkpoints/s/best_config.json").read_text())
@@ -84,5 +87,4 @@ def test_kills_of_driver_worker_or_everything_change_nothing(
             name = f"{log.parent.name}/metrics.jsonl"
             assert (storm / "logs/s" / name).read_bytes() == log.read_bytes()
         shutil.rmtree(storm)
-    print(f"{scheduler}, {engine[0]}: survived {kills}, after {start_seconds:.0f} s of start")
-    assert all(kills.values())
+    print(f"{scheduler}, {engine[0]}: survived {len(kills)}, start {start_seconds:.0f} s")
