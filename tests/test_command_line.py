@@ -388,7 +388,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert config["latent_dim"] == 32
     assert "capacity" not in config  # no other objective than capacity looks at it
     assert "train --run a --dataset custom --batch-size 32 --epochs 2" in said
-    assert "cpu, 1 CPU threads" in said
+    assert "cpu, 1 CPU thread\n" in said
     assert "steps        20 in 2 epochs\n" in said
     assert re.search(r"about \d+ s, [\d,]+ images/s", said)
     assert list(tmp_path.iterdir()) == []
@@ -412,6 +412,7 @@ def test_what_was_chosen_by_another_beta_says_by_which_loss(tmp_path, small_data
     said = capsys.readouterr().out
     best = load_ckpt(tmp_path / "checkpoints/vae/best.pt")["metrics"]
     assert f"own validation loss, {best['total_loss']:.2f} nats/image; validation bound" in said
+    assert "training vae for 1 epoch on 300 images, " in said
     assert f"--logdir '{tmp_path}/my logs' --host" in said  # to be copied
 
 

@@ -38,7 +38,7 @@ def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> st
         lines = [
             a_line_each(in_effect(config.to_dict())),
             f"command      {_command(config, options)}",
-            f"device       {device}, {torch.get_num_threads()} CPU threads",
+            f"device       {device}, {counted(torch.get_num_threads(), 'CPU thread')}",
             f"data         {len(train):,} training images {train.image_shape}",
             f"checkpoints  {options.ckpt_folder}, logs {options.log_folder}",
             f"steps        {num_steps:,} in {counted(config.epochs, 'epoch')}"

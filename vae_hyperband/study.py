@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from scipy.special import stdtrit
 
+from vae_hyperband.checks import counted
 from vae_hyperband.config import Places, RunOptions, TrainConfig, in_effect
 from vae_hyperband.data import SplitName, load_split
 from vae_hyperband.dry_run import a_line_each, busy, seconds_per_step, steps_and_done
@@ -114,7 +115,7 @@ def study_dry_run(configs: dict[str, TrainConfig], places: Places, split: SplitN
             a_line_each(shared),
             f"runs         {len(configs)}, one after the other, judged on the {split} split",
             *lines,
-            f"device       {device}, {torch.get_num_threads()} CPU threads",
+            f"device       {device}, {counted(torch.get_num_threads(), 'CPU thread')}",
             f"data         {len(train):,} training images {train.image_shape}",
             f"logs         {places.log_folder}",
             f"training     about {seconds:,.0f} s; validation and evaluation on top",
