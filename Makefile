@@ -92,8 +92,6 @@ bench: $(READY) benchmarks/.pythae  ## How fast everything is; results in benchm
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/time_to_quality.py
 	$(BIN)/python benchmarks/search_overhead.py
-	$(BIN)/python benchmarks/packed_step.py
-	$(BIN)/python benchmarks/packed_search.py
 	$(BIN)/python benchmarks/generation_speed.py
 	$(BIN)/python benchmarks/safety_cost.py
 

@@ -70,24 +70,6 @@ def test_the_speeds_keep_their_claims():
     assert training["share_of_a_run_that_is_not_training"]["median"] < 0.065
 
 
-def test_the_records_of_packs_are_those_of_the_raw_file():
-    page = (ROOT / "benchmarks/RECORDS.md").read_text()
-    cases = json.loads((ROOT / "benchmarks/packed_step.json").read_text())["cases"]
-    ratios = {
-        (way, case["batch_size"], case["networks"]): found["median"]
-        for case in cases
-        for way, found in case["times_as_fast"].items()
-    }
-    markers = re.findall(r"<!--(packed|side_by_side|naive) (\d+) (\d+)-->(.*?)<!--/-->", page)
-    assert len(markers) == len(ratios)
-    for way, batch_size, networks, value in markers:
-        assert value == f"{ratios[way, int(batch_size), int(networks)]:.2f}"
-    for (way, batch_size, networks), ratio in ratios.items():
-        if way == "packed":
-            assert ratio > (1.0 if batch_size <= 16 else 0.9)
-            assert ratio > ratios["naive", batch_size, networks]
-
-
 def test_the_default_recipe_keeps_its_promise():
     recipe = json.loads((ROOT / "benchmarks/default_recipe.json").read_text())
     assert recipe["n"] == len(recipe["runs"]) == 3

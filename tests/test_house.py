@@ -15,14 +15,14 @@ PACKAGE = ROOT / "vae_hyperband"
 # from the ground floor to the roof: a room imports only rooms before it
 FLOORS = [
     "errors", "files", "checks", "config", "randomness", "drawn", "idx", "data", "download",
-    "convolution", "layers", "likelihoods", "model", "objective",
+    "layers", "likelihoods", "model", "objective",
     "features", "distances", "bounds", "checkpoint", "keeping", "process", "state", "tracking",
-    "steps", "stacked", "packed", "engines", "training", "dry_run",
+    "steps", "training", "dry_run",
     "search_config", "trials", "trained",
     "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring",
     "evaluation", "study",
     "rules", "journal", "board", "watching", "storage", "cluster",
-    "draws", "packer", "packers", "worker", "tuning", "search",
+    "draws", "worker", "tuning", "search",
     "search_dry_run", "figures", "search_figures",
     "study_figures", "projector", "report", "animations", "html_page", "html_report",
     "sharing", "onnx_graph", "onnx_check", "explorer", "options", "completion", "comparing",
@@ -32,7 +32,7 @@ FLOORS = [
 ]  # fmt: skip
 #: rooms that may import a heavy or optional library
 ALONE = {
-    "ray": {"cluster", "draws", "packers", "worker", "tuning", "search"},
+    "ray": {"cluster", "draws", "worker", "tuning", "search"},
     "optuna": {"draws"},
     "pyarrow": {"storage"},
     "sklearn": {"latents", "disentanglement", "samplers"},

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from vae_hyperband import convolution
 from vae_hyperband.layers import Conv, ConvTranspose, linear_from_images, linear_to_images
 from vae_hyperband.model import initialized_vae
 from vae_hyperband.objective import nats_per_image
@@ -62,63 +61,6 @@ def test_a_layer_equals_pytorch_s_own_in_values_and_gradients(
     ):
         assert gradient.shape == plain.shape
         assert relative_error(gradient, plain) < ROUNDING[dtype]
-
-
-@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched products"])
-@pytest.mark.parametrize(("kind", "relu", "channels_in", "channels_out", "size"), LAYERS)
-def test_a_pack_of_layers_equals_each_of_them(
-    kind, relu, channels_in, channels_out, size, batched, monkeypatch
-):
-    """Values and gradients; one by one, as on a CPU, to the same bits."""
-    torch.manual_seed(0)
-    members = [kind(channels_in, channels_out, relu=relu) for _ in range(3)]
-    x = torch.randn(3, 5, channels_in, size, size, requires_grad=True)
-    with torch.no_grad():
-        weight = torch.randn_like(members[0](x[0]))
-    expected = [member(x_BCHW) for member, x_BCHW in zip(members, x, strict=True)]
-    inputs = [x, *(parameter for member in members for parameter in member.parameters())]
-    of_x, *others = torch.autograd.grad(sum((y * weight).sum() for y in expected), inputs)
-    expected_gradients = [of_x, torch.stack(others[::2]), torch.stack(others[1::2])]
-
-    if batched:  # as on a GPU
-        monkeypatch.setattr(convolution, "_by_patches", lambda images, weight: weight.dim() == 5)
-        monkeypatch.setattr(convolution, "_one_by_one", lambda tensor: False)
-    weights, biases = (
-        torch.stack([getattr(member, name).detach() for member in members]).requires_grad_()
-        for name in ("weight", "bias")
-    )
-
-    def layer(x, weight, bias):
-        by_name = {"weight": weight, "bias": bias}
-        return torch.func.functional_call(members[0], by_name, x)
-
-    found = torch.func.vmap(layer)(x, weights, biases)
-    gradients = torch.autograd.grad((found * weight).sum(), (x, weights, biases))
-    for one, other in zip(
-        (found, *gradients), (torch.stack(expected), *expected_gradients), strict=True
-    ):
-        assert torch.equal(one, other) or (batched and relative_error(one, other) < 5e-6)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_the_products_of_a_pack_s_members_lie_where_those_of_one_alone_do(biased, monkeypatch):
-    """On any CPU, though only on some (AMD EPYC) the last bits depend on it."""
-    seen = []
-
-    def spied(function):
-        def spy(*tensors, out):
-            seen.extend(tensor.data_ptr() % 64 for tensor in (*tensors[-2:], out))
-            return function(*tensors, out=out)
-
-        return spy
-
-    a, b, bias = torch.randn(3, 5, 7), torch.randn(3, 7, 3), torch.randn(3, 3)
-    expected = torch.baddbmm(bias[:, None], a, b) if biased else a @ b
-    for name in ("mm", "addmm"):
-        monkeypatch.setattr(torch, name, spied(getattr(torch, name)))
-    found = convolution.product(a, b, bias if biased else None)
-    torch.testing.assert_close(found, expected)
-    assert seen == [0] * 9
 
 
 @pytest.mark.parametrize("kind", [Conv, ConvTranspose])

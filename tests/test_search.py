@@ -22,25 +22,6 @@ def test_every_listening_socket_of_a_search_is_on_loopback(searched):
     assert 8265 not in {port for _, port in addresses}  # Ray's dashboard
 
 
-def test_a_packed_search_leaves_the_same_trials_logs_and_weights(searched, tmp_path):
-    folder, _ = searched
-    command = search_command(
-        folder / "data", "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3,
-        "--engine", "packed", "--pack-size", 1,
-    )  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    names = [trial.name for trial in read_result(folder / "checkpoints/s").trials]
-    files = ["checkpoints/s/trials.json", "checkpoints/s/best_config.json"]
-    for file in [*files, *(f"logs/s/{name}/metrics.jsonl" for name in names)]:
-        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
-    for file in ["winner.pt", *(f"trials/{name}/latest.pt" for name in names)]:
-        found, expected = (
-            load_ckpt(place / "checkpoints/s" / file) for place in (tmp_path, folder)
-        )
-        assert found["digest"] == expected["digest"]
-
-
 def test_a_search_never_opens_the_test_file(searched):
     folder, _ = searched
     assert sorted(p.name for p in (folder / "data").iterdir()) == [NAMES[0], NAMES[1]]

@@ -16,7 +16,6 @@ from conftest import command_line, write_idx_folder
 from killing import (
     descendants,
     idle_workers,
-    ray_workers,
     sigkill,
     trial_workers,
     until_the_end,
@@ -182,25 +181,6 @@ def test_a_worker_that_dies_again_and_again_costs_one_trial(tmp_path, slow_data,
     assert result.trials[0].why == "its process died; tried 2 times"
     assert result.trials[1].outcome == "finished"
     assert result.winner.number == 1
-
-
-@pytest.mark.faults
-def test_a_packer_that_dies_costs_no_trial_an_attempt(tmp_path, slow_data):
-    """Its trials have one each, but asking again is not one of them."""
-    command = search_command(
-        slow_data, "--scheduler", "none", "--num-trials", 2, "--max-epochs", 2, "--batch-sizes", 16,
-        "--latent-dims", 4, "--max-failures", 0, "--engine", "packed", "--pack-size", 1,
-    )  # fmt: skip
-    killed = set()
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        for _ in until_the_end(process):
-            for packer in ray_workers(process.pid, "Packer.advance"):
-                if packer not in killed and len(killed) < 2 and sigkill(packer):
-                    killed.add(packer)
-    assert process.returncode == 0
-    assert len(killed) == 2
-    result = read_result(tmp_path / "checkpoints/s")
-    assert [trial.outcome for trial in result.trials] == ["finished"] * 2
 
 
 @pytest.mark.faults

@@ -108,35 +108,20 @@ def trial_device(options: SearchOptions) -> str:
     return "cuda" if options.gpus_per_trial else "cpu"
 
 
-def num_lanes(machine: Resources, options: SearchOptions) -> int:
-    """How many trials, or packs of them, the CPUs of one machine have room for."""
-    return int(machine.get("CPU", 0) // options.cpus_per_trial)
-
-
-def num_places(machines: list[Resources], options: SearchOptions, in_packs: int = 0) -> int:
-    """How many trials can run side by side.
-
-    ``in_packs`` are the places that packing processes have, where those compute.
-    """
-    places = in_packs
-    for machine in machines if not in_packs else []:
-        lanes = num_lanes(machine, options)
+def num_places(machines: list[Resources], options: SearchOptions) -> int:
+    """How many trials can run side by side."""
+    places = 0
+    for machine in machines:
+        on_machine = int(machine.get("CPU", 0) // options.cpus_per_trial)
         if options.gpus_per_trial:
-            lanes = min(lanes, int(machine.get("GPU", 0) / options.gpus_per_trial))
-        places += lanes
+            on_machine = min(on_machine, int(machine.get("GPU", 0) / options.gpus_per_trial))
+        places += on_machine
     return max(1, min(places, options.max_concurrent or places))
 
 
-def trial_resources(options: SearchOptions, in_packs: int = 0) -> Resources:
-    """What Ray keeps free for each trial.
-
-    Where packing processes compute, its share of the CPUs: they ask for the GPUs themselves, and
-    for no CPU, since a trial waits meanwhile.
-    """
-    if not in_packs:
-        return {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0}
-    share = min(options.cpus_per_trial, sum(node.get("CPU", 0) for node in nodes()) / in_packs)
-    return {"cpu": max(0.01, int(share * 100) / 100)}  # Ray knows no less than 0.0001
+def trial_resources(options: SearchOptions) -> Resources:
+    """What Ray keeps free for each trial."""
+    return {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0}
 
 
 def check_resources(machines: list[Resources], options: SearchOptions) -> None:

@@ -213,8 +213,6 @@ class RunOptions(Places):
     """Keep this many earlier checkpoints beside latest.pt and best.pt, should those be damaged."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
-    cuda_graph: bool = False
-    """On a GPU, capture the training step once and replay it (not measured on one yet)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,14 +7,11 @@ Shape suffixes: B images of a batch, C channels, H height, W width.
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from vae_hyperband.layers import in_pack
 
 Likelihood = Literal["bernoulli", "continuous-bernoulli", "discretized-logistic"]
 LIKELIHOODS: tuple[Likelihood, ...] = get_args(Likelihood)
@@ -42,42 +39,10 @@ def reconstruction_nats(
         nats_BCHW = _discretized_logistic(torch.sigmoid(logits_BCHW), x_BCHW, log_scale)
     else:
         # from logits, where it is finite for every finite input
-        cross_entropy = _CrossEntropy.apply if in_pack(logits_BCHW) else _cross_entropy
-        nats_BCHW = cross_entropy(logits_BCHW, x_BCHW)
+        nats_BCHW = F.binary_cross_entropy_with_logits(logits_BCHW, x_BCHW, reduction="none")
         if likelihood == "continuous-bernoulli":
             nats_BCHW = nats_BCHW - _log_constant(logits_BCHW)
     return nats_BCHW.flatten(start_dim=1).sum(dim=1)
-
-
-def _cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """PyTorch's binary cross-entropy with logits, which vmap would take apart and so round anew."""
-
-    @staticmethod
-    def forward(logits: Tensor, x: Tensor) -> Tensor:
-        return _cross_entropy(logits, x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits, x = ctx.saved_tensors
-        of_x = -logits * gradient if ctx.needs_input_grad[1] else None
-        return (torch.sigmoid(logits) - x).mul_(gradient), of_x
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], logits: Tensor, x: Tensor
-    ) -> tuple[Tensor, int]:
-        # element by element, so the axis may lie anywhere if it does in both
-        assert in_dims == (0, 0), in_dims
-        return _CrossEntropy.apply(logits, x), 0
 
 
 def pixel_means(logits_BCHW: Tensor, likelihood: Likelihood = "bernoulli") -> Tensor:

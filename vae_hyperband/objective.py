@@ -17,8 +17,6 @@ from vae_hyperband.config import TrainConfig
 from vae_hyperband.likelihoods import reconstruction_nats
 from vae_hyperband.model import VAE, log_normal, reparameterize
 
-Number = float | Tensor  # a tensor without dimensions
-
 WARMUP_SHARE = 0.15  # of a one-cycle schedule
 
 
@@ -130,7 +128,7 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
 
 
 def training_total(
-    config: TrainConfig, passed: Pass, beta: Number, num_images: int, capacity: Number = 0.0
+    config: TrainConfig, passed: Pass, beta: float, num_images: int, capacity: float = 0.0
 ) -> Tensor:
     """What is minimised, in nats, mean over the batch, by ``config.objective``.
 
@@ -147,8 +145,7 @@ def training_total(
     if config.objective == "capacity":
         return recon_B.mean() + beta * (kl_B.mean() - capacity).abs()
     if config.objective == "beta-tc":
-        more = torch.as_tensor(beta, dtype=recon_B.dtype) - 1  # rounded alike if beta is a tensor
-        return (recon_B + kl_B).mean() + more * total_correlation(passed, num_images)
+        return (recon_B + kl_B).mean() + (beta - 1) * total_correlation(passed, num_images)
     return (recon_B + beta * kl_B).mean()
 
 
@@ -162,8 +159,8 @@ def batch_losses(
     model: VAE,
     x_BCHW: Tensor,
     noise_SZ: Tensor,
-    beta: Number,
-    capacity: Number,
+    beta: float,
+    capacity: float,
     num_images: int,
 ) -> tuple[Nats, Tensor]:
     """A training batch's nats per image, and what the step minimises.

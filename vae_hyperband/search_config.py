@@ -133,8 +133,7 @@ class SearchConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Places):
-    """Where and on what a search runs. Nothing here changes which configurations are tried, and
-    nothing but a pack of several trials changes how their numbers are rounded."""
+    """Where and on what a search runs. Nothing here changes which configurations are tried."""
 
     run: str = "search"
     """Name of the search: its folder under checkpoints/ and logs/."""
@@ -149,12 +148,6 @@ class SearchOptions(Places):
     """CPU cores, and threads, of each trial; as many trials run side by side as there is room."""
     gpus_per_trial: float | None = None
     """GPUs of each trial, fractions allowed (default: 1 if there is one and --device allows)."""
-    engine: Literal["auto", "solo", "packed"] = "auto"
-    """solo: each trial computes by itself; packed: those of a GPU take their steps together; auto:
-    solo, as long as packed has not been measured on a GPU."""
-    pack_size: int | None = None
-    """packed: trials that step together on a GPU (default 16), or in each place of the CPUs
-    (default: each by itself, which is faster there)."""
     max_concurrent: int | None = None
     """Run at most this many trials side by side (default: as many as there is room for)."""
     max_failures: int = 2
@@ -167,13 +160,6 @@ class SearchOptions(Places):
         require_number("cpus_per_trial", self.cpus_per_trial, 1, 1024)
         require_number("max_failures", self.max_failures, 0)
         require_number("trial_timeout", self.trial_timeout, 1, 1e6)
-        if self.pack_size is not None:
-            require_number("pack_size", self.pack_size, 1, 1024)
-            require(self.engine == "packed", "--pack-size is of --engine packed: give that, too.")
-        require(
-            self.engine != "packed" or self.gpus_per_trial in (None, 0, 1),
-            "--engine packed puts --pack-size trials on each GPU: leave out --gpus-per-trial.",
-        )
         if self.max_concurrent is not None:
             require_number("max_concurrent", self.max_concurrent, 1)
         if self.gpus_per_trial is not None:
@@ -192,13 +178,6 @@ class SearchOptions(Places):
             not (self.device == "cpu" and gpus) and not (self.device == "cuda" and gpus == 0),
             f"--device {self.device} and --gpus-per-trial {gpus} contradict each other.",
         )
-
-    @property
-    def num_in_pack(self) -> int:
-        """Trials in each pack; 0: each trial computes by itself."""
-        if self.engine != "packed":
-            return 0
-        return self.pack_size or (16 if self.gpus_per_trial else 0)
 
     def absolute(self) -> "SearchOptions":
         """The same places whatever the working folder: trials run in other processes."""

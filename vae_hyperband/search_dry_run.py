@@ -6,7 +6,6 @@ import math
 import os
 import statistics
 
-import numpy as np
 import torch
 
 from vae_hyperband.cluster import (
@@ -23,13 +22,11 @@ from vae_hyperband.dry_run import a_line_each, busy, dry_run, seconds_per_step
 from vae_hyperband.files import refuse_foreign
 from vae_hyperband.journal import read_events
 from vae_hyperband.process import cpu_threads, pick_device
-from vae_hyperband.rules import Curve, verdicts
 from vae_hyperband.search import DECISIONS, load_splits, search_there
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.trials import RESULT, describe, read_result
 
 NUM_SHOWN = 12  # trials
-NUM_IMAGINED = 20  # orders of the trials, over which the expected epochs are averaged
 
 
 def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
@@ -44,30 +41,27 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
         refuse_foreign(folder)
     goes_on = not options.fresh and search_there(config, options) is not None
     train, _ = load_splits(config, options)
-    usual = statistics.mean(expected_epochs(config, seed) for seed in range(NUM_IMAGINED))
+    most = config.total_trials * config.max_epochs
     lines = [
         a_line_each(in_effect(config.to_dict())),
         *_trials(config),
-        f"scheduler    {config.scheduler}: about {usual:.0f} epochs of the "
-        f"{config.total_trials * config.max_epochs} that all trials to their ends would take",
+        f"scheduler    {config.scheduler}: at most {most} epochs, fewer by what it stops early",
         f"data         {len(train):,} training images {train.image_shape}",
         f"checkpoints  {shown.ckpt_folder}, logs {shown.log_folder}",
     ]
-    done = 0
-    if (folder / RESULT).exists() and goes_on:
+    finished = (folder / RESULT).exists() and goes_on
+    if finished:
         lines.append("state        finished: its result would be shown")
-        done = config.total_trials * config.max_epochs
     elif goes_on:
         happened = collections.Counter(event["event"] for event in read_events(folder / DECISIONS))
-        done = happened["result"]
         lines.append(
-            f"state        begun: it would go on with {happened['end']} trials ended and {done} "
-            "epochs trained"
+            f"state        begun: it would go on with {happened['end']} trials ended and "
+            f"{happened['result']} epochs trained"
         )
     elif options.fresh and folder.exists() and any(folder.iterdir()):
         lines.append("state        what is in the folder would be moved aside")
-    if usual > done:
-        lines += _time(config, options, train, usual - done)
+    if not finished:
+        lines += _time(config, options, train)
     return "\n".join(lines)
 
 
@@ -84,27 +78,6 @@ def winner_dry_run(
     return f"== then train {which}, as {where.run}\n{what}"
 
 
-def expected_epochs(config: SearchConfig, seed: int) -> int:
-    """Epochs that a search trains if who is better at one rung is better at all of them.
-
-    A function of (config, seed): the seed decides the order of the trials, from best to worst.
-    """
-    value_of = np.random.default_rng(seed).permutation(config.total_trials)
-    curves = [Curve() for _ in range(config.total_trials)]
-    while True:
-        decided = verdicts(config, curves)
-        going = [
-            number
-            for number, curve in enumerate(curves)
-            if decided[number].action == "go on" and len(curve.values) < config.max_epochs
-        ]
-        if not going:
-            return sum(len(curve.values) for curve in curves)
-        for number in going:
-            values = curves[number].values
-            values[len(values) + 1] = float(value_of[number])
-
-
 def _trials(config: SearchConfig) -> list[str]:
     """The first trials; TPE draws the later ones when it has seen how these do."""
     known = num_random(config) if config.algorithm == "tpe" else config.total_trials
@@ -116,8 +89,8 @@ def _trials(config: SearchConfig) -> list[str]:
     return lines
 
 
-def _time(config: SearchConfig, options: SearchOptions, train: Split, epochs: float) -> list[str]:
-    """Where the trials would run, and how long ``epochs`` of them take there."""
+def _time(config: SearchConfig, options: SearchOptions, train: Split) -> list[str]:
+    """Where the trials would run, and how long an epoch takes there."""
     if options.address:
         return [f"device       what the cluster at {options.address} has; it was not asked"]
     cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
@@ -127,8 +100,6 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split, epochs: fl
     device, threads = pick_device(trial_device(options)), options.cpus_per_trial
     places = min(num_places(machines, options), config.total_trials)
     where = f"device       {device}, {places} trials side by side, CPU threads of each: {threads}"
-    if options.engine == "packed":
-        return [where, "training     no guess for --engine packed"]
     first, before = draw(config, 0, []), busy()
     with cpu_threads(threads):
         an_epoch = statistics.mean(
@@ -138,7 +109,7 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split, epochs: fl
         )
     return [
         where,
-        f"training     about {epochs * an_epoch / places:,.0f} s, {an_epoch:.1f} s an epoch; "
-        "validation, and what trials side by side cost each other, on top",
+        f"training     {an_epoch:.1f} s an epoch, measured on one trial by itself; validation, and "
+        "what trials side by side cost each other, on top",
         *before,
     ]

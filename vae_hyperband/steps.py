@@ -48,9 +48,9 @@ def as_drawn(config: TrainConfig, x_BCHW: Tensor, step: int) -> Tensor:
 
 def loss_sums(nats: Nats, total: Tensor) -> Tensor:
     """Sums over a batch: reconstruction, KL, what was minimised, images; float64."""
-    recon, kl = (part.detach().sum(dim=-1, dtype=torch.float64) for part in nats)
-    count = torch.full_like(recon, nats.kl_B.shape[-1])
-    return torch.stack((recon, kl, total * count, count), dim=-1)
+    recon, kl = (part.detach().sum(dtype=torch.float64) for part in nats)
+    count = torch.full_like(recon, len(nats.kl_B))
+    return torch.stack((recon, kl, total * count, count))
 
 
 def count_step(state: TrainState, sums: Tensor) -> None:

@@ -32,8 +32,7 @@ from vae_hyperband.data import (
     get_dataloader,
     load_split,
 )
-from vae_hyperband.engines import Engine, graph_engine
-from vae_hyperband.errors import DeviceError, DivergedError, OutOfMemoryError, RunFolderError
+from vae_hyperband.errors import DivergedError, OutOfMemoryError, RunFolderError
 from vae_hyperband.keeping import Keeper
 from vae_hyperband.objective import held_out_weights, knobs_at, nats_by_dimension
 from vae_hyperband.process import (
@@ -104,7 +103,6 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
     on_validation: Callable[[TrainState], None] | None = None,
     splits: tuple[Split, Split] | None = None,
-    engine: Engine | None = None,
     quiet: bool = False,
 ) -> FitResult:
     """Train a run to its end, from where its folder (or ``options.resume_ckpt``) says it is.
@@ -113,7 +111,6 @@ def fit(
     returns. ``on_validation`` is called after each validation, when its checkpoint is on disk;
     without it, training goes on where a save fails, as long as it is not the last one.
     ``splits`` are the training and the validation split, where they are in memory already.
-    ``engine`` computes, by default :func:`train_epoch`.
     Raises the package's own errors for a user's mistakes, :class:`DivergedError` for a loss that is
     not finite; the last checkpoint is good in each case.
     """
@@ -134,13 +131,7 @@ def fit(
         )
         held_out = as_trained(held_out, config.to_dict())
         validation_loader = eval_dataloader(held_out, device)
-        if engine is None:
-            engine = Engine(train_epoch, eval_epoch)
-            if options.cuda_graph:
-                if device.type != "cuda":
-                    raise DeviceError(f"--cuda-graph needs a GPU, but the device is {device}.")
-                engine = graph_engine(config, train, device, options.log_interval)
-        where = engine.environment or environment(device)
+        where = environment(device)
         state = first_state(config, options, train, device, where, quiet)
         last_saved = time.monotonic()
 
@@ -188,11 +179,11 @@ def fit(
                 what = in_effect(config.to_dict())
                 tracker.configuration(train_command(config, options.run), what)
             while state.step < state.num_steps:
-                losses = engine.train_epoch(state, train_loader, on_step, on_losses)
+                losses = train_epoch(state, train_loader, on_step, on_losses)
                 finished = state.step == state.num_steps
                 if losses and (state.epoch % config.val_interval == 0 or finished):
                     with progress.pause():
-                        improved = _validate(state, engine, validation_loader, tracker)
+                        improved = _validate(state, validation_loader, tracker)
                         if finished:
                             _log_hyperparameters(state, tracker)
                         save(improved, required=finished or on_validation is not None)
@@ -234,7 +225,7 @@ def train_command(config: TrainConfig, run: str) -> str:
     return shlex.join(["vae-hyperband", "train", "--run", run, *changed])
 
 
-def _validate(state: TrainState, engine: Engine, loader: DataLoader, tracker: Tracker) -> bool:
+def _validate(state: TrainState, loader: DataLoader, tracker: Tracker) -> bool:
     """Evaluate, log and remember; whether this is the best model so far.
 
     The best is the one with the lowest total_loss, which for beta = 1 is the bound. With a low beta
@@ -243,7 +234,7 @@ def _validate(state: TrainState, engine: Engine, loader: DataLoader, tracker: Tr
     """
     config = state.config
     beta, capacity = held_out_weights(config)
-    losses = engine.eval_epoch(
+    losses = eval_epoch(
         state.model, loader, config.seed, beta, config.iwae_samples, config.fid_samples, capacity
     )
     if not math.isfinite(losses["bound"]):

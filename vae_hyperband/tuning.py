@@ -24,12 +24,10 @@ from vae_hyperband.board import Board
 from vae_hyperband.cluster import nodes, num_places, trial_device, trial_resources
 from vae_hyperband.data import Split
 from vae_hyperband.errors import RayBrokeError, VAEHyperbandError
-from vae_hyperband.packer import SharedSplit
-from vae_hyperband.packers import start_packers
 from vae_hyperband.search_config import SearchOptions
 from vae_hyperband.storage import TrialStore
 from vae_hyperband.trials import trial_name
-from vae_hyperband.worker import hang_report, train_trial
+from vae_hyperband.worker import SharedSplit, hang_report, train_trial
 
 #: What the board keeps of a report; Ray adds clocks and names to it.
 ROW = frozenset(
@@ -62,9 +60,7 @@ def run_trials(
 
     The board knows which it was. Raises :class:`RayBrokeError`, and what the board raised.
     """
-    packers = start_packers(board.config, options, splits) if options.num_in_pack else None
-    in_packs = packers.num_places if packers else 0
-    draws = Draws(board, options, should_stop, in_packs)
+    draws = Draws(board, options, should_stop)
     folder = options.ckpt_folder / "ray"
     shutil.rmtree(folder, ignore_errors=True)  # nothing is ever read from it
     trainable = tune.with_parameters(
@@ -72,12 +68,11 @@ def run_trials(
         config=board.config,
         options=options,
         store=store,
-        device="cpu" if packers else trial_device(options),
+        device=trial_device(options),
         splits=tuple(map(SharedSplit.of, splits)),
-        packers=packers,
     )
     tuner = tune.Tuner(
-        tune.with_resources(trainable, trial_resources(options, in_packs)),
+        tune.with_resources(trainable, trial_resources(options)),
         tune_config=tune.TuneConfig(
             num_samples=-1,  # until the searcher says that it is finished
             search_alg=draws,
@@ -144,11 +139,10 @@ class Draws(Searcher):
         board: Board,
         options: SearchOptions,
         asked_to_stop: Callable[[], bool],
-        in_packs: int = 0,
     ) -> None:
         super().__init__()
         self._board, self._asked_to_stop = board, asked_to_stop
-        self._num_places = lambda: num_places(nodes(), options, in_packs)
+        self._num_places = lambda: num_places(nodes(), options)
         self._given: dict[int, str] = {}  # number -> Ray's id
         halving = board.config.scheduler in ("asha", "hyperband")
         #: Whether trials give way to those behind; TPE draws late, having seen more by then.

@@ -10,14 +10,18 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from ray import tune
 
 from vae_hyperband.config import RunOptions
+from vae_hyperband.data import Split
 from vae_hyperband.errors import (
     CheckpointError,
     ConfigError,
@@ -29,8 +33,6 @@ from vae_hyperband.errors import (
 )
 from vae_hyperband.files import make_folder
 from vae_hyperband.keeping import newest_good
-from vae_hyperband.packer import SharedSplits
-from vae_hyperband.packers import Packers
 from vae_hyperband.process import lacks_memory
 from vae_hyperband.search_config import SearchConfig, SearchOptions
 from vae_hyperband.state import TrainState
@@ -45,6 +47,28 @@ PATIENCE = 120.0
 INTERPRETER_SECONDS = 10.0
 
 
+@dataclass(frozen=True)
+class SharedSplit:
+    """A split whose arrays Ray keeps once per node, in memory that all its processes share."""
+
+    images_NCHW: np.ndarray
+    labels_N: np.ndarray
+    digest: str
+
+    @classmethod
+    def of(cls, split: Split) -> Self:
+        return cls(split.images_NCHW.numpy(), split.labels_N.numpy(), split.digest)
+
+    def split(self) -> Split:
+        with warnings.catch_warnings():  # that the memory is read-only: nothing writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            images_NCHW, labels_N = map(torch.from_numpy, (self.images_NCHW, self.labels_N))
+        return Split(images_NCHW, labels_N, self.digest)
+
+
+SharedSplits = tuple[SharedSplit, SharedSplit]  # training, validation
+
+
 def train_trial(
     trial: dict[str, Any],
     *,
@@ -53,12 +77,10 @@ def train_trial(
     store: TrialStore,
     device: str,
     splits: SharedSplits,
-    packers: Packers | None = None,
 ) -> None:
     """Train the trial on, from where its folder says it is, until the search stops asking for more.
 
-    ``trial`` has its "number" and what was "drawn" for it. Its steps are computed here, on
-    ``device``, or by one of the packers.
+    ``trial`` has its "number" and what was "drawn" for it; it is computed on ``device``.
     """
     # Ray gives a process up that takes longer to leave a trial, as it may on a slow file system
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
@@ -77,7 +99,7 @@ def train_trial(
                     num_threads=options.cpus_per_trial,
                     keep_ckpts=0,  # a trial whose files are damaged can be trained again
                 )
-                hopeless = _attempts(trial, config, options, store, run, splits, packers, watchdog)
+                hopeless = _attempts(trial, config, options, store, run, splits, watchdog)
             finally:
                 store.leave(folder)
     except Exception as error:
@@ -93,7 +115,6 @@ def _attempts(
     store: TrialStore,
     run: RunOptions,
     splits: SharedSplits,
-    packers: Packers | None,
     watchdog: "Watchdog",
 ) -> str:
     """Train to the end; or the reason why it is not to be tried again.
@@ -122,7 +143,6 @@ def _attempts(
                 config.trial_config(trial["drawn"]),
                 run,
                 splits=in_memory,
-                engine=packers.engine(trial["number"]) if packers else None,
                 on_validation=validated,
                 quiet=True,
             )
