@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vae_hyperband.bounds import EVAL_BATCH_SIZE
-from vae_hyperband.config import TrainConfig
-from vae_hyperband.data import get_dataloader, load_split
-from vae_hyperband.layers import Conv, ConvTranspose
-from vae_hyperband.objective import forward_pass, training_total
-from vae_hyperband.process import keep_freed_memory
-from vae_hyperband.randomness import generator
-from vae_hyperband.samplers import Prior, generate
-from vae_hyperband.state import TrainState, new_state
-from vae_hyperband.training import train_epoch
+from vae_hyperband.common.config import TrainConfig
+from vae_hyperband.common.process import keep_freed_memory
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.batches import get_dataloader
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.evaluation.bounds import EVAL_BATCH_SIZE
+from vae_hyperband.evaluation.samplers import Prior, generate
+from vae_hyperband.model.fast_layers import Conv, ConvTranspose
+from vae_hyperband.model.objective import forward_pass, training_total
+from vae_hyperband.training.loop import train_epoch
+from vae_hyperband.training.state import TrainState, new_state
 
 BATCH, STEPS = 128, 130
 NUM = BATCH * STEPS  # images of a turn

@@ -3,10 +3,10 @@
 
 It is trained on the 50,000 training images alone, so that the validation and the test split are
 both new to it. Run: python benchmarks/feature_net.py [--epochs 20] [--threads 1]
-Writes vae_hyperband/feature_net.safetensors and benchmarks/feature_net.json, and prints the digest
-that vae_hyperband/features.py has to name. The same torch build, CPU and number of threads give the
-same bytes; other ones other weights of the same accuracy, by and large. bfloat16, for the CPUs that
-have it, halves the time.
+Writes vae_hyperband/evaluation/feature_net.safetensors and benchmarks/feature_net.json, and prints
+the digest that vae_hyperband/evaluation/image_quality.py has to name. The same torch build, CPU and
+number of threads give the same bytes; other ones other weights of the same accuracy, by and large.
+bfloat16, for the CPUs that have it, halves the time.
 """
 
 import argparse
@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from vae_hyperband.data import Split, get_dataloader, load_split
-from vae_hyperband.features import NUM_FEATURES, WEIGHTS, FeatureNet
-from vae_hyperband.objective import learning_rate_at
-from vae_hyperband.process import environment
-from vae_hyperband.randomness import generator
+from vae_hyperband.common.process import environment
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.batches import get_dataloader
+from vae_hyperband.data.splits import Split, load_split
+from vae_hyperband.evaluation.image_quality import NUM_FEATURES, WEIGHTS, FeatureNet
+from vae_hyperband.model.schedules import learning_rate_at
 
 SEED, BATCH_SIZE, PEAK, WEIGHT_DECAY, SMOOTHING, SHIFT = 0, 128, 6e-3, 5e-2, 0.1, 2
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vae_hyperband.data import load_split
+from vae_hyperband.data.splits import load_split
 
 
 class Images(Dataset):

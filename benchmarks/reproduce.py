@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from results_pages import COMMON, RESULTS, write_pages
 
-from vae_hyperband.config import Places, TrainConfig
-from vae_hyperband.evaluation_config import EvaluateOptions
-from vae_hyperband.files import write_text
-from vae_hyperband.process import EXIT_STOPPED, environment, pick_device, stop_flag
-from vae_hyperband.report import say
-from vae_hyperband.samplers import SamplerConfig
-from vae_hyperband.study import Row, run_study, value_of
+from vae_hyperband.common.config import Places, TrainConfig
+from vae_hyperband.common.files import write_text
+from vae_hyperband.common.process import EXIT_STOPPED, environment, pick_device, stop_flag
+from vae_hyperband.evaluation.evaluate import EvaluateOptions
+from vae_hyperband.evaluation.samplers import SamplerConfig
+from vae_hyperband.reporting.summaries import say
+from vae_hyperband.training.study import Row, run_study, value_of
 
 SEEDS = (0, 1, 2)
 #: Candidates for the best images; validation FID decides, the sampler included.

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vae_hyperband import study_figures
-from vae_hyperband.config import TrainConfig
-from vae_hyperband.files import write_text
-from vae_hyperband.study import Row, grouped, over_seeds
+from vae_hyperband.common.config import TrainConfig
+from vae_hyperband.common.files import write_text
+from vae_hyperband.reporting import figures
+from vae_hyperband.training.study import Row, grouped, over_seeds
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results.json"
@@ -164,7 +164,7 @@ def write_pages(results: Results) -> None:
         write_text(path, filled(page, path.read_text(), results))
     for picture, rows_in in PICTURES.items():
         if rows := rows_in(results):
-            print(study_figures.rate_distortion(rows, ROOT / picture))
+            print(figures.rate_distortion(rows, ROOT / picture))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Claim: what keeps a run safe is nearly free: saving its checkpoints at the default interval takes
-half a hundredth of the time of training, looking for values that are not finite one and a half
+half a hundredth of the time of loop, looking for values that are not finite one and a half
 hundredths of a step.
 
     make bench            # or: python benchmarks/safety_cost.py; 3 minutes on 2 cores
@@ -19,10 +19,12 @@ from typing import Any
 
 from alternation import summary, write
 
-from vae_hyperband import RunOptions, TrainConfig, keeping, steps, training
-from vae_hyperband.data import get_dataloader, load_split
-from vae_hyperband.process import keep_freed_memory
-from vae_hyperband.state import new_state
+from vae_hyperband import RunOptions, TrainConfig
+from vae_hyperband.common.process import keep_freed_memory
+from vae_hyperband.data.batches import get_dataloader
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.training import keeper, loop, step
+from vae_hyperband.training.state import new_state
 
 STEPS = 130
 
@@ -51,18 +53,18 @@ class Stopwatch:
 
 
 def share_of_saving(epochs: int) -> tuple[float, float]:
-    """Of training, and of the whole run; from the first step on."""
+    """Of loop, and of the whole run; from the first step on."""
     with (
         tempfile.TemporaryDirectory(dir=".") as folder,  # on a disk, which /tmp may not be
-        Stopwatch(keeping.Keeper, "save") as saving,
-        Stopwatch(training, "train_epoch") as trained,
+        Stopwatch(keeper.Keeper, "save") as saving,
+        Stopwatch(loop, "train_epoch") as trained,
     ):
         places = RunOptions(
             run="safety", device="cpu",
             checkpoints_dir=Path(folder) / "checkpoints", logs_dir=Path(folder) / "logs",
         )  # fmt: skip
         started = time.perf_counter()
-        training.fit(TrainConfig(epochs=epochs), places, quiet=True)
+        loop.fit(TrainConfig(epochs=epochs), places, quiet=True)
         whole = time.perf_counter() - started
     assert saving.count == epochs
     return saving.seconds / trained.seconds, saving.seconds / whole
@@ -78,21 +80,21 @@ def check_cost(rounds: int) -> dict[str, Any]:
         end = (state.step // STEPS + 1) * STEPS
         started = time.perf_counter()
         while state.step < end:
-            training.train_epoch(state, loader, lambda state: state.step == end)
+            loop.train_epoch(state, loader, lambda state: state.step == end)
         return time.perf_counter() - started
 
     turn()
-    with Stopwatch(steps, "_refuse_non_finite") as check:
+    with Stopwatch(step, "_refuse_non_finite") as check:
         whole = sum(turn() for _ in range(rounds))
     share = check.seconds / whole
 
     def without() -> float:
-        real = steps._refuse_non_finite
-        steps._refuse_non_finite = lambda *_: None
+        real = step._refuse_non_finite
+        step._refuse_non_finite = lambda *_: None
         try:
             return turn()
         finally:
-            steps._refuse_non_finite = real
+            step._refuse_non_finite = real
 
     ratios: list[float] = []
     for number in range(rounds):

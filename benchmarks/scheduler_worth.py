@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vae_hyperband.board import Board
-from vae_hyperband.draws import num_random, suggest_tpe
-from vae_hyperband.figures import save_figure, styled
-from vae_hyperband.search_config import SearchConfig
-from vae_hyperband.trials import TrialRecord
+from vae_hyperband.reporting.figures import save_figure, styled
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.decisions import Board
+from vae_hyperband.search.suggest import num_random, suggest_tpe
+from vae_hyperband.search.trials import TrialRecord
 
 FOLDER = Path(__file__).parent
 NUM_SEARCHES = 200

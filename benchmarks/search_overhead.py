@@ -20,9 +20,9 @@ from typing import Any
 
 from alternation import write
 
-from vae_hyperband.search_config import SearchConfig
-from vae_hyperband.tracking import read_rows
-from vae_hyperband.trials import read_result
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.trials import read_result
+from vae_hyperband.training.tracker import read_rows
 
 
 def training_seconds(logs: Path, batch_size: int) -> float:

@@ -1,6 +1,6 @@
 """For the record: what Ray Tune's own ASHA and HyperBand do when their driver is killed.
 
-The same trials as in tests/test_survival.py, with Ray's schedulers and Tuner.restore: the
+The same trials as in tests/tune/test_survival.py, with Ray's schedulers and Tuner.restore: the
 driver is killed once with SIGKILL, early, in the middle or late, then restored, as Ray's
 documentation says.
 
@@ -28,8 +28,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
 
 from vae_hyperband import RunOptions, SearchConfig, TrainConfig, fit
-from vae_hyperband.checkpoint import BEST, LATEST, copy_ckpt
-from vae_hyperband.draws import draw_trials
+from vae_hyperband.model.checkpoint import BEST, LATEST, copy_ckpt
+from vae_hyperband.search.suggest import random_search
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import write_idx_folder
@@ -75,7 +75,7 @@ def drive(scheduler: str, folder: Path, data: str) -> None:
     else:
         tuner = tune.Tuner(
             trainable,
-            param_space={"drawn": tune.grid_search(draw_trials(CONFIG))},
+            param_space={"drawn": tune.grid_search(random_search(CONFIG))},
             tune_config=tune.TuneConfig(
                 metric="bound", mode="min", reuse_actors=True,
                 scheduler=SCHEDULERS[scheduler](time_attr="epoch", max_t=9, reduction_factor=3),

@@ -24,9 +24,9 @@ from alternation import write
 from reference_loop import Reference
 
 from vae_hyperband import RunOptions, TrainConfig, fit
-from vae_hyperband.bounds import eval_dataloader, eval_epoch
-from vae_hyperband.data import load_split
-from vae_hyperband.model import VAE
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch
+from vae_hyperband.model.vae import VAE
 
 SEEDS, REFERENCE_EPOCHS, OUR_EPOCHS = (0, 1, 2), 15, (5, 10)
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from alternation import Contenders, ratio, summary, write
 
-from vae_hyperband import RunOptions, TrainConfig, training
+from vae_hyperband import RunOptions, TrainConfig
+from vae_hyperband.training import loop
 
 OTHERS = ["reference", "pythae", "matrix products"]
 VARIANTS = [
@@ -42,7 +43,7 @@ def measured(threads: int, names: list[str], rounds: int) -> dict[str, Any]:
 def share_not_training(epochs: int) -> float:
     """Of a run's time from its first step on: validation, checkpoints, logs and pictures."""
     spent, first = [], []
-    train_epoch = training.train_epoch
+    train_epoch = loop.train_epoch
 
     def timed(*args: Any) -> Any:
         started = time.perf_counter()
@@ -51,15 +52,15 @@ def share_not_training(epochs: int) -> float:
         spent.append(time.perf_counter() - started)
         return losses
 
-    training.train_epoch = timed
+    loop.train_epoch = timed
     with tempfile.TemporaryDirectory() as folder:
         places = RunOptions(
             run="speed", device="cpu",
             checkpoints_dir=Path(folder) / "checkpoints", logs_dir=Path(folder) / "logs",
         )  # fmt: skip
-        training.fit(TrainConfig(epochs=epochs), places, quiet=True)
+        loop.fit(TrainConfig(epochs=epochs), places, quiet=True)
         total = time.perf_counter() - first[0]
-    training.train_epoch = train_epoch
+    loop.train_epoch = train_epoch
     return 1 - sum(spent) / total
 
 

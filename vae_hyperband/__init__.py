@@ -1,18 +1,18 @@
 """A variational autoencoder for fashion images, and the repeatable experiment around it."""
 
-from vae_hyperband.bounds import eval_epoch
-from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
-from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.data import get_dataloader, load_split
-from vae_hyperband.errors import VAEHyperbandError
-from vae_hyperband.evaluation import evaluate
-from vae_hyperband.evaluation_config import EvaluateOptions
-from vae_hyperband.likelihoods import reconstruction_nats
-from vae_hyperband.model import VAE
-from vae_hyperband.objective import kl_to_standard_normal, nats_per_image
-from vae_hyperband.search_config import SearchConfig, SearchOptions
-from vae_hyperband.state import new_state
-from vae_hyperband.training import fit, train_epoch
+from vae_hyperband.common.config import RunOptions, TrainConfig
+from vae_hyperband.common.errors import VAEHyperbandError
+from vae_hyperband.data.batches import get_dataloader
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.evaluation.bounds import eval_epoch
+from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
+from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.model.likelihoods import reconstruction_nats
+from vae_hyperband.model.objective import kl_to_standard_normal, nats_per_image
+from vae_hyperband.model.vae import VAE
+from vae_hyperband.search.config import SearchConfig, SearchOptions
+from vae_hyperband.training.loop import fit, train_epoch
+from vae_hyperband.training.state import new_state
 
 __version__ = "0.1.0"
 

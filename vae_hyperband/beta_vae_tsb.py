@@ -19,12 +19,12 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from vae_hyperband.config import Dataset, Places, RunOptions, TrainConfig
-from vae_hyperband.data import load_split
-from vae_hyperband.errors import ConfigError, VAEHyperbandError
-from vae_hyperband.options import parse_options
-from vae_hyperband.process import EXIT_STOPPED, pick_device, stop_flag
-from vae_hyperband.training import FitResult, fit
+from vae_hyperband.commands.options import parse_options
+from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig
+from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
+from vae_hyperband.common.process import EXIT_STOPPED, pick_device, stop_flag
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.training.loop import FitResult, fit
 
 
 @dataclass(frozen=True, kw_only=True)

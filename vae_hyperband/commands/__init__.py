@@ -1,0 +1,68 @@
+"""The command line, a file per command; the only modules that import tyro."""
+
+import functools
+import operator
+from typing import Annotated, Any
+
+#: Each command's module and function, imported when it is called: Ray alone takes seconds.
+COMMANDS = {
+    "run": "commands.run:run_command",
+    "search": "commands.search:search_command",
+    "train": "commands.train:train",
+    "evaluate": "commands.evaluate:evaluate_command",
+    "sample": "commands.sample:sample",
+    "export": "commands.export:export",
+    "report": "commands.look:report",
+    "compare": "commands.look:compare",
+    "animate": "commands.look:animate",
+    "study": "commands.study:study_command",
+    "data": "commands.data:data",
+    "completion": "commands:completion",
+}
+
+
+def completion(argv: list[str]) -> int:
+    """The command ``completion``: print a script that completes commands and options."""
+    import tyro
+
+    from vae_hyperband.commands.options import CompletionArgs, parse_options
+
+    shell = parse_options(CompletionArgs, argv, "vae-hyperband completion").shell
+    # the option of tyro prints the script and exits
+    tyro.cli(_all_commands(), prog="vae-hyperband", args=["--tyro-print-completion", shell])
+    return 0
+
+
+def _all_commands() -> Any:
+    """A type whose command line is that of all commands together."""
+    import tyro
+
+    from vae_hyperband.commands import (
+        data,
+        evaluate,
+        export,
+        look,
+        options,
+        run,
+        sample,
+        search,
+        study,
+        train,
+    )
+
+    args = {
+        "run": run.MainJob,
+        "search": search.SearchArgs,
+        "train": train.TrainArgs,
+        "evaluate": evaluate.EvaluateArgs,
+        "sample": sample.SampleArgs,
+        "export": export.ExportArgs,
+        "report": look.ReportArgs,
+        "compare": look.CompareArgs,
+        "animate": look.AnimateArgs,
+        "study": study.StudyArgs,
+        "data": data.DataArgs,
+        "completion": options.CompletionArgs,
+    }
+    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in args.items()]
+    return functools.reduce(operator.or_, named)

@@ -1,0 +1,188 @@
+"""``export``: a trained model in the forms that other programs, and people, can use."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from vae_hyperband.commands.options import parse_options
+from vae_hyperband.common.config import flag, read_json, require, require_number
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.files import check_place, make_folder, write_text, write_together
+from vae_hyperband.data.splits import Split, as_trained, load_split
+from vae_hyperband.evaluation.bounds import eval_dataloader
+from vae_hyperband.evaluation.latents import encode_split
+from vae_hyperband.evaluation.samplers import (
+    LearnedFlow,
+    Mixture,
+    Prior,
+    SamplerConfig,
+    SamplerName,
+    get_sampler,
+)
+from vae_hyperband.export.hub import DATA_NAMES, write_shared
+from vae_hyperband.model.checkpoint import load_ckpt, model_from_ckpt, own_losses, split_of
+from vae_hyperband.model.vae import VAE
+from vae_hyperband.reporting.summaries import LABEL_NAMES, say
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write a trained model for other programs, or as a page to touch. Nothing is uploaded.
+
+    vae-hyperband export checkpoints/mine/best.pt --format web --out explorer
+
+    web: explorer/index.html, which runs encoder and decoder in any browser, without a network.
+    onnx: encoder.onnx and decoder.onnx, compared with PyTorch as they are written.
+    safetensors: weights, config.json and a model card, as model hubs lay them out; load_model
+    reads the folder.
+    """
+
+    ckpt: tyro.conf.Positional[Path]
+    """The checkpoint."""
+    format: Literal["web", "onnx", "safetensors"]
+    """What to write."""
+    out: Path
+    """The folder to write it to; made if it is not there."""
+    fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
+    license: str = "mit"
+    """The weights' licence, for the card (safetensors)."""
+    evaluation: Path | None = None
+    """What "evaluate --json" wrote of this checkpoint, for the card (safetensors)."""
+    sampler: SamplerName = "prior"
+    """Also draw z from the mixture or the flow fitted to the training latents (web)."""
+    split: Literal["validation", "test"] = "validation"
+    """Whose images are on the map (web)."""
+    num_images: int = 1000
+    """How many images are on the map (web)."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped (web)."""
+
+
+#: Options that one format alone looks at, and what they are where they are not given.
+ONLY_FOR: dict[str, tuple[str, Any]] = {
+    "license": ("safetensors", ExportArgs.license),
+    "evaluation": ("safetensors", ExportArgs.evaluation),
+    "sampler": ("web", ExportArgs.sampler),
+    "split": ("web", ExportArgs.split),
+    "num_images": ("web", ExportArgs.num_images),
+}
+
+
+def export(argv: list[str]) -> int:
+    args = parse_options(ExportArgs, argv, "vae-hyperband export")
+    require_number("num_images", args.num_images, 2)
+    for name, (format, usual) in ONLY_FOR.items():
+        require(
+            args.format == format or getattr(args, name) == usual,
+            f"{flag(name)} is for --format {format}: leave it out.",
+        )
+    require(
+        args.sampler != "prior" or args.fitting == SamplerConfig(),
+        "How a sampler is fitted (--components, --flow-...) is for --sampler mixture or flow: give "
+        "that, too.",
+    )
+    content = load_ckpt(args.ckpt)
+    write = {"web": _web, "onnx": _onnx, "safetensors": _safetensors}[args.format]
+    for path in write(args, content):
+        print(path)
+    return 0
+
+
+def _safetensors(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+    report = read_json(args.evaluation) if args.evaluation else None
+    if report is not None and report.get("checkpoint_digest") != content["digest"]:
+        raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
+    return write_shared(content, args.out, args.license, report)
+
+
+def _facts(content: dict[str, Any]) -> dict[str, str]:
+    return {"weights": content["weights"], "config": json.dumps(content["config"])}
+
+
+def _onnx(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+    with needs_onnx():
+        from vae_hyperband.export.onnx_export import (
+            decoder_graph,
+            encoder_graph,
+            largest_difference,
+        )
+    model = model_from_ckpt(content, args.ckpt).eval()
+    graphs = {
+        name: make(model, _facts(content)).SerializeToString()
+        for name, make in (("encoder.onnx", encoder_graph), ("decoder.onnx", decoder_graph))
+    }
+    apart = largest_difference(model, graphs["encoder.onnx"], graphs["decoder.onnx"])
+    say(f"ONNX Runtime and PyTorch differ by at most {apart:.1e}")
+    make_folder(args.out)
+    write_together({args.out / name: graph for name, graph in graphs.items()})
+    return [args.out / name for name in graphs]
+
+
+def _web(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+    with needs_onnx():
+        from vae_hyperband.export.explorer import page
+    config = content["config"]
+    model = model_from_ckpt(content, args.ckpt).eval()
+    split = _first(split_of(content, args.ckpt, args.split, args.data_dir), args.num_images)
+    split = as_trained(split, config)
+    out = args.out / "index.html"
+    check_place(out)  # a mistake before the work
+    posteriors = encode_split(model, eval_dataloader(split))
+    html = page(
+        model,
+        split,
+        posteriors,
+        tuple(LABEL_NAMES.get(config["dataset"], ())),
+        f"A VAE of {DATA_NAMES[config['dataset']]}",
+        _shown(content, model),
+        _fitted(args, config["dataset"]),
+    )
+    write_text(out, html)
+    return [out]
+
+
+def _first(split: Split, num: int) -> Split:
+    return dataclasses.replace(
+        split, images_NCHW=split.images_NCHW[:num], labels_N=split.labels_N[:num]
+    )
+
+
+def _shown(content: dict[str, Any], model: VAE) -> dict[str, str]:
+    shown = {
+        "latent dimension": str(model.latent_dim),
+        "beta": f"{content['config']['beta']:g}",
+        "epochs": str(content["epoch"]),
+    }
+    if losses := own_losses(content):
+        shown["validation bound"] = f"{losses['bound']:.1f} nats/image"
+    return shown | {"weights": content["weights"][:12]}
+
+
+def _fitted(args: ExportArgs, dataset: str) -> Mixture | LearnedFlow | None:
+    sampler = get_sampler(
+        args.sampler,
+        args.ckpt,
+        lambda: load_split("train", args.data_dir, dataset),
+        args.fitting,
+        say,
+    )
+    return None if isinstance(sampler, Prior) else sampler
+
+
+@contextlib.contextmanager
+def needs_onnx() -> Iterator[None]:
+    """Around imports of what is installed on request only."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxruntime"):
+            raise
+        raise ConfigError(
+            f"This format needs the package {error.name}: pip install 'vae-hyperband[export]'."
+        ) from error

@@ -1,0 +1,201 @@
+"""The whole job in one call: data -> search -> train the winner -> evaluate it once -> figures."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.search import train_winner
+from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig, counted
+from vae_hyperband.common.errors import DataError
+from vae_hyperband.common.process import pick_device, stop_flag
+from vae_hyperband.data.download import ensure_data
+from vae_hyperband.data.splits import SplitName, load_split
+from vae_hyperband.evaluation.evaluate import PARTS, EvaluateOptions, Part, evaluate_once
+from vae_hyperband.reporting import figures
+from vae_hyperband.reporting.report import write_report
+from vae_hyperband.reporting.summaries import (
+    draw_run,
+    look_at,
+    say,
+    stopped,
+    summary_of,
+    table_of,
+    with_error,
+)
+from vae_hyperband.search.config import SearchConfig, SearchOptions
+from vae_hyperband.search.trials import SearchResult, describe
+from vae_hyperband.training.dry_run import NOTHING_WRITTEN
+from vae_hyperband.training.loop import FitResult
+from vae_hyperband.tune.driver import STOPPING, search
+from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainJob(Places):
+    """The whole job: data, search, train the best configuration, evaluate it, figures.
+
+    vae-hyperband run
+
+    The same command goes on after a stop; what is trained is not trained again.
+    """
+
+    run: str = "fashion"
+    """Name of the job: <run>-search and <run>-best are its folders."""
+    num_trials: int = 8
+    """Configurations to try."""
+    max_epochs: int = 3
+    """Epochs of a trial that is never stopped."""
+    epochs: int = 10
+    """Epochs of the best configuration's full training."""
+    scheduler: Literal["asha", "hyperband", "none"] = "asha"
+    """asha stops the worse trials early; hyperband pauses them."""
+    dataset: Dataset = "fashion-mnist"
+    """fashion-mnist; drawn makes garments of known factors; custom takes those of --data-dir."""
+    parts: tuple[Part, ...] = PARTS
+    """What the final evaluation looks at; without images the job is a minute or two shorter."""
+    seed: int = 0
+    """Decides the configurations drawn, and every run's weights, order and noise."""
+    dry_run: bool = False
+    """Print what would be searched and trained, where and how long that would take; then end."""
+
+    def __post_init__(self) -> None:
+        """Mistakes are found here, before the work, and not after the search."""
+        super().__post_init__()
+        pick_device(self.device)
+        for check in (self.search, self.winner, self.evaluation):
+            check()
+        TrainConfig(epochs=self.epochs, seed=self.seed)
+
+    def search(self) -> tuple[SearchConfig, SearchOptions]:
+        config = SearchConfig(
+            num_trials=self.num_trials,
+            max_epochs=self.max_epochs,
+            scheduler=self.scheduler,
+            seed=self.seed,
+            dataset=self.dataset,
+        )
+        return config, SearchOptions(**self._places(), run=f"{self.run}-search")
+
+    def winner(self) -> RunOptions:
+        return RunOptions(**self._places(), run=f"{self.run}-best")
+
+    def evaluation(self) -> EvaluateOptions:
+        return EvaluateOptions(parts=self.parts, samplers=("prior", "mixture"))
+
+    def _places(self) -> dict[str, Any]:
+        fields = (field.name for field in dataclasses.fields(Places) if field.name != "run")
+        return {name: getattr(self, name) for name in fields}
+
+
+def main_job_dry_run(job: MainJob) -> str:
+    """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
+    config, options = job.search()
+    try:
+        load_split("train", job.data_dir, job.dataset)
+    except DataError as error:
+        if job.dataset != "fashion-mnist" or job.data_dir:
+            raise
+        return f"== fetch Fashion-MNIST first; what follows can be said when it is here\n{error}"
+    return "\n".join(
+        [
+            f"== search, as {options.run}",
+            search_dry_run(config, options),
+            winner_dry_run(config, options, job.epochs, job.winner()),
+            f"== then evaluate it on the test split ({', '.join(job.parts)}), draw figures, report",
+        ]
+    )
+
+
+def run_command(argv: list[str]) -> int:
+    job = parse_options(MainJob, argv, "vae-hyperband run")
+    if job.dry_run:
+        print(main_job_dry_run(job), NOTHING_WRITTEN, sep="\n")
+        return 0
+    return 0 if run_main_job(job) else stopped("run", argv)
+
+
+def run_main_job(job: MainJob) -> bool:
+    """Do the whole job; whether it finished (False: stopped on request, the same call goes on)."""
+    config, options = job.search()
+    if job.dataset == "fashion-mnist":
+        _heading("1/5  data: Fashion-MNIST, checked by its digests")
+        if job.data_dir is None:
+            ensure_data(install=True)
+    else:
+        _heading(f"1/5  data: {job.dataset}")
+    names: tuple[SplitName, ...] = ("train", "validation")  # the test split is for step 4
+    for name in names:
+        split = load_split(name, job.data_dir, job.dataset)
+        print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
+
+    _heading(
+        f"2/5  search: {counted(job.num_trials, 'configuration')}, up to "
+        f"{counted(job.max_epochs, 'epoch')} each"
+    )
+    with stop_flag(STOPPING) as should_stop:
+        found = search(config, options, should_stop)
+        if found is None:
+            return False
+        picture = figures.best_config(found, options.log_folder / "best_config.png")
+        print(summary_of(found), flush=True)
+
+        _heading(f"3/5  train the best configuration for {counted(job.epochs, 'epoch')}")
+        trained = train_winner(found, job.epochs, job.winner(), should_stop)
+    best = trained.state.config
+    if not trained.finished:
+        return False
+
+    _heading("4/5  evaluate it, once, on the test split")
+    report = evaluate_once(
+        trained.log_folder / "evaluation.json",
+        trained.best,
+        "test",
+        job.data_dir,
+        job.device,
+        job.evaluation(),
+        say,
+    )
+    print(table_of(report), flush=True)
+
+    _heading("5/5  figures and reports")
+    pictures = draw_run(trained, best, job.data_dir)
+    reports = [write_report(place) for place in (options, job.winner())]
+    for path in (picture, *pictures, *reports):
+        print(path, flush=True)
+    _print_summary(found, trained, best, report, reports, job)
+    return True
+
+
+def _heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _test_bound(report: dict[str, Any]) -> dict[str, str]:
+    if "bound" not in report:  # --parts without likelihood
+        return {}
+    return {"test bound": f"{with_error(report['bound'])} nats/image, beta = 1"}
+
+
+def _print_summary(
+    found: SearchResult,
+    trained: FitResult,
+    best: TrainConfig,
+    report: dict[str, Any],
+    reports: list[Path],
+    job: MainJob,
+) -> None:
+    _heading("done")
+    rows = {
+        "best configuration": describe(best.to_dict()),
+        "validation bound": f"{trained.state.best['bound']:.2f} nats/image, beta = 1",
+        **_test_bound(report),
+        "checkpoint": trained.best,
+        "TensorBoard logs": trained.log_folder,
+        "configuration file": found.folder / "best_config.json",
+        "open in a browser": " ".join(map(str, reports)),
+        "look at the logs": look_at(job.logs_dir),
+    }
+    for name, value in rows.items():
+        print(f"{name:22} {value}", flush=True)

@@ -1,0 +1,97 @@
+"""The command ``sample``: images from a trained model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from torch import Tensor
+
+from vae_hyperband.commands.options import parse_options
+from vae_hyperband.common.config import require_number
+from vae_hyperband.common.errors import ConfigError, RunFolderError
+from vae_hyperband.common.files import check_place, replacing
+from vae_hyperband.common.process import pick_device
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.evaluation.samplers import SamplerConfig, SamplerName, generate, get_sampler
+from vae_hyperband.model.checkpoint import load_ckpt, load_model
+from vae_hyperband.reporting import figures
+from vae_hyperband.reporting.summaries import LABEL_NAMES, say
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Draw images from a trained model.
+
+    vae-hyperband sample checkpoints/mine/best.pt --sampler flow --label sneaker --out samples.png
+    """
+
+    ckpt: tyro.conf.Positional[Path]
+    """The checkpoint."""
+    fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
+    num_samples: int = 64
+    """How many images."""
+    sampler: SamplerName = "prior"
+    """Where z comes from; a mixture or flow that is not there yet is fitted first and kept."""
+    label: str = ""
+    """Only garments of this class (mixture, flow): its name, as "sneaker", or its number."""
+    out: Path = Path("samples.png")
+    """.png: one grid of all images; .npy: an array of bytes, shape (N, C, H, W)."""
+    seed: int = 0
+    """The same seed gives the same images."""
+    data_dir: Path | None = None
+    """A folder with the four IDX files, plain or gzipped, to fit a sampler."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+
+
+def sample(argv: list[str]) -> int:
+    args = parse_options(SampleArgs, argv, "vae-hyperband sample")
+    require_number("num_samples", args.num_samples, 1)
+    check_place(args.out, ".png", ".npy")
+    dataset = load_ckpt(args.ckpt)["config"]["dataset"]
+    names = LABEL_NAMES.get(dataset, ())
+    label = label_number(args.label, names)
+    sampler = get_sampler(
+        args.sampler,
+        args.ckpt,
+        lambda: load_split("train", args.data_dir, dataset),
+        args.fitting,
+        say,
+    )
+    model = load_model(args.ckpt, pick_device(args.device))
+    images_NCHW = generate(model, sampler, args.num_samples, args.seed, label)
+    if args.out.suffix == ".npy":
+        _save_array(images_NCHW, args.out)
+    else:
+        kind = "" if label is None else f", {names[label] if names else f'label {label}'}"
+        title = f"{args.num_samples} samples, z from the {args.sampler}{kind}, seed {args.seed}"
+        figures.images(images_NCHW / 255, title, args.out)
+    print(args.out)
+    return 0
+
+
+def label_number(label: str, names: Sequence[str]) -> int | None:
+    """The class that a user means by its number, its name, or an unambiguous part of it."""
+    if not label:
+        return None
+    if label.isdecimal() and (not names or int(label) < len(names)):
+        return int(label)
+    asked = label.lower().replace("_", " ").replace("-", " ")
+    exact = [i for i, name in enumerate(names) if name.lower().replace("-", " ") == asked]
+    found = exact or [i for i, name in enumerate(names) if asked in name.lower().replace("-", " ")]
+    if len(found) != 1:
+        raise ConfigError(
+            f"--label is {label!r}, but must be "
+            + (f"one of {', '.join(names)}." if names else "a number, for this data.")
+        )
+    return found[0]
+
+
+def _save_array(images_NCHW: Tensor, path: Path) -> None:
+    try:
+        with replacing(path.resolve()) as temporary, open(temporary, "wb") as file:
+            np.save(file, images_NCHW.numpy(), allow_pickle=False)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error

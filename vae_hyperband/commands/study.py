@@ -1,0 +1,107 @@
+"""The command ``study``: a grid of configurations, trained, judged and drawn."""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+from vae_hyperband.commands.options import parse_options
+from vae_hyperband.common.config import CommonConfig, Places, TrainConfig, require, require_values
+from vae_hyperband.common.process import stop_flag
+from vae_hyperband.evaluation.evaluate import EvaluateOptions
+from vae_hyperband.reporting import figures
+from vae_hyperband.reporting.summaries import say, stopped
+from vae_hyperband.training.dry_run import NOTHING_WRITTEN
+from vae_hyperband.training.study import Row, grouped, over_seeds, run_study, study_dry_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyArgs(Places):
+    """Train and judge a grid of betas, latent sizes and seeds: the rate-distortion picture.
+
+    vae-hyperband study --run rd --betas 0.03 0.1 0.3 1 2 4 8 --epochs 10
+
+    The same command goes on after a stop; what is trained and judged stays so.
+    """
+
+    run: str = "study"
+    """Name of the study, and what its runs' names begin with."""
+    betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0)
+    """KL weights."""
+    latent_dims: tuple[int, ...] = (32,)
+    """Latent dimensions."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; with several, the spread over them is shown."""
+    epochs: int = 10
+    """Passes over the training split, per run."""
+    split: Literal["validation", "test"] = "validation"
+    """Which images judge; choose on validation, publish test."""
+    dry_run: bool = False
+    """Print the runs, where they would be computed and how long that would take; then end."""
+    shared: tyro.conf.OmitArgPrefixes[CommonConfig] = field(default_factory=CommonConfig)
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("betas", "latent_dims", "seeds"):
+            require_values(name, getattr(self, name))
+        num = len(self.betas) * len(self.latent_dims) * len(self.seeds)
+        require(len(self.configs()) == num, "--betas has two values that would name the same run.")
+
+    def configs(self) -> dict[str, TrainConfig]:
+        """The grid, by the names of its runs."""
+        return {
+            f"z{latent_dim}-b{beta:g}-s{seed}": TrainConfig(
+                **self.shared.common(),
+                latent_dim=latent_dim,
+                beta=beta,
+                seed=seed,
+                epochs=self.epochs,
+            )
+            for latent_dim, beta, seed in itertools.product(
+                self.latent_dims, self.betas, self.seeds
+            )
+        }
+
+
+def study_command(argv: list[str]) -> int:
+    args = parse_options(StudyArgs, argv, "vae-hyperband study")
+    if args.dry_run:
+        print(study_dry_run(args.configs(), args, args.split), NOTHING_WRITTEN, sep="\n")
+        return 0
+    with stop_flag() as should_stop:
+        rows = run_study(args.configs(), args, args.split, args.evaluation, should_stop, say)
+    if rows is None:
+        return stopped("study", argv)
+    print(table(rows))
+    print(figures.rate_distortion(rows, args.log_folder / "rate_distortion.png"))
+    return 0
+
+
+COLUMNS = {
+    "bound": ("bound", 2), "KL_divergence": ("KL", 1), "linear_probe": ("linear", 3),
+    "active_units": ("active", 1), "fid_reconstructions": ("FID recon", 2),
+    "fid_prior": ("FID prior", 2), "fid_mixture": ("FID mixture", 2), "fid_flow": ("FID flow", 2),
+    "mig": ("MIG", 3),
+}  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """One line per configuration: means over seeds, +- half of the 95% interval if several."""
+    shown = {name: column for name, column in COLUMNS.items() if name in rows[0]}
+    head = "".join(f"{title:>16}" for title, _ in shown.values())
+    lines = [f"{'latent':>6}{'beta':>7}{'n':>3}{head}"]
+    for group in grouped(rows):
+        config, cells = group[0]["config"], ""
+        for name, (_, digits) in shown.items():
+            found = over_seeds(group, name)
+            cell = f"{found['mean']:.{digits}f}"
+            if found["n"] > 1:
+                cell += f" +- {found['half_interval']:.{digits}f}"
+            cells += f"{cell:>16}"
+        lines.append(f"{config['latent_dim']:>6}{config['beta']:>7g}{len(group):>3}{cells}")
+    about = "n: seeds; linear: accuracy of a linear probe on the latents"
+    if any("+-" in line for line in lines):
+        about += "; +-: half of the 95% interval over seeds"
+    return "\n".join([*lines, about])

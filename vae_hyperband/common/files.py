@@ -1,0 +1,198 @@
+"""Files that are on disk when we say so: whole or not at all, after a kill or a power cut, too.
+
+What a process has written may still be in memory when the power goes, and so may a folder's list of
+names. So a new file is written beside the old one, fsynced, renamed over it, and then its folder is
+fsynced, as Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014), ask for.
+"""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from vae_hyperband.common.errors import ConfigError, RunFolderError
+
+
+class replacing:
+    """``with replacing(path) as temporary:`` renames temporary over path if nothing was raised."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> str:
+        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=_prefix(self.path))
+        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would hide it from colleagues
+        os.close(handle)
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            os.unlink(self.temporary)
+            return
+        try:
+            os.replace(self.temporary, self.path)
+        except OSError:
+            os.unlink(self.temporary)
+            raise
+        fsync_folder(self.path.parent)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}-"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def fsync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk: new, renamed and removed ones."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What a process left that was killed while it replaced the file; no other may be at it."""
+    for leftover in path.parent.glob(f"{_prefix(path)}*"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically and durably; what was written is read back and compared before.
+
+    Raises :class:`RunFolderError` if it cannot be written; the old file is then intact.
+    """
+    write_together({path: content})
+
+
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Replace files that belong together: all are on disk before the first one gets its name.
+
+    The first one of the dictionary is the last one to be replaced. Raises :class:`RunFolderError`
+    as :func:`write_bytes` does.
+    """
+    with contextlib.ExitStack() as files:
+        for path, content in contents.items():
+            try:
+                temporary = files.enter_context(_saying_which(path))
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if Path(temporary).read_bytes() != content:
+                    raise OSError(errno.EIO, "what was read back is not what was written")
+            except OSError as error:
+                raise _unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def _saying_which(path: Path) -> Iterator[str]:
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{path} cannot be written: {error.strerror}.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file atomically and durably, or raise :class:`RunFolderError`."""
+    if path.exists() and not path.is_file():  # /dev/stdout and its like are not for replacing
+        try:
+            with path.open("w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+    else:
+        write_bytes(path.resolve(), text.encode())
+
+
+def check_place(path: Path, *endings: str, option: str = "--out") -> None:
+    """Make the folder of a file; raise :class:`RunFolderError` if it could not be written there.
+
+    Raises :class:`ConfigError` if its name has none of the ``endings``: what it replaces may be
+    something else.
+    """
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder: give the name of a file.")
+    if path.exists() and not path.is_file():
+        return  # /dev/stdout and its like
+    if endings and path.suffix not in endings:
+        raise ConfigError(f"{option} is {path}, but must end in {' or '.join(endings)}.")
+    make_folder(path.resolve().parent)
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder that this process can write to, durably, or raise :class:`RunFolderError`."""
+    try:
+        _make_durably(folder)
+    except OSError as error:
+        raise RunFolderError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise RunFolderError(f"The folder {folder} cannot be written to: choose another place.")
+
+
+def _make_durably(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder in which someone else may have written what this process would believe."""
+    facts = folder.stat()
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o002:
+        raise RunFolderError(
+            f"{folder} belongs to another user or can be written by everyone, so what it holds "
+            "cannot be trusted: choose another --run, or mend its owner and mode."
+        )
+
+
+def no_link(path: str | Path, flags: int) -> int:
+    """As ``open``'s opener: refuse a symbolic link, which would have another file changed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+class AppendedFile:
+    """A file that is appended to; what a full disk does not take is kept for the next try."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = open(path, "ab", buffering=0, opener=no_link)  # noqa: SIM115, close()
+            fsync_folder(path.parent)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+        self._waiting = bytearray()
+
+    def write(self, content: bytes) -> None:
+        self._waiting += content
+
+    def flush(self) -> None:
+        """On disk, durably, or raise :class:`RunFolderError`; then nothing is lost."""
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunFolderError(f"{self.path} cannot be written: {error.strerror}.") from error
+
+    def close(self) -> None:
+        self._file.close()

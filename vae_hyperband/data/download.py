@@ -1,0 +1,187 @@
+"""Getting Fashion-MNIST onto a machine that lacks it: the mirrors, or the system's package.
+
+Nothing that arrives is believed: it is stored under its name only after its content has matched.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from vae_hyperband.common.errors import DataError, VAEHyperbandError
+from vae_hyperband.data.idx import read_idx
+from vae_hyperband.data.splits import FASHION_MNIST_SHA256, cache_folder, load_split
+
+#: The authors' repository, and the copy that Keras downloads.
+MIRRORS = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+)
+TRIES = 2  # of each mirror, for each file
+SILENCE_SECONDS = 10.0  # that a mirror may say nothing
+TOTAL_SECONDS = 300.0  # for all files from all mirrors
+MAX_BYTES = 40_000_000  # the largest of the four is 26 MB
+PACKAGE = "dataset-fashion-mnist"
+
+
+def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> None:
+    """Make both files of both parts available, by download or, if allowed, by the package manager.
+
+    Of several processes that start together one downloads. Raises :class:`DataError` with the one
+    command that helps.
+    """
+    with contextlib.suppress(DataError):
+        return check_data()
+    deadline = time.monotonic() + TOTAL_SECONDS
+    try:
+        with _alone(deadline):
+            with contextlib.suppress(DataError):
+                return check_data()  # another process has got it meanwhile
+            print("Fashion-MNIST is not on this machine yet; trying the mirrors", flush=True)
+            for name, sha256 in FASHION_MNIST_SHA256.items():
+                if not _is_there(name, sha256):
+                    _download(name, sha256, mirrors, deadline)
+    # OSError: a cache that cannot be written
+    except (DataError, OSError) as error:
+        print(error, flush=True)
+        if not (install and _install_package()):
+            raise DataError(
+                f"Fashion-MNIST could not be downloaded: on Debian or Ubuntu run "
+                f'"sudo apt-get install {PACKAGE}", elsewhere put its four files into '
+                f"{cache_folder()} or any folder given by --data-dir."
+            ) from error
+    check_data()
+
+
+def check_data() -> None:
+    for split in ("train", "test"):
+        load_split(split)
+
+
+@contextlib.contextmanager
+def _alone(deadline: float) -> Iterator[None]:
+    """Be the one process that fills the cache; what a killed one left there is removed."""
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / ".lock", "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise DataError(f"Another process has been downloading to {cache}.") from error
+                time.sleep(0.2)
+        for leftover in cache.glob("download-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+def _is_there(name: str, sha256: str) -> bool:
+    with contextlib.suppress(DataError):
+        return read_idx(cache_folder() / (name + ".gz"), _num_dims(name))[1] == sha256
+    return False
+
+
+def _num_dims(name: str) -> int:
+    return 3 if "idx3" in name else 1
+
+
+def _download(name: str, sha256: str, mirrors: tuple[str, ...], deadline: float) -> None:
+    """One file from the first mirror that has the right one; :class:`DataError` if none does."""
+    failures = []
+    for mirror in mirrors * TRIES:
+        try:
+            _fetch(mirror + name + ".gz", name, sha256, deadline)
+        except (OSError, HTTPException, ValueError, VAEHyperbandError) as error:
+            failures.append(f"{mirror}: {_first_line(error)}")
+        else:
+            print(f"downloaded {name}.gz from {mirror}", flush=True)
+            return
+        if time.monotonic() > deadline:
+            break
+    raise DataError(f"Could not download {name}.gz ({'; '.join(failures)}).")
+
+
+def _fetch(url: str, name: str, sha256: str, deadline: float) -> None:
+    """Download one file into the cache, where it appears only if its content is the right one."""
+    cache = cache_folder()
+    with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
+        path = Path(folder) / (name + ".gz")
+        _in_time(lambda: _copy_from(url, path, deadline), deadline)
+        _, found = read_idx(path, _num_dims(name))
+        if found != sha256:
+            raise DataError(f"its content has SHA-256 {found}, expected {sha256}")
+        os.replace(path, cache / path.name)
+
+
+def _in_time(work: Callable[[], None], deadline: float) -> None:
+    """Do it, or raise TimeoutError at the deadline: a server may send a header for ever."""
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(deadline - time.monotonic(), 0))
+    if raised:
+        raise raised.pop()  # not to be kept by its own traceback, with an open socket
+    if thread.is_alive():
+        raise TimeoutError("it took too long")
+
+
+def _copy_from(url: str, path: Path, deadline: float) -> None:
+    """Write what a server answers to a file, if it comes in time and is as long as it said."""
+    with (
+        urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer,  # noqa: S310, http(s) above
+        path.open("wb") as file,
+    ):
+        promised = answer.headers.get("Content-Length")
+        while chunk := answer.read1(1 << 16):
+            file.write(chunk)
+            if time.monotonic() > deadline:
+                raise TimeoutError("it took too long")
+            if file.tell() > MAX_BYTES:
+                raise DataError("it sends more than any file of Fashion-MNIST has")
+        if promised is not None and file.tell() != int(promised):
+            raise DataError(f"it sent {file.tell()} bytes of {promised}")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _install_package() -> bool:
+    """Install the distribution's package if this user may; whether that was done."""
+    if shutil.which("apt-get") is None:
+        return False
+    prefix: list[str] = []
+    if os.geteuid() != 0:
+        if shutil.which("sudo") is None:
+            return False
+        prefix = ["sudo", "-n"]  # never asks for a password: then the caller prints the command
+    install = [*prefix, "apt-get", "install", "-y", "--no-install-recommends", PACKAGE]
+    print(f"Installing the system's package instead: {' '.join(install)}", flush=True)
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 300}
+    try:
+        if subprocess.run(install, **quiet).returncode == 0:
+            return True
+        # a machine that never updated its package lists does not know the package yet
+        subprocess.run([*prefix, "apt-get", "update"], **quiet)
+        return subprocess.run(install, **quiet).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False

@@ -1,0 +1,60 @@
+"""IDX files, the format of MNIST and its successors: a header of sizes, then bytes."""
+
+import functools
+import gzip
+import hashlib
+import io
+import math
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.common.errors import DataError
+
+#: A header may not promise more than this; Fashion-MNIST's largest file has 47 MB.
+MAX_IDX_BYTES = 1 << 30
+
+
+@functools.lru_cache(maxsize=4)
+def read_idx_once(path: Path, mtime_ns: int, num_dims: int) -> tuple[Tensor, str]:
+    """Two splits come from one file, and a search worker trains many trials: decode it once."""
+    return read_idx(path, num_dims)
+
+
+def read_idx(path: Path, num_dims: int) -> tuple[Tensor, str]:
+    """Decode an IDX file of unsigned bytes, plain or gzipped: ``(uint8 tensor, SHA-256)``.
+
+    The digest is of the decompressed content. Every other file, damaged ones included, raises
+    :class:`DataError`, and never reads more than its header promises (at most 1 GiB).
+    """
+    try:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            with gzip.GzipFile(fileobj=raw) if zipped else raw as file:
+                return _decode_idx(file, path, num_dims)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def _decode_idx(file: io.BufferedIOBase, path: Path, num_dims: int) -> tuple[Tensor, str]:
+    # Big-endian header: two zero bytes, type 8 (unsigned byte), number of dimensions, their sizes.
+    header = file.read(4 + 4 * num_dims)
+    if header[:4] != bytes([0, 0, 8, num_dims]) or len(header) < 4 + 4 * num_dims:
+        raise DataError(
+            f"{path} is not an IDX file of {num_dims}-dimensional bytes: it starts with "
+            f"{header[:8].hex() or 'nothing'}."
+        )
+    sizes = [int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4)]
+    num_bytes = math.prod(sizes)
+    if not 0 < num_bytes <= MAX_IDX_BYTES:
+        raise DataError(f"{path} has a header of size {sizes}, which no data set here has.")
+    body = bytearray(file.read(num_bytes + 1))  # one more than promised shows trailing bytes
+    if len(body) != num_bytes:
+        found = "more" if len(body) > num_bytes else f"only {len(body)}"
+        raise DataError(f"{path} promises {num_bytes} bytes {sizes} but holds {found}.")
+    digest = hashlib.sha256(header)
+    digest.update(body)
+    return torch.frombuffer(body, dtype=torch.uint8).view(sizes), digest.hexdigest()

@@ -1,0 +1,206 @@
+"""Fashion-MNIST: find -> verify -> decode -> split. The single source of truth about data.
+
+A file is accepted by the SHA-256 of its *decompressed* content, so that every repack of the right
+bytes is taken and nothing else is. The training file gives two splits, its first 50,000 images and
+its last 10,000; only split "test" ever opens the test file.
+
+Shape suffixes: N images of a split, B images of a batch, C channels, H height, W width.
+"""
+
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.common.config import Dataset
+from vae_hyperband.common.errors import ConfigError, DataError
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.idx import read_idx_once
+from vae_hyperband.data.synthetic import NUM_DRAWN, draw_factors, draw_garments
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS = get_args(SplitName)
+DATASETS = get_args(Dataset)
+
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+#: SHA-256 of the decompressed files (Xiao, Rasul & Vollgraf 2017, github.com/zalandoresearch).
+FASHION_MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+#: Where Debian's and Ubuntu's package dataset-fashion-mnist puts the four files.
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+def cache_folder() -> Path:
+    """The user's cache: $VAE_HYPERBAND_CACHE, else $XDG_CACHE_HOME or ~/.cache, vae-hyperband."""
+    if chosen := os.environ.get("VAE_HYPERBAND_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vae-hyperband"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one split, as stored: one byte per pixel."""
+
+    images_NCHW: Tensor  # uint8
+    labels_N: Tensor  # int64
+    digest: str  # SHA-256 of the decompressed image file the split was taken from
+
+    def __len__(self) -> int:
+        return len(self.images_NCHW)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.images_NCHW.shape[1:]
+        return channels, height, width
+
+    def content_digest(self) -> str:
+        """SHA-256 of these images and labels (``digest`` is that of the whole file)."""
+        found = hashlib.sha256(self.images_NCHW.cpu().contiguous().numpy().tobytes())
+        found.update(self.labels_N.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def subset(self, index: Tensor) -> Self:
+        """Some images of the split, in the order of ``index``."""
+        return type(self)(self.images_NCHW[index], self.labels_N[index], self.digest)
+
+    def pixels(self, index: Tensor | slice) -> Tensor:
+        """The images at ``index`` as floats in [0, 1]."""
+        if isinstance(index, slice):
+            return self.images_NCHW[index].float().div_(255)
+        # a tenth of the time of indexing with brackets
+        return self.images_NCHW.index_select(0, index).float().div_(255)
+
+
+Result = TypeVar("Result")
+
+
+def per_split(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Keep the last results of a function of splits, which are known by their content."""
+    kept: dict[Any, Result] = {}
+
+    @functools.wraps(function)
+    def remembering(*args: Any) -> Result:
+        key = tuple(x.content_digest() if isinstance(x, Split) else x for x in args)
+        if key not in kept:
+            while len(kept) >= 4:
+                del kept[next(iter(kept))]
+            kept[key] = function(*args)
+        return kept[key]
+
+    return remembering
+
+
+def binarized(split: Split) -> Split:
+    """The split with every pixel drawn once, white with its grey value as the probability.
+
+    What models trained on bits are compared on (Norouzi et al. 2020 draw their test bits once,
+    too). The same bits at every call; the digest becomes theirs.
+    """
+    stream = generator(0, "binarized split", len(split))
+    bits_NCHW = torch.bernoulli(split.pixels(slice(None)), generator=stream).to(torch.uint8) * 255
+    return Split(bits_NCHW, split.labels_N, hashlib.sha256(bits_NCHW.numpy().tobytes()).hexdigest())
+
+
+def as_trained(split: Split, config: dict[str, Any]) -> Split:
+    """The split as models of that configuration take it: grey, or the bits that stand for it."""
+    return binarized(split) if config.get("binarize", "none") != "none" else split
+
+
+def load_split(
+    split: SplitName, data_dir: Path | None = None, dataset: str = "fashion-mnist"
+) -> Split:
+    """Find, verify and decode one split.
+
+    ``data_dir`` is any folder with the IDX files, plain or gzipped; without it the user's cache,
+    then the system's package are looked through (``make data`` fills one of them). ``custom``
+    accepts other data in the same format; its validation split is the last sixth of the training
+    file, as Fashion-MNIST's is. ``drawn`` needs no files (:mod:`~vae_hyperband.data.synthetic`).
+    Raises :class:`DataError`.
+    """
+    for name, value, known in (("split", split, SPLITS), ("dataset", dataset, DATASETS)):
+        if value not in known:
+            raise ConfigError(f"The {name} {value!r} is none of {', '.join(known)}.")
+    if dataset == "drawn":
+        return drawn_split(split)
+    data_dir = None if data_dir is None else Path(data_dir)
+    if dataset == "custom" and data_dir is None:
+        raise ConfigError(
+            "Custom data, also that of a run trained on it, needs --data-dir: the folder with its "
+            "four IDX files."
+        )
+    part = "t10k" if split == "test" else "train"
+    expected = FASHION_MNIST_SHA256 if dataset == "fashion-mnist" else {}
+    images_name, labels_name = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+    images, digest = _load_file(images_name, data_dir, expected.get(images_name))
+    labels, _ = _load_file(labels_name, data_dir, expected.get(labels_name))
+    if len(images) != len(labels):
+        raise DataError(
+            f"{images_name} holds {len(images)} images but {labels_name} {len(labels)} labels: "
+            "they are not of one data set."
+        )
+    height, width = images.shape[1:]
+    if height != width or height % 4:
+        raise DataError(
+            f"{images_name} holds {height}x{width} images, but the network takes square ones with "
+            "a side that is a multiple of 4: pad or resize them."
+        )
+    part_of_file = slice(None)
+    if split != "test":
+        held_out = math.ceil(len(images) / 6)
+        if len(images) <= held_out:
+            raise DataError(f"{images_name} holds {len(images)} images, too few to split.")
+        cut = len(images) - held_out
+        part_of_file = slice(0, cut) if split == "train" else slice(cut, None)
+    return Split(images[part_of_file, None].clone(), labels[part_of_file].long(), digest)
+
+
+@functools.cache
+def drawn_split(name: SplitName, num: int | None = None) -> Split:
+    """Synthetic garments, as many as asked for; their labels are the kinds."""
+    levels_NF = draw_factors(name, num or NUM_DRAWN[name])
+    images_NCHW = draw_garments(levels_NF)
+    digest = hashlib.sha256(images_NCHW.numpy().tobytes()).hexdigest()
+    return Split(images_NCHW, levels_NF[:, 0], digest)
+
+
+def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Tensor, str]:
+    """The array in the first folder that has the right file, and the digest of its content."""
+    folders = [data_dir] if data_dir is not None else [cache_folder(), SYSTEM_FOLDER]
+    wrong = []
+    for path in (folder / (name + ending) for folder in folders for ending in ("", ".gz")):
+        if not path.is_file():
+            continue
+        try:
+            array, digest = read_idx_once(path, path.stat().st_mtime_ns, 3 if "idx3" in name else 1)
+            if sha256 is None or digest == sha256:
+                return array, digest
+            raise DataError(
+                f"{path} is not Fashion-MNIST's {name}: the SHA-256 of its content is {digest}, "
+                f"expected {sha256}; remove the file, or pass --dataset custom to use other data."
+            )
+        except DataError as error:
+            wrong.append(error)
+    if wrong:
+        raise wrong[0]
+    places = " or ".join(str(folder) for folder in folders)
+    hint = 'run "make data" (vae-hyperband data) to get it'
+    if data_dir:
+        hint = "--data-dir takes a folder of IDX files"
+    raise DataError(f"No file {name} or {name}.gz in {places}: {hint}.")

@@ -1,0 +1,85 @@
+"""Garments drawn from known factors, so that it is known what a latent space should find.
+
+Small pictures like Fashion-MNIST's: a top, a dress or a coat of some width, length, sleeve, shade
+and position, each factor independent of the others. No download, any number, always the same.
+
+Shape suffixes: N images, F factors, H height, W width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.common.randomness import generator
+
+SIZE = 28
+SLOPE = 0.5**0.5
+KINDS = ("top", "dress", "coat")
+#: Images of the splits train, validation, test.
+NUM_DRAWN = {"train": 10_000, "validation": 2_000, "test": 2_000}
+
+#: How many of the 23,328 combinations of factors belong to each, in this order.
+NUM_COMBINATIONS = [16_328, 3_500, 3_500]
+
+
+class Factor(NamedTuple):
+    """One thing that varies, evenly from its lowest to its highest value, in pixels or greys."""
+
+    name: str
+    lowest: float
+    highest: float
+    levels: int
+
+
+FACTORS = (
+    Factor("kind", 0, 2, len(KINDS)),
+    Factor("width", 3.0, 6.0, 6),
+    Factor("length", 9.0, 17.0, 6),
+    Factor("sleeve", 0.0, 7.5, 6),
+    Factor("shade", 0.35, 1.0, 6),
+    Factor("position", -2.0, 2.0, 6),
+)
+
+
+def draw_factors(split: str, num: int) -> Tensor:
+    """Levels of the factors of a split's images, int64, shape (N, F).
+
+    Every combination of levels belongs to one split alone, in a shuffled order, so that no held-out
+    image is a training image. The first images are the same however many there are; where a split
+    is asked for more than it has, they begin anew.
+    """
+    sizes = [factor.levels for factor in FACTORS]
+    order = torch.randperm(math.prod(sizes), generator=generator(0, "drawn"))
+    shares = dict(zip(NUM_DRAWN, order.split(NUM_COMBINATIONS), strict=True))
+    combination_N = shares[split][torch.arange(num) % len(shares[split])]
+    return torch.stack(torch.unravel_index(combination_N, sizes), dim=1)
+
+
+def draw_garments(levels_NF: Tensor) -> Tensor:
+    """The pictures of factor levels, bytes, shape (N, 1, H, W)."""
+    return torch.cat([_draw(part) for part in levels_NF.split(500)])
+
+
+def _draw(levels_NF: Tensor) -> Tensor:
+    values = [
+        (f.lowest + (f.highest - f.lowest) * level_N.float() / (f.levels - 1))[:, None, None]
+        for f, level_N in zip(FACTORS, levels_NF.unbind(dim=1), strict=True)
+    ]
+    kind, width, length, sleeve, shade, position = values
+    y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+    x = (x - SIZE / 2 - position).abs()  # garments are symmetric
+    y = y - 5  # from the shoulders down
+
+    flare = torch.where(kind == 1, 0.2, 0.0)
+    torso = torch.maximum(x - width - flare * y.clamp(min=0), (y - length / 2).abs() - length / 2)
+    # a sleeve hangs from the shoulder at 45 degrees: the distance to a segment, minus its radius
+    across, down = x - width + 1, y - 1.8
+    along = ((across + down) * SLOPE).clamp(min=0).minimum(sleeve)
+    away = torch.hypot(across - SLOPE * along, down - SLOPE * along)
+    neck = torch.hypot(x, y) - 1.8
+    body = torch.minimum(torso, away - 1.8).maximum(-neck)
+    coverage = (0.5 - body).clamp(0, 1)  # of a pixel, by its distance from the edge
+    gap = torch.where(kind == 2, (1.2 - x).clamp(0, 1), 0.0)  # a coat is open in front
+    return (255 * shade * coverage * (1 - 0.8 * gap)).round().to(torch.uint8)[:, None]

@@ -1,0 +1,148 @@
+"""What a model is worth on images: the bound and its parts, and the tighter IWAE bound.
+
+Negative log-likelihood bounds in nats per image, so that lower is better. The noise is a function
+of the seed and of an image's place in its split alone: the same for every batch size, every epoch,
+and every model of the same latent size.
+
+Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, Z latents,
+K importance samples.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vae_hyperband.common.randomness import generator, standard_normal
+from vae_hyperband.data.batches import SplitBatches, get_dataloader
+from vae_hyperband.data.splits import Split
+from vae_hyperband.evaluation.image_quality import frechet, image_features, moments, split_features
+from vae_hyperband.model.objective import Nats, log_weights, nats_per_image
+from vae_hyperband.model.vae import VAE
+
+EVAL_BATCH_SIZE = 500
+
+Losses = dict[str, float]  # recon_loss, KL_divergence, total_loss, bound, (iwae): nats per image
+
+
+def eval_dataloader(split: Split, device: torch.device | str = "cpu") -> DataLoader:
+    """Batches of a split in file order, for :func:`eval_epoch`."""
+    return get_dataloader(split, min(EVAL_BATCH_SIZE, len(split)), shuffle=False, device=device)
+
+
+@torch.no_grad()
+def split_nats(model: VAE, loader: DataLoader, seed: int) -> Nats:
+    """The bound's parts for every image of a split, float64 on the CPU, shape (N,) each.
+
+    One posterior sample per image.
+    """
+    training = model.training
+    model.eval()
+    parts = [
+        nats_per_image(model, x_BCHW, noise_BZ)
+        for x_BCHW, noise_BZ in _with_noise(model, loader, seed, "evaluation")
+    ]
+    model.train(training)
+    return Nats(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def iwae_nats(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> Tensor:
+    """The IWAE bound of every image, -log(1/K sum_k p(x, z_k) / q(z_k|x)), float64, shape (N,).
+
+    Burda, Grosse & Salakhutdinov 2016, equation 8, with the sign of a loss. K = 1 is the bound of
+    :func:`split_nats` but for the KL, which is sampled here; more samples only tighten it.
+    """
+    training = model.training
+    model.eval()
+    batches = [(x_BCHW, *model.encode(x_BCHW)) for x_BCHW, _ in loader]
+    num_images = sum(len(x_BCHW) for x_BCHW, *_ in batches)
+    device = next(model.parameters()).device
+    log_sum_N = torch.full((num_images,), -math.inf, dtype=torch.float64)
+    for sample in range(num_samples):
+        noise_NZ = standard_normal(seed, "iwae", sample, num_images, model.latent_dim, device)
+        noises = noise_NZ.split([len(x_BCHW) for x_BCHW, *_ in batches])
+        weights = [
+            log_weights(model, *batch, noise_BZ[None])[0][0].double()
+            for batch, noise_BZ in zip(batches, noises, strict=True)
+        ]
+        log_sum_N = torch.logaddexp(log_sum_N, torch.cat(weights).cpu())
+    model.train(training)
+    return math.log(num_samples) - log_sum_N
+
+
+def _with_noise(
+    model: VAE, loader: DataLoader, seed: int, purpose: str, position: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch of images with its own rows of the split's noise."""
+    device = next(model.parameters()).device
+    num_images = len(loader.dataset)  # type: ignore[arg-type]
+    noise_NZ = standard_normal(seed, purpose, position, num_images, model.latent_dim, device)
+    start = 0
+    for x_BCHW, _ in loader:
+        yield x_BCHW, noise_NZ[start : start + len(x_BCHW)]
+        start += len(x_BCHW)
+
+
+def prior_fid(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> float:
+    """FID of images decoded from draws of the prior against the loader's images."""
+    device = next(model.parameters()).device
+    real_NF = split_features(cast(SplitBatches, loader.dataset).split, device)
+    generated_NCHW = model.sample(num_samples, generator(seed, "fid"))
+    return frechet(moments(real_NF), moments(image_features(generated_NCHW, device)))
+
+
+def eval_epoch(
+    model: VAE,
+    loader: DataLoader,
+    seed: int = 0,
+    beta: float = 1.0,
+    iwae_samples: int = 0,
+    fid_samples: int = 0,
+    capacity: float = 0.0,
+) -> Losses:
+    """Average losses of a split in nats per image, exact per image whatever the batch size.
+
+    ``loader`` gives the split in file order; in another order the images meet each other's noise,
+    which is another draw of the same estimate. "bound" is reconstruction + KL, the number that
+    models are compared by; "total_loss" weighs the KL's distance from ``capacity`` by ``beta``;
+    "iwae" and "fid" (of the prior's draws) are there if ``iwae_samples`` and ``fid_samples`` say
+    with how many.
+    """
+    nats = split_nats(model, loader, seed)
+    recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
+    losses = {
+        "recon_loss": recon,
+        "KL_divergence": kl,
+        "total_loss": recon + beta * abs(kl - capacity) if capacity else recon + beta * kl,
+        "bound": recon + kl,
+    }
+    if iwae_samples:
+        losses["iwae"] = iwae_nats(model, loader, seed, iwae_samples).mean().item()
+    if fid_samples:
+        losses["fid"] = prior_fid(model, loader, seed, fid_samples)
+    return losses
+
+
+def entropy_floor(x_NCHW: Tensor) -> float:
+    """Mean entropy of the images' pixels as Bernoulli parameters, in nats per image.
+
+    No model's reconstruction term can be lower on these images, since cross-entropy is entropy
+    plus a KL divergence that is never negative. Computed in float64.
+    """
+    p = x_NCHW.double()
+    return float(-(torch.special.xlogy(p, p) + torch.special.xlog1py(1 - p, -p)).sum() / len(p))
+
+
+def mean_image_nats(train_PCHW: Tensor, x_NCHW: Tensor) -> float:
+    """Nats per image of images predicted by the training images' mean, whatever z is.
+
+    What a model gives that has learned nothing of single images. Every pixel's mean is taken with
+    one white and one black image more, so that none is certain. Computed in float64.
+    """
+    p = (train_PCHW.sum(dim=0, dtype=torch.float64) + 1) / (len(train_PCHW) + 2)
+    mean_x = x_NCHW.mean(dim=0, dtype=torch.float64)  # the cross-entropy is linear in x
+    return float(-(mean_x * p.log() + (1 - mean_x) * (1 - p).log()).sum())

@@ -1,0 +1,280 @@
+"""What a classifier of Fashion-MNIST sees in images: the space that FID and its kin measure in.
+
+Inception, which papers on natural images use, was trained on 299x299 photographs; a 28x28 garment
+blown up to that size lies far from anything it has seen. So the features here are those of a small
+classifier of Fashion-MNIST itself, trained on the training split alone and shipped with its digest.
+Its distances can be compared with each other, never with FIDs in Inception's features; who has
+Inception's weights can have those, too (:func:`inception_features`).
+
+Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, F features.
+"""
+
+import functools
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vae_hyperband.common.errors import CheckpointError, ConfigError
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.splits import Split, per_split
+
+WEIGHTS = Path(__file__).with_name("feature_net.safetensors")
+
+#: SHA-256 of :data:`WEIGHTS`; benchmarks/RECORDS.md says how they were made.
+WEIGHTS_SHA256 = "a63a061b13e6b955be60f2566cd7dd3da4f13a0f2d65b71736f76568245d8bef"
+
+NUM_FEATURES = 128
+BATCH_SIZE = 100  # on a CPU half the time of 1000: what is in the works stays in the cache
+
+# about the mean and standard deviation of the training split's pixels, 0.2855 and 0.3528
+PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3527
+
+
+class FeatureNet(nn.Module):
+    """Five 3x3 convolutions, each with batch normalisation and ReLU; mean over places; ten logits.
+
+    Takes any image size from 4x4 on: the features are means over places.
+    """
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 32, 64, 128, 128, NUM_FEATURES)
+        strides = (1, 2, 2, 1, 1)  # 28x28, 14x14, 7x7, 7x7, 7x7
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(widths[i], widths[i + 1], 3, stride, padding=1, bias=False),
+                    nn.BatchNorm2d(widths[i + 1]),
+                    nn.ReLU(),
+                )
+                for i, stride in enumerate(strides)
+            )
+        )
+        self.classify = nn.Linear(NUM_FEATURES, 10)
+        #: Makes the variance of the training images' features 1 on average over features.
+        self.register_buffer("scale", torch.ones(()))
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """Images in [0, 1] -> what the last layer classifies by, scaled, shape (B, F)."""
+        return self._pooled(x_BCHW) * self.scale
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.classify(self._pooled(x_BCHW))
+
+    def _pooled(self, x_BCHW: Tensor) -> Tensor:
+        return self.blocks((x_BCHW - PIXEL_MEAN) / PIXEL_STD).mean(dim=(2, 3))
+
+
+@functools.cache
+def load_feature_net(device: torch.device | str = "cpu") -> FeatureNet:
+    """The shipped network, in eval mode; :class:`CheckpointError` if its file is another one."""
+    from safetensors.torch import load_file  # not needed where nothing but training is done
+
+    found = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if WEIGHTS.is_file() else "no file"
+    if found != WEIGHTS_SHA256:
+        raise CheckpointError(
+            f"{WEIGHTS} has SHA-256 {found}, expected {WEIGHTS_SHA256}: install the package again."
+        )
+    net = FeatureNet()
+    net.load_state_dict(load_file(WEIGHTS))
+    return net.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def image_features(x_NCHW: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Features of images, as bytes or as floats in [0, 1]: float32 on the CPU, shape (N, F)."""
+    if x_NCHW.shape[1] != 1:
+        raise ConfigError(
+            f"The feature network takes grey images, these have {x_NCHW.shape[1]} channels."
+        )
+    net = load_feature_net(device)
+    parts = []
+    for x_BCHW in x_NCHW.split(BATCH_SIZE):
+        x_BCHW = x_BCHW.to(device)
+        parts.append(net.features(x_BCHW / 255 if x_BCHW.dtype == torch.uint8 else x_BCHW).cpu())
+    return torch.cat(parts)
+
+
+@per_split
+def split_features(split: Split, device: torch.device | str = "cpu") -> Tensor:
+    """Features of a whole split, which is looked at again and again."""
+    return image_features(split.images_NCHW, device)
+
+
+@torch.no_grad()
+def inception_features(
+    images_NCHW: Tensor, weights: Path, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Inception's 2048 features of images as bytes: float32 on the CPU, shape (N, F).
+
+    ``weights`` is the TorchScript translation of the network of Heusel et al. 2017 that
+    StyleGAN2-ADA published as inception-2015-12-05.pt and clean-fid uses: called with bytes
+    (B, 3, H, W) and ``return_features=True``, it resizes to 299x299 itself. Other networks that
+    can be called like this will do, too. Raises :class:`CheckpointError` for any other file.
+    """
+    with warnings.catch_warnings():
+        # torch.jit is deprecated, but the file that everyone compares with is in its format
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            net = torch.jit.load(weights, map_location=device).eval()
+        except (OSError, RuntimeError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{weights} is no TorchScript file: {why}") from error
+    parts = []
+    for x_BCHW in images_NCHW.split(BATCH_SIZE):
+        rgb_BCHW = x_BCHW.expand(-1, 3, -1, -1).contiguous().to(device)
+        try:
+            features_BF = net(rgb_BCHW, return_features=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{weights} cannot be called with bytes (B, 3, H, W) and return_features=True, as "
+                "inception-2015-12-05.pt can."
+            ) from error
+        parts.append(features_BF.float().cpu())
+    return torch.cat(parts)
+
+
+# ---- How far generated images are from real ones, measured in any space of features.
+
+NUM_BOOTSTRAPS = 50
+NEAREST = 5  # neighbours that span a set's manifold, as in Naeem et al. 2020
+DISTANCE_ROWS = 1000  # rows of a distance matrix at a time
+
+
+class Measured(NamedTuple):
+    """An estimate and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+def mean_and_error(values_N: Tensor) -> Measured:
+    """Mean and the standard error of that mean, the values being independent draws."""
+    values_N = values_N.double()
+    spread = values_N.std().item() if len(values_N) > 1 else math.nan
+    return Measured(values_N.mean().item(), spread / math.sqrt(len(values_N)))
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of a set of vectors, float64."""
+
+    mean_F: Tensor
+    covariance_FF: Tensor
+
+
+def moments(features_NF: Tensor) -> Moments:
+    features_NF = features_NF.double()
+    return Moments(features_NF.mean(dim=0), features_NF.T.cov())
+
+
+def frechet(one: Moments, other: Moments) -> float:
+    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+
+    FID, where the vectors are features of images (Heusel et al. 2017, equation 6). The trace of the
+    root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: no
+    root of a general matrix, with its imaginary rounding errors, is needed.
+    """
+    values_F, vectors_FF = torch.linalg.eigh(one.covariance_FF)
+    root_FF = (vectors_FF * values_F.clamp(min=0).sqrt()) @ vectors_FF.T
+    roots_F = torch.linalg.eigvalsh(root_FF @ other.covariance_FF @ root_FF).clamp(min=0).sqrt()
+    traces = one.covariance_FF.trace() + other.covariance_FF.trace() - 2 * roots_F.sum()
+    return ((one.mean_F - other.mean_F).square().sum() + traces).clamp(min=0).item()
+
+
+def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) -> Measured:
+    """FID of the two sets, with a bootstrap standard error.
+
+    Both sets are drawn anew, with replacement, 50 times; the error is the standard deviation of the
+    distances. Their mean is of no use: fewer different images make a distance larger. For the
+    same reason FIDs of different numbers of images cannot be compared.
+    """
+    mean = frechet(moments(reference_NF), moments(generated_MF))
+    again = []
+    for number in range(NUM_BOOTSTRAPS):
+        stream = generator(seed, "bootstrap", number)
+        sets = (
+            moments(x[torch.randint(len(x), (len(x),), generator=stream)])
+            for x in (reference_NF, generated_MF)
+        )
+        again.append(frechet(*sets))
+    return Measured(mean, torch.tensor(again).std().item())
+
+
+def _distances(from_NF: Tensor, to_MF: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances, a thousand rows of the (N, M) matrix at a time."""
+    for chunk_BF in from_NF.split(DISTANCE_ROWS):
+        yield torch.cdist(chunk_BF, to_MF)
+
+
+def nearest(from_NF: Tensor, to_MF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each vector's k nearest of the others, nearest first: distances and indices, (N, k) each."""
+    k = min(k, len(to_MF))
+    found = [rows.topk(k, largest=False) for rows in _distances(from_NF, to_MF)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, Measured]:
+    """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020).
+
+    A set's manifold is the union of balls around its vectors, each up to its 5th nearest neighbour
+    in the set. precision: share of generated vectors in the reference's manifold. recall: share of
+    reference vectors in the generated manifold. density: how many reference balls a generated
+    vector lies in, over 5. coverage: share of reference balls with a generated vector in them.
+    Errors are over the images averaged, the other set being as it is.
+    """
+    # the nearest of a set's own vectors is itself
+    radius_N = nearest(reference_NF, reference_NF, NEAREST + 1)[0][:, -1]
+    radius_M = nearest(generated_MF, generated_MF, NEAREST + 1)[0][:, -1]
+    balls_M = []
+    recalled_N, covered_N = torch.zeros(2, len(reference_NF), dtype=torch.bool)
+    for distances_BN, radius_B in zip(
+        _distances(generated_MF, reference_NF), radius_M.split(DISTANCE_ROWS), strict=True
+    ):
+        inside_BN = distances_BN < radius_N
+        balls_M.append(inside_BN.sum(dim=1))
+        covered_N |= inside_BN.any(dim=0)
+        recalled_N |= (distances_BN < radius_B[:, None]).any(dim=0)
+    balls = torch.cat(balls_M)
+    return {
+        "precision": mean_and_error(balls > 0),
+        "recall": mean_and_error(recalled_N),
+        "density": mean_and_error(balls / NEAREST),
+        "coverage": mean_and_error(covered_N),
+    }
+
+
+def copying(generated_M: Tensor, held_out_N: Tensor) -> dict[str, Measured]:
+    """Whether generated images lie closer to training images than unseen real ones do.
+
+    Takes the distance of each to its nearest training image.
+    ``closer_than_held_out`` is the probability that a generated image's nearest training image is
+    nearer than a held-out image's: 0.5 where the model generalises, towards 1 where it copies (or
+    where it makes only ordinary garments), after Meehan et al. 2020. Its error is that of the
+    Mann-Whitney statistic (Hanley & McNeil 1982 with placement values, DeLong et al. 1988).
+    """
+    return {
+        "nearest_training_image": mean_and_error(generated_M),
+        "nearest_training_image_of_held_out": mean_and_error(held_out_N),
+        "closer_than_held_out": _probability_less(generated_M, held_out_N),
+    }
+
+
+def _probability_less(one_M: Tensor, other_N: Tensor) -> Measured:
+    """P(one < other), ties counting one half, from placement values."""
+    one_M, other_N = one_M.sort().values, other_N.sort().values
+
+    def share_above(x: Tensor, y: Tensor) -> Tensor:  # of y above each of x
+        left, right = torch.searchsorted(y, x), torch.searchsorted(y, x, right=True)
+        return 1 - (left + right).double() / (2 * len(y))
+
+    above_M, below_N = share_above(one_M, other_N), 1 - share_above(other_N, one_M)
+    variance = above_M.var() / len(one_M) + below_N.var() / len(other_N)
+    return Measured(above_M.mean().item(), variance.sqrt().item())

@@ -1,0 +1,237 @@
+"""What the latent space holds: which dimensions are used, how much they say, what can be read off.
+
+Shape suffixes: B images of a batch, N images of a split, Z latent dimensions, P training images,
+F features.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.evaluation.image_quality import Measured, mean_and_error, nearest
+from vae_hyperband.model.objective import kl_per_dimension
+from vae_hyperband.model.vae import VAE, reparameterize
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+
+#: A dimension is active if its posterior mean has a variance over images above this
+#: (Burda, Grosse & Salakhutdinov 2016, section 5.1).
+ACTIVE_VARIANCE = 0.01
+
+RIDGES = (0.01, 1.0)  # of the linear probe: scikit-learn's C, the stronger one first
+NEIGHBOURS = 10  # of the kNN probe
+FEW = 100  # images at a time, where there are not many
+CHUNK = 500  # rows of an N x N matrix at a time
+
+
+class Posteriors(NamedTuple):
+    """q(z|x) of every image of a split: means and log variances, on the CPU."""
+
+    mu_NZ: Tensor
+    logvar_NZ: Tensor
+
+    def draw(self, seed: int, position: int = 0) -> Tensor:
+        """One z per image, shape (N, Z); each position is another draw."""
+        noise_NZ = torch.randn(self.mu_NZ.shape, generator=generator(seed, "posterior", position))
+        return reparameterize(self.mu_NZ, self.logvar_NZ, noise_NZ)
+
+
+@torch.no_grad()
+def encode_split(model: VAE, loader: Iterable[tuple[Tensor, Any]]) -> Posteriors:
+    """The posteriors of a split, in the loader's order."""
+    device = next(model.parameters()).device
+    parts = [model.encode(x_BCHW.to(device)) for x_BCHW, _ in loader]
+    mu_NZ, logvar_NZ = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return Posteriors(mu_NZ, logvar_NZ)
+
+
+def encode_images(model: VAE, images_NCHW: Tensor) -> Posteriors:
+    """The posteriors of images in [0, 1], a few at a time: large ones take much memory."""
+    return encode_split(model, ((x_BCHW, None) for x_BCHW in images_NCHW.split(FEW)))
+
+
+def active_units(posteriors: Posteriors) -> int:
+    """Number of dimensions whose mean depends on the image: variance of mu above 0.01."""
+    return int((posteriors.mu_NZ.double().var(dim=0) > ACTIVE_VARIANCE).sum())
+
+
+def kl_by_dimension(posteriors: Posteriors) -> list[Measured]:
+    """Mean KL to the standard normal in nats, one per dimension, each with its standard error."""
+    kl_NZ = kl_per_dimension(posteriors.mu_NZ.double(), posteriors.logvar_NZ.double())
+    return [mean_and_error(kl_N) for kl_N in kl_NZ.unbind(dim=1)]
+
+
+def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Measured:
+    """Nats that z says about which image it is of: mean log q(z|x) - log (1/N sum_i q(z|x_i)).
+
+    Hoffman & Johnson 2016's index-code mutual information. It cannot exceed log N, 9.21 nats for
+    10,000 images: there it says only that every image has a place of its own.
+    """
+    mu_NZ, logvar_NZ, z_NZ = (x.double() for x in (*posteriors, z_NZ))
+    precision_NZ = (-logvar_NZ).exp()
+    # the quadratic form of z and posterior i, as matrix products; log(2 pi) cancels
+    weighted_NZ = mu_NZ * precision_NZ
+    constant_N = (mu_NZ * weighted_NZ + logvar_NZ).sum(dim=1)
+    about_N = []
+    for start in range(0, len(z_NZ), CHUNK):
+        z_BZ = z_NZ[start : start + CHUNK]
+        square_BN = z_BZ.square() @ precision_NZ.T - 2 * z_BZ @ weighted_NZ.T + constant_N
+        own_B = square_BN.diagonal(offset=start)
+        log_mixture_B = (-0.5 * square_BN).logsumexp(dim=1) - math.log(len(z_NZ))
+        about_N.append(-0.5 * own_B - log_mixture_B)
+    return mean_and_error(torch.cat(about_N))
+
+
+def linear_probe(
+    train_PF: Tensor, labels_P: Tensor, held_out_NF: Tensor, labels_N: Tensor
+) -> Measured:
+    """Accuracy of a logistic regression on standardised features, trained on the training split.
+
+    200 rounds of L-BFGS. How strong its ridge is (scikit-learn's C, 0.01 or 1) is chosen on a
+    random tenth of the training images, for each kind of features by itself: raw pixels need more
+    of it than latents, and a baseline should be as good as it can be. The training images have to
+    be of two classes at least.
+    """
+    mean_F, std_F = train_PF.mean(dim=0), train_PF.std(dim=0).clamp(min=1e-6)
+    train_PF, held_out_NF = (train_PF - mean_F) / std_F, (held_out_NF - mean_F) / std_F
+    probe = _fitted(train_PF, labels_P, _best_ridge(train_PF, labels_P))
+    return mean_and_error(torch.from_numpy(probe.predict(held_out_NF.numpy())) == labels_N)
+
+
+def _best_ridge(features_PF: Tensor, labels_P: Tensor) -> float:
+    order_P = torch.randperm(len(labels_P), generator=generator(0, "probe"))
+    chosen, rest = order_P.tensor_split([max(1, len(order_P) // 10)])
+    if len(labels_P[rest].unique()) == 1:
+        return RIDGES[0]
+    scores = {
+        ridge: _fitted(features_PF[rest], labels_P[rest], ridge).score(
+            features_PF[chosen].numpy(), labels_P[chosen].numpy()
+        )
+        for ridge in RIDGES
+    }
+    return max(scores, key=lambda ridge: scores[ridge])
+
+
+def _fitted(features_PF: Tensor, labels_P: Tensor, ridge: float) -> "LogisticRegression":
+    # scikit-learn takes a second to import, and every worker of a search imports this
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():  # the number of rounds is part of the protocol
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=ridge, max_iter=200).fit(features_PF.numpy(), labels_P.numpy())
+
+
+def knn_probe(
+    train_PF: Tensor, labels_P: Tensor, held_out_NF: Tensor, labels_N: Tensor
+) -> Measured:
+    """Accuracy of the most frequent label of the ten nearest training images (Euclidean)."""
+    found_N = labels_P[nearest(held_out_NF, train_PF, NEIGHBOURS)[1]].mode(dim=1).values
+    return mean_and_error(found_N == labels_N)
+
+
+# ---- How cleanly latent dimensions separate the factors that pictures were drawn from.
+
+NUM_BINS = 20  # of a latent dimension's values, for mutual information
+VOTES, IMAGES_PER_VOTE = 800, 64  # of the FactorVAE score
+
+
+def mutual_informations(mu_NZ: Tensor, levels_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """I(z_j; v_k) from histograms, and the factors' entropies: nats, shapes (Z, F) and (F,)."""
+    informations, entropies = [], []
+    for level_N in levels_NF.unbind(dim=1):
+        p_V = level_N.bincount().double() / len(level_N)
+        entropies.append(-torch.xlogy(p_V, p_V).sum())
+        informations.append(torch.stack([_information(mu_N, level_N) for mu_N in mu_NZ.T]))
+    return torch.stack(informations, dim=1), torch.stack(entropies)
+
+
+def _information(mu_N: Tensor, level_N: Tensor) -> Tensor:
+    low, high = mu_N.min(), mu_N.max()
+    bin_N = ((mu_N - low) / (high - low).clamp(min=1e-12) * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    num_levels = int(level_N.max()) + 1
+    joint = (bin_N * num_levels + level_N).bincount(minlength=NUM_BINS * num_levels)
+    p = joint.view(NUM_BINS, num_levels).double() / len(mu_N)
+    independent = p.sum(dim=1, keepdim=True) * p.sum(dim=0)
+    return (torch.xlogy(p, p) - torch.xlogy(p, independent)).sum()
+
+
+def mutual_information_gap(mu_NZ: Tensor, levels_NF: Tensor) -> float:
+    """MIG, Chen et al. 2018, equation 6.
+
+    For each factor the gap between the dimension that tells most about it and the next, as a share
+    of its entropy; mean over factors.
+    """
+    information_ZF, entropy_F = mutual_informations(mu_NZ, levels_NF)
+    if len(information_ZF) == 1:
+        information_ZF = torch.cat((information_ZF, torch.zeros_like(information_ZF)))
+    best, next_best = information_ZF.topk(2, dim=0).values
+    return ((best - next_best) / entropy_F).mean().item()
+
+
+def factor_vae_score(mu_NZ: Tensor, levels_NF: Tensor, seed: int = 0) -> float:
+    """Kim & Mnih 2018, section 4: which dimension varies least where one factor is held fixed?
+
+    Accuracy of the majority vote from that dimension to the factor, on 800 votes after 800 more
+    that decided the majority; dimensions that carry nothing do not vote.
+    """
+    std_Z = mu_NZ.std(dim=0)
+    used = std_Z > 0.05
+    if not used.any():
+        return 0.0
+    z_NZ = (mu_NZ / std_Z)[:, used]
+    stream = generator(seed, "factor votes")
+    counts = torch.zeros(2, z_NZ.shape[1], levels_NF.shape[1])
+    for vote in range(2 * VOTES):
+        factor = int(torch.randint(levels_NF.shape[1], (), generator=stream))
+        like = int(torch.randint(len(z_NZ), (), generator=stream))
+        same = (levels_NF[:, factor] == levels_NF[like, factor]).nonzero()[:, 0]
+        chosen = same[torch.randint(len(same), (IMAGES_PER_VOTE,), generator=stream)]
+        counts[vote % 2, z_NZ[chosen].var(dim=0).argmin(), factor] += 1
+    majority_Z = counts[0].argmax(dim=1)
+    return (counts[1].gather(1, majority_Z[:, None]).sum() / counts[1].sum()).item()
+
+
+def dci_disentanglement(mu_NZ: Tensor, levels_NF: Tensor, seed: int = 0) -> dict[str, float]:
+    """Eastwood & Williams 2018: disentanglement, completeness and informativeness.
+
+    Importances of the dimensions for each factor are those of a random forest (60 trees, half of
+    the images). Disentanglement: does a dimension serve one factor only? Completeness: is a factor
+    in one dimension only? Informativeness: accuracy of the forests on the other half.
+    """
+    # scikit-learn takes a second to import, and every worker of a search imports this
+    from sklearn.ensemble import RandomForestClassifier
+
+    half = len(mu_NZ) // 2
+    importances, accuracies = [], []
+    for level_N in levels_NF.unbind(dim=1):
+        # every split sees all dimensions: else a useless one is chosen where no other was offered
+        forest = RandomForestClassifier(
+            60, max_features=None, min_samples_leaf=5, random_state=seed & 0xFFFFFFFF
+        )
+        forest.fit(mu_NZ[:half].numpy(), level_N[:half].numpy())
+        importances.append(torch.from_numpy(forest.feature_importances_))
+        accuracies.append(forest.score(mu_NZ[half:].numpy(), level_N[half:].numpy()))
+    importance_ZF = torch.stack(importances, dim=1)
+    by_dimension_Z, by_factor_F = importance_ZF.sum(dim=1), importance_ZF.sum(dim=0)
+    return {
+        "disentanglement": _purity(importance_ZF, by_dimension_Z),
+        "completeness": _purity(importance_ZF.T, by_factor_F),
+        "informativeness": sum(accuracies) / len(accuracies),
+    }
+
+
+def _purity(importance: Tensor, weights: Tensor) -> float:
+    """1 minus the rows' entropy, relative to that of an even row; weighted mean over rows."""
+    if importance.shape[1] == 1:
+        return 1.0
+    p = importance / importance.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    evenness = -torch.xlogy(p, p).sum(dim=1) / torch.tensor(float(importance.shape[1])).log()
+    return ((1 - evenness) * weights).sum().item() / max(weights.sum().item(), 1e-12)

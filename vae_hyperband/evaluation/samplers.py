@@ -1,0 +1,263 @@
+"""Where z comes from when images are generated: the prior, a mixture of Gaussians, or a flow.
+
+The decoder learned from z drawn from the posteriors of the training images, and their mixture is
+not the prior: the less beta presses, the less so (Rosca, Lakshminarayanan & Mohamed 2018). A small
+second model of those z closes most of that gap (Dai & Wipf 2019, section 4). It is fitted to the
+training split's latents alone, label by label, so that one kind of garment can be asked for.
+
+Shape suffixes: N draws, P training images, Z latent dimensions, K components, L labels.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.common.config import check_types, require, require_number
+from vae_hyperband.common.errors import CheckpointError, ConfigError, RunFolderError
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.splits import Split, as_trained
+from vae_hyperband.evaluation.bounds import EVAL_BATCH_SIZE, eval_dataloader
+from vae_hyperband.evaluation.flow import Flow, fit_flow
+from vae_hyperband.evaluation.latents import Posteriors, encode_split
+from vae_hyperband.model.checkpoint import load_ckpt, load_pt, model_from_ckpt, save_pt
+from vae_hyperband.model.vae import VAE
+
+SamplerName = Literal["prior", "mixture", "flow"]
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+
+FORMAT = "vae-hyperband sampler"
+KEYS = {1: frozenset({"checkpoint", "sampler", "fitted", "tensors"})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How a sampler is fitted."""
+
+    components: int = 20
+    """Gaussians per class of the mixture, with full covariances."""
+    flow_epochs: int = 40
+    """Passes of the flow over the training split's latents."""
+    flow_width: int = 256
+    """Hidden units of the flow's layers."""
+    flow_depth: int = 3
+    """Residual blocks of the flow."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for field in dataclasses.fields(self):
+            require_number(field.name, getattr(self, field.name), 1)
+
+    def of(self, name: SamplerName) -> dict[str, int]:
+        """The settings that a sampler depends on."""
+        settings = dataclasses.asdict(self)
+        return {
+            key: settings[key] for key in settings if key.startswith("flow") == (name == "flow")
+        }
+
+
+@dataclass(frozen=True)
+class Prior:
+    """z ~ p(z), the model's own prior: what the bound is about."""
+
+    model: VAE
+
+    def draw(self, num: int, stream: torch.Generator, label: int | None = None) -> Tensor:
+        if label is not None:
+            raise ConfigError("The prior knows no labels: use --sampler mixture or flow.")
+        return self.model.draw_prior(num, stream)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gaussians with full covariances, up to K for each label. float64."""
+
+    shares_L: Tensor  # of the labels in the training split
+    weights_LK: Tensor
+    means_LKZ: Tensor
+    roots_LKZZ: Tensor  # lower Cholesky factors of the covariances
+
+    @classmethod
+    def fit(cls, z_PZ: Tensor, label_P: Tensor, components: int, seed: int) -> Self:
+        # scikit-learn takes a second to import, and every worker of a search imports this
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits
+
+        counts_L = label_P.bincount()
+        counts_L[counts_L < 2] = 0  # a single image has no covariance: its label is never drawn
+        require(bool(counts_L.any()), "No label has two training images: no mixture can be fitted.")
+        shares_L = counts_L.double() / counts_L.sum()
+        num_labels, latent_dim = len(shares_L), z_PZ.shape[1]
+        weights_LK = torch.zeros(num_labels, components, dtype=torch.float64)
+        means_LKZ = torch.zeros(num_labels, components, latent_dim, dtype=torch.float64)
+        roots_LKZZ = torch.eye(latent_dim, dtype=torch.float64).repeat(num_labels, components, 1, 1)
+        for label in shares_L.nonzero()[:, 0].tolist():
+            num = min(components, int(counts_L[label]))  # of a rare label, fewer
+            model = GaussianMixture(num, reg_covar=1e-4, random_state=seed & 0xFFFFFFFF)
+            # its matrices are small: two threads take two to four times as long as one
+            with warnings.catch_warnings(), threadpool_limits(1):
+                # 100 rounds that have not converged are a fit, too
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.fit(z_PZ[label_P == label].double().numpy())
+            weights_LK[label, :num] = torch.from_numpy(model.weights_)
+            means_LKZ[label, :num] = torch.from_numpy(model.means_)
+            roots_LKZZ[label, :num] = torch.linalg.cholesky(torch.from_numpy(model.covariances_))
+        return cls(shares_L, weights_LK, means_LKZ, roots_LKZZ)
+
+    def draw(self, num: int, stream: torch.Generator, label: int | None = None) -> Tensor:
+        label_N = _labels(self.shares_L, num, stream, label)
+        component_N = torch.multinomial(self.weights_LK[label_N], 1, generator=stream)[:, 0]
+        mean_NZ = self.means_LKZ[label_N, component_N]
+        noise_NZ = torch.randn(mean_NZ.shape, generator=stream, dtype=torch.float64)
+        roots_NZZ = self.roots_LKZZ[label_N, component_N]
+        return (mean_NZ + torch.einsum("nzy,ny->nz", roots_NZZ, noise_NZ)).float()
+
+
+@dataclass(frozen=True)
+class LearnedFlow:
+    """A flow from noise to z, given the label."""
+
+    shares_L: Tensor
+    flow: Flow
+
+    def draw(self, num: int, stream: torch.Generator, label: int | None = None) -> Tensor:
+        return self.flow.draw(_labels(self.shares_L, num, stream, label), stream)
+
+
+Sampler = Prior | Mixture | LearnedFlow
+
+
+def _shares(label_P: Tensor) -> Tensor:
+    return label_P.bincount().double() / len(label_P)
+
+
+def _labels(shares_L: Tensor, num: int, stream: torch.Generator, label: int | None) -> Tensor:
+    """The label asked for, or labels as frequent as in the training split; shape (N,)."""
+    if label is None:
+        return torch.multinomial(shares_L, num, replacement=True, generator=stream)
+    if not (0 <= label < len(shares_L) and shares_L[label] > 0):
+        raise ConfigError(f"No training image has the label {label}, so none can be drawn.")
+    return torch.full((num,), label)
+
+
+def sampler_file(ckpt: Path, name: SamplerName) -> Path:
+    """Where a checkpoint's sampler is kept: best.flow.pt beside best.pt."""
+    return ckpt.with_name(f"{ckpt.stem}.{name}.pt")
+
+
+def get_sampler(
+    name: SamplerName,
+    ckpt: Path,
+    load_train: Callable[[], Split],
+    config: SamplerConfig | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Sampler:
+    """The sampler of a checkpoint: read from beside it, or fitted and kept there.
+
+    One that is damaged, or was fitted to another checkpoint or in another way, is fitted anew: it
+    is a function of these. ``load_train`` gives the training split, where it is needed.
+    """
+    config = config or SamplerConfig()
+    content = load_ckpt(ckpt)
+    model = model_from_ckpt(content, ckpt).eval()
+    if name == "prior":
+        return Prior(model)
+    path = sampler_file(ckpt, name)
+    facts = {"checkpoint": content["digest"], "sampler": name, "fitted": config.of(name)}
+    if path.exists():
+        try:
+            found = load_pt(path, FORMAT, KEYS)
+        except CheckpointError:
+            say(f"{path} is damaged or of another version: fitted anew")
+        else:
+            if {key: found[key] for key in facts} == facts:
+                return _from_tensors(name, found["tensors"], config)
+    say(f"fitting the {name} to the training split's latents")
+    train = load_train()
+    if train.digest != content["data"]["digest"]:
+        raise CheckpointError(
+            f"{ckpt} was trained on other images than these, to which no {name} can be fitted: "
+            "give the --data-dir it was trained on, or leave the sampler out."
+        )
+    posteriors = encode_split(model, eval_dataloader(as_trained(train, content["config"])))
+    seed = content["config"]["seed"]
+    sampler = fit_sampler(name, posteriors, train.labels_N, seed, config, say)
+    try:
+        save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, KEYS)
+    except RunFolderError as error:  # somebody else's checkpoint, perhaps
+        say(f"the {name} is not kept: {error}")
+    return sampler
+
+
+def fit_sampler(
+    name: SamplerName,
+    posteriors: Posteriors,
+    label_P: Tensor,
+    seed: int,
+    config: SamplerConfig,
+    say: Callable[[str], None] = lambda text: None,
+) -> Mixture | LearnedFlow:
+    """Fit a mixture or a flow to draws of the posteriors. A function of its arguments alone."""
+    if name == "mixture":
+        return Mixture.fit(posteriors.draw(seed), label_P, config.components, seed)
+    shares_L = _shares(label_P)
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        if (epoch + 1) % 10 == 0:
+            say(f"flow epoch {epoch + 1}/{config.flow_epochs}, loss {loss:.4f}")
+
+    flow = fit_flow(
+        lambda epoch: posteriors.draw(seed, epoch),
+        label_P,
+        len(shares_L),
+        seed,
+        config.flow_epochs,
+        config.flow_width,
+        config.flow_depth,
+        on_epoch,
+    )
+    return LearnedFlow(shares_L, flow)
+
+
+def _to_tensors(sampler: Mixture | LearnedFlow) -> dict[str, Tensor]:
+    if isinstance(sampler, Mixture):
+        return {field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)}
+    return {"shares_L": sampler.shares_L, **sampler.flow.state_dict()}
+
+
+def _from_tensors(name: str, tensors: dict[str, Tensor], config: SamplerConfig) -> Sampler:
+    if name == "mixture":
+        return Mixture(**tensors)
+    shares_L = tensors.pop("shares_L")
+    with torch.device("meta"):
+        latent_dim = len(tensors["mean_Z"])
+        flow = Flow(latent_dim, len(shares_L), config.flow_width, config.flow_depth)
+    flow.load_state_dict(tensors, assign=True)
+    return LearnedFlow(shares_L, flow.eval().requires_grad_(False))
+
+
+@torch.no_grad()
+def generate(
+    model: VAE, sampler: Sampler, num: int, seed: int = 0, label: int | None = None
+) -> Tensor:
+    """Images decoded from draws of a sampler, as bytes, shape (N, C, H, W), on the CPU."""
+    z_NZ = sampler.draw(num, generator(seed, "sample"), label)
+    return decode_bytes(model, z_NZ)
+
+
+@torch.no_grad()
+def decode_bytes(model: VAE, z_NZ: Tensor) -> Tensor:
+    """The images that the decoder makes of latents, as bytes: the mean of each pixel."""
+    device = next(model.parameters()).device
+    return torch.cat(
+        [
+            (model.decode_images(z_BZ.to(device)) * 255).round().to(torch.uint8).cpu()
+            for z_BZ in z_NZ.split(EVAL_BATCH_SIZE)
+        ]
+    )

@@ -1,0 +1,1 @@
+"""What other programs use: ONNX, safetensors, a page for the browser."""

@@ -1,0 +1,226 @@
+"""The latent explorer: one HTML file that encodes and decodes in the browser, without any network.
+
+Everything lies in the page: the two graphs, ONNX Runtime Web, images and their latents. Its
+Content-Security-Policy lets nothing be loaded, and only these scripts and styles run.
+
+Shape suffixes: N images, C channels, H height, W width, Z latent dimensions, L labels, K
+components.
+"""
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import lzma
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.data.splits import Split
+from vae_hyperband.evaluation.flow import NUM_STEPS
+from vae_hyperband.evaluation.latents import Posteriors
+from vae_hyperband.evaluation.samplers import LearnedFlow, Mixture
+from vae_hyperband.export.onnx_export import decoder_graph, encoder_graph, velocity_graph
+from vae_hyperband.model.objective import aggregate, nats_by_dimension
+from vae_hyperband.model.vae import VAE
+from vae_hyperband.reporting.page import csp_digest, style
+
+FOLDER = Path(__file__).with_name("web")
+SCRIPTS = ("engine.js", "page.js", "drawing.js")
+
+#: ONNX Runtime Web 1.30.0 as published; the WebAssembly after unpacking. To renew them: npm pack
+#: onnxruntime-web, then xz -9e of the second one.
+RUNTIME_SHA256 = {
+    "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+    "ort-wasm-simd-threaded.wasm.xz": (
+        "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"
+    ),
+}
+
+
+def _runtime(name: str) -> bytes:
+    content = (FOLDER / name).read_bytes()
+    if name.endswith(".xz"):
+        content = lzma.decompress(content)
+    assert hashlib.sha256(content).hexdigest() == RUNTIME_SHA256[name], name
+    return content
+
+
+def page(
+    model: VAE,
+    split: Split,
+    posteriors: Posteriors,
+    names: tuple[str, ...],
+    title: str,
+    facts: dict[str, str],
+    sampler: Mixture | LearnedFlow | None = None,
+) -> str:
+    """The whole page. ``posteriors`` are those of the split's images, which are its map.
+
+    ``facts`` are shown below the title. Raises :class:`ConfigError` where images have neither one
+    channel nor three.
+    """
+    if model.channels not in (1, 3):
+        raise ConfigError(f"Images of {model.channels} channels cannot be shown: 1 or 3 can.")
+    data, share = _data(model, split, posteriors, names)
+    data |= {
+        "mixture": _mixture(sampler) if isinstance(sampler, Mixture) else None,
+        "flow": _flow(sampler) if isinstance(sampler, LearnedFlow) else None,
+    }
+    script = "\n".join([_as_global(_runtime("ort.wasm.bundle.min.mjs").decode()), *_scripts()])
+    css = style(FOLDER / "explorer.css")
+    parts = {
+        "csp": _policy(script, css),
+        "css": css,
+        "script": script,
+        "title": html.escape(title),
+        "facts": html.escape(" · ".join(f"{name} {value}" for name, value in facts.items())),
+        "map": html.escape(
+            f"{len(split):,} images where the encoder puts them, in the plane of the two "
+            f"directions in which they vary most ({share:.0%} of the variance)."
+        ),
+        "nats": html.escape(
+            "mean KL over the map's images"
+            if model.vamp is None
+            else "mean KL over the map's images, to the Gaussian of all of their z together"
+        ),
+        "footer": "Made by vae-hyperband. Decoded here, by ONNX Runtime Web (MIT License, "
+        "Copyright (c) Microsoft Corporation); nothing is loaded or sent.",
+        # in a script element only </script and <!-- have a meaning
+        "data": json.dumps(data).replace("<", "\\u003c"),
+    }
+    template = (FOLDER / "explorer.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _scripts() -> list[str]:
+    return [(FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS]
+
+
+def _as_global(module: str) -> str:
+    """The runtime's module inside of ours: what it exports by default becomes ``ort``.
+
+    A module cannot import another one that lies in the same page.
+    """
+    head, exports = module.rsplit("export{", 1)
+    pairs = [name.split(" as ") for name in exports.split("}", 1)[0].split(",")]
+    names = {outside: inside for inside, outside in pairs}
+    fields = ",".join(f"{name}:{names[name]}" for name in ("InferenceSession", "Tensor", "env"))
+    # in a block, so that its short names are not ours
+    return f"const ort=(()=>{{{head}return {{{fields}}};}})();"
+
+
+def _policy(script: str, css: str) -> str:
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {csp_digest(script)} 'wasm-unsafe-eval'",
+            f"style-src {csp_digest(css)}",
+            "img-src data: blob:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def _data(
+    model: VAE,
+    split: Split,
+    posteriors: Posteriors,
+    names: tuple[str, ...],
+) -> tuple[dict[str, Any], float]:
+    """What the scripts read, and which share of the variance the map shows."""
+    mu_NZ = posteriors.mu_NZ
+    codes = mu_NZ.double(), posteriors.logvar_NZ.double()
+    nats_Z = nats_by_dimension(model, *codes)
+    mean_Z, variance_Z = aggregate(*codes)
+    far_Z = 4 * variance_Z.sqrt()
+    map_facts, share = _map(mu_NZ)
+    data = {
+        "latentDim": model.latent_dim,
+        "shape": list(split.image_shape),
+        "names": list(names),
+        "labels": split.labels_N.tolist(),
+        "images": _base64(split.images_NCHW.numpy().tobytes()),
+        "mu": _floats(mu_NZ),
+        "nats": _rounded(nats_Z),
+        "order": nats_Z.argsort(descending=True).tolist(),
+        "mean": _rounded(mean_Z),
+        "low": _rounded(torch.minimum(mean_Z - far_Z, mu_NZ.amin(dim=0))),
+        "high": _rounded(torch.maximum(mean_Z + far_Z, mu_NZ.amax(dim=0))),
+        "map": map_facts,
+        "encoder": _base64(encoder_graph(model, {}).SerializeToString()),
+        "decoder": _base64(decoder_graph(model, {}).SerializeToString()),
+        "runtime": _base64(
+            gzip.compress(_runtime("ort-wasm-simd-threaded.wasm.xz"), compresslevel=9, mtime=0)
+        ),
+        "vamp": _vamp(model) if model.vamp else None,
+    }
+    return data, share
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def _map(mu_NZ: Tensor) -> tuple[dict[str, Any], float]:
+    """The plane of the first two principal components of the means."""
+    centre_Z = mu_NZ.double().mean(dim=0)
+    centred_NZ = mu_NZ.double() - centre_Z
+    _, lengths, axes = torch.linalg.svd(centred_NZ, full_matrices=False)
+    axes_2Z = torch.zeros(2, mu_NZ.shape[1], dtype=torch.float64)
+    axes_2Z[: len(axes[:2])] = axes[:2]  # of a code of one dimension there is one
+    edge = (centred_NZ @ axes_2Z.T).abs().max().item() * 1.05
+    energy = lengths.square()
+    facts = {
+        "centre": _floats(centre_Z),
+        "axes": [_floats(axis_Z) for axis_Z in axes_2Z],
+        "edge": round(max(edge, 0.1), 4),
+    }
+    return facts, (energy[:2].sum() / energy.sum().clamp_min(1e-300)).item()
+
+
+def _mixture(mixture: Mixture) -> dict[str, Any]:
+    return {
+        "shares": mixture.shares_L.tolist(),
+        "components": mixture.weights_LK.shape[1],
+        "weights": _floats(mixture.weights_LK),
+        "means": _floats(mixture.means_LKZ),
+        "roots": _floats(mixture.roots_LKZZ),
+    }
+
+
+def _flow(sampler: LearnedFlow) -> dict[str, Any]:
+    flow = sampler.flow
+    return {
+        "shares": sampler.shares_L.tolist(),
+        "mean": flow.mean_Z.tolist(),
+        "std": flow.std_Z.tolist(),
+        "velocity": _base64(velocity_graph(flow.velocity).SerializeToString()),
+        "steps": NUM_STEPS,
+    }
+
+
+@torch.no_grad()
+def _vamp(model: VAE) -> dict[str, Any]:
+    assert model.vamp is not None
+    mu_KZ, logvar_KZ = model.encode(model.vamp.images_KCHW)
+    return {
+        "count": len(mu_KZ),
+        "mu": _floats(mu_KZ),
+        "sigma": _floats(torch.exp(0.5 * logvar_KZ)),
+    }
+
+
+def _floats(tensor: Tensor) -> str:
+    """32-bit floats in the order of x86 and ARM, which are those of browsers."""
+    return _base64(tensor.float().contiguous().numpy().astype("<f4").tobytes())
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

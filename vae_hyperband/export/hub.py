@@ -1,0 +1,181 @@
+"""A model to be handed on: safetensors, a config.json and a model card, in one folder.
+
+The folder is laid out as model hubs expect it. Nothing is uploaded.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from vae_hyperband.common.config import in_effect
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.files import make_folder, write_together
+from vae_hyperband.model.checkpoint import (
+    LOSS_NAMES,
+    SHARED_CONFIG,
+    SHARED_FORMAT,
+    SHARED_WEIGHTS,
+    model_from_ckpt,
+    own_losses,
+)
+from vae_hyperband.model.vae import VAE
+from vae_hyperband.reporting.summaries import table_of
+
+#: What the data sets are called, and where hubs have them.
+DATA_NAMES = {
+    "fashion-mnist": "Fashion-MNIST",
+    "drawn": "drawn garments",
+    "custom": "custom images",
+}
+DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
+
+#: What ``license:`` in the head of a card may be; hubs read it as an SPDX-like word.
+LICENSE_WORDS = "abcdefghijklmnopqrstuvwxyz0123456789.-"
+
+ARCHITECTURE = """\
+| | layer | output |
+|---|---|---|
+| encoder | convolution 3x3, stride 2, ReLU | 32 x {half} x {half} |
+| | convolution 3x3, stride 2, ReLU | 64 x {small} x {small} |
+| | linear, twice | mu and log sigma^2, {latent_dim} each |
+| decoder | linear | 64 x {small} x {small} |
+| | transposed convolution 3x3, stride 2, ReLU | 32 x {half} x {half} |
+| | transposed convolution 3x3, stride 2 | {channels} x {size} x {size} logits |
+"""
+
+CARD = """\
+---
+license: {license}
+library_name: vae-hyperband
+tags:
+- variational-autoencoder
+- image-generation
+{datasets}---
+
+# A variational autoencoder of {data_name}, latent dimension {latent_dim}, beta {beta:g}
+
+Kingma & Welling 2014 (beta: Higgins et al. 2017), {parameters:,} parameters, likelihood
+{likelihood}, prior {prior}. Trained {epochs} epochs ({step:,} steps) with vae-hyperband.
+
+```python
+from vae_hyperband import load_model
+
+model = load_model("path/to/this/folder")
+images = model.sample(64)  # (64, {channels}, {size}, {size}), in [0, 1]
+```
+
+## Architecture
+
+{architecture}
+## Data
+
+{data_name}, {num_images:,} training images of {size}x{size}x{channels}, SHA-256 of the file
+`{data_digest}`.
+
+## Metrics
+
+{metrics}
+
+## Configuration
+
+```json
+{config}
+```
+
+SHA-256 of the weights, as `train` prints it: `{weights}`.
+"""
+
+
+def write_shared(
+    content: dict[str, Any], folder: Path, license: str, report: dict[str, Any] | None
+) -> list[Path]:
+    """Write a loaded checkpoint's model, to be read by :func:`~vae_hyperband.load_model`.
+
+    ``report`` is an evaluation of the same checkpoint, for the card.
+    """
+    if not license or not set(license) <= set(LICENSE_WORDS):
+        raise ConfigError(f"--license is {license!r}, but must be a word such as mit or cc-by-4.0.")
+    model = model_from_ckpt(content)
+    tensors = {name: tensor.contiguous() for name, tensor in content["model"].items()}
+    config = {
+        "format": SHARED_FORMAT,
+        "version": 1,
+        "model": _arguments(model),
+        "weights": content["weights"],
+        "checkpoint": content["digest"],
+        "trained": content["config"],
+        "epoch": content["epoch"],
+        "step": content["step"],
+        "data": content["data"],
+        "environment": content["environment"],
+        "validation": own_losses(content),
+        "evaluation": report,
+    }
+    make_folder(folder)
+    about = {"format": "pt", "model": json.dumps(config["model"])}
+    files = {  # the weights first, so they come last: without them nobody takes it for a model
+        folder / SHARED_WEIGHTS: safetensors.torch.save(tensors, about),
+        folder / SHARED_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        folder / "README.md": card(content, model, license, report).encode(),
+    }
+    write_together(files)
+    return list(files)
+
+
+def _arguments(model: VAE) -> dict[str, Any]:
+    return {
+        "latent_dim": model.latent_dim,
+        "image_size": model.image_size,
+        "channels": model.channels,
+        "likelihood": model.likelihood,
+        "pseudo_inputs": len(model.vamp.logits_KCHW) if model.vamp else 0,
+    }
+
+
+def card(content: dict[str, Any], model: VAE, license: str, report: dict[str, Any] | None) -> str:
+    """The model card, in Markdown, with the head that hubs read."""
+    config, size = content["config"], model.image_size
+    known = DATASETS.get(config["dataset"])
+    return CARD.format(
+        license=license,
+        datasets=f"datasets:\n- {known}\n" if known else "",
+        data_name=DATA_NAMES[config["dataset"]],
+        latent_dim=model.latent_dim,
+        beta=config["beta"],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        likelihood=model.likelihood,
+        prior=config.get("prior", "normal"),
+        epochs=content["epoch"],
+        step=content["step"],
+        architecture=ARCHITECTURE.format(
+            half=size // 2,
+            small=size // 4,
+            latent_dim=model.latent_dim,
+            channels=model.channels,
+            size=size,
+        ),
+        size=size,
+        channels=model.channels,
+        num_images=content["data"]["num_images"],
+        data_digest=content["data"]["digest"],
+        metrics=_metrics(content, report),
+        config=json.dumps(in_effect(config), indent=2),
+        weights=content["weights"],
+    )
+
+
+def _metrics(content: dict[str, Any], report: dict[str, Any] | None) -> str:
+    """What was measured, and how; an evaluation if there is one."""
+    if report is not None:
+        return (
+            f"By `vae-hyperband evaluate --split {report['split']}`; bounds at beta = 1, in nats "
+            f"per image, summed over pixels.\n\n```\n{table_of(report)}\n```"
+        )
+    losses = own_losses(content)
+    if not losses:
+        return "None: these weights were saved between two validations."
+    lines = [f"| {title} | {losses[name]:.2f} |" for name, title in LOSS_NAMES.items()]
+    head = "On the validation split, nats per image, summed over pixels, one draw of z per image:"
+    return "\n".join([head, "", "| | nats |", "|---|---|", *lines])

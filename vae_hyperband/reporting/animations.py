@@ -1,0 +1,162 @@
+"""Moving pictures: samples over training, and a walk through the latent space.
+
+Shape suffixes: K images on the way, W walkers side by side, Z latent dimensions.
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from torch import Tensor
+
+from vae_hyperband.common.errors import ConfigError, RunFolderError
+from vae_hyperband.common.files import replacing
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.evaluation.latents import Posteriors
+from vae_hyperband.model.vae import VAE
+from vae_hyperband.training.tracker import COLUMNS, MARGIN, image_grid
+
+FORMATS = {".gif": "GIF", ".webp": "WEBP"}
+MOST_FRAMES = 100  # of a training; more would take much memory
+BAR = 6  # height in pixels of the bar below samples over training
+SCALE = 3  # screen pixels per pixel
+
+
+def logged_pictures(log_folder: Path, tag: str) -> dict[int, bytes]:
+    """The PNGs of a run's event files under a tag ("images/random_samples"), by their step.
+
+    A run that went on from a checkpoint has logged some steps twice: the last one counts. Raises
+    :class:`RunFolderError` if a file cannot be read.
+    """
+    found: dict[int, bytes] = {}
+    for path in sorted(log_folder.glob("events.out.tfevents.*")):
+        try:
+            for record in RawEventFileLoader(str(path)).Load():
+                event = Event.FromString(record)
+                if event.HasField("session_log"):  # what follows takes the place of these
+                    found = {step: png for step, png in found.items() if step < event.step}
+                for value in event.summary.value:
+                    if value.tag == tag:
+                        found[event.step] = value.image.encoded_image_string
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
+    return found
+
+
+def logged_samples(log_folder: Path, most: int) -> dict[int, Image.Image]:
+    """What a run's samples of the same noise looked like after validations, by their step.
+
+    The first one, the last one, and others evenly between them: at least two, where there are.
+    """
+    pngs = logged_pictures(log_folder, "images/random_samples")
+    steps = sorted(pngs)
+    most = min(most, len(steps))
+    shown = sorted({round(i * (len(steps) - 1) / max(most - 1, 1)) for i in range(most)})
+    return {steps[i]: _on_paper(_opened(pngs[steps[i]])) for i in shown}
+
+
+def _opened(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def over_training(log_folder: Path, path: Path) -> Path:
+    """Samples of the same noise over the validations; the last ones stay for two seconds."""
+    pictures = logged_samples(log_folder, MOST_FRAMES)
+    if len(pictures) < 2:
+        raise ConfigError(
+            f"{log_folder} has {len(pictures)} pictures of samples: at least two validations with "
+            "TensorBoard's files are needed."
+        )
+    last = max(pictures)
+    frames = [_with_progress(picture, step / last) for step, picture in pictures.items()]
+    return _save(frames, [300] * (len(frames) - 1) + [2000], path)
+
+
+def _with_progress(picture: Image.Image, share: float) -> Image.Image:
+    """The picture over a bar that says how much of the training is done."""
+    frame = Image.new("RGB", (picture.width, picture.height + BAR), "white")
+    frame.paste(picture)
+    right = MARGIN + round(share * (picture.width - 2 * MARGIN))
+    box = (MARGIN, picture.height, right, picture.height + BAR - MARGIN - 1)
+    ImageDraw.Draw(frame).rectangle(box, "#0072B2")
+    return frame
+
+
+def latent_walk(
+    model: VAE,
+    posteriors: Posteriors,
+    path: Path,
+    seed: int = 0,
+    num_stops: int = 5,
+    frames_per_leg: int = 12,
+    walkers: int = 16,
+) -> Path:
+    """Walkers that go from the mean of one image to that of the next, and back to their first.
+
+    Straight lines in z, slow at their ends. The same seed takes the same images.
+    """
+    order = torch.randperm(len(posteriors.mu_NZ), generator=generator(seed, "walk"))
+    if len(order) < num_stops * walkers:
+        raise ConfigError(f"A walk needs {num_stops * walkers} images, but there are {len(order)}.")
+    stops_KWZ = posteriors.mu_NZ[order[: num_stops * walkers]].view(num_stops, walkers, -1)
+    frames = [_frame(images) for images in _decoded(model, stops_KWZ, frames_per_leg)]
+    return _save(frames, [60] * len(frames), path)
+
+
+@torch.no_grad()
+def _decoded(model: VAE, stops_KWZ: Tensor, frames_per_leg: int) -> Iterator[Tensor]:
+    """Images of all walkers, one moment after another."""
+    for k, start_WZ in enumerate(stops_KWZ):
+        end_WZ = stops_KWZ[(k + 1) % len(stops_KWZ)]
+        for moment in range(frames_per_leg):
+            share = moment / frames_per_leg
+            yield model.decode_images(start_WZ.lerp(end_WZ, share**2 * (3 - 2 * share)))
+
+
+def _frame(images_WCHW: Tensor) -> Image.Image:
+    columns = round(len(images_WCHW) ** 0.5)
+    grid_CHW = image_grid(images_WCHW, columns, background=0.0)
+    pixels_HWC = (grid_CHW.expand(3, -1, -1).permute(1, 2, 0) * 255).round().to(torch.uint8)
+    picture = Image.fromarray(pixels_HWC.numpy())
+    return _negative(picture) if len(images_WCHW[0]) == 1 else picture
+
+
+def _negative(picture: Image.Image) -> Image.Image:
+    """Ink on paper, as in the figures."""
+    return picture.point(lambda value: 255 - value)
+
+
+def _on_paper(grid: Image.Image) -> Image.Image:
+    """A logged grid of grey images, 8 to a row, as ink on paper; one of colours as it is."""
+    red, green, blue = grid.split()
+    if not red.tobytes() == green.tobytes() == blue.tobytes():
+        return grid
+    paper = _negative(grid)
+    pen, cell = ImageDraw.Draw(paper), (grid.width - MARGIN) // COLUMNS
+    for start in range(0, max(grid.size), cell):
+        pen.rectangle((start, 0, start + MARGIN - 1, grid.height), "white")
+        pen.rectangle((0, start, grid.width, start + MARGIN - 1), "white")
+    return paper
+
+
+def _save(frames: list[Image.Image], durations: list[int], path: Path) -> Path:
+    """Durations are in milliseconds."""
+    size = (frames[0].width * SCALE, frames[0].height * SCALE)
+    first, *others = (frame.resize(size, Image.Resampling.NEAREST) for frame in frames)
+    try:
+        with replacing(path.resolve()) as temporary, open(temporary, "wb") as file:
+            first.save(
+                file,
+                FORMATS[path.suffix],
+                save_all=True,
+                append_images=others,
+                duration=durations,
+                loop=0,
+            )
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
+    return path

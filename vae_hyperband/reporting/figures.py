@@ -1,0 +1,480 @@
+"""Every picture of a run. Colours are Okabe & Ito's, which the colour-blind can tell apart."""
+
+import functools
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from torch import Tensor
+
+from vae_hyperband.common.files import make_folder, write_bytes
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.evaluation.latents import encode_images
+from vae_hyperband.model.objective import aggregate, nats_by_dimension
+from vae_hyperband.model.vae import VAE
+from vae_hyperband.search.config import METRICS
+from vae_hyperband.search.trials import SearchResult, TrialRecord
+from vae_hyperband.training.study import Row, grouped, over_seeds, value_of
+from vae_hyperband.training.tracker import image_grid, read_rows
+
+ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#B0B0B0"
+CYCLE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOSSES = {
+    "bound": "bound = reconstruction + KL",
+    "recon_loss": "reconstruction",
+    "KL_divergence": "KL divergence",
+}
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 150,
+    "savefig.bbox": "tight",
+    "figure.constrained_layout.use": True,
+}
+
+
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Path]) -> Callable[P, Path]:
+    """Draw with :data:`STYLE`, and leave the caller's own matplotlib settings as they were."""
+
+    @functools.wraps(draw)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Path:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapped
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    make_folder(path.resolve().parent)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:])
+    write_bytes(path.resolve(), drawn.getvalue())
+    return path
+
+
+def logged_losses(log_folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl that can be drawn."""
+    return read_rows(log_folder / "metrics.jsonl", ("split", *LOSSES))
+
+
+@styled
+def curves(log_folder: Path, path: Path) -> Path:
+    """Training and validation losses of a run, from its metrics.jsonl."""
+    rows = logged_losses(log_folder)
+    figure = Figure(figsize=(10, 3))
+    axes = figure.subplots(1, 3)
+    for axis, (name, title) in zip(axes, LOSSES.items(), strict=True):
+        for split, color in (("train", GREY), ("validation", BLUE)):
+            points = [(row["step"], row[name]) for row in rows if row["split"] == split]
+            if points:
+                marker = "o" if split == "validation" else None
+                axis.plot(*zip(*points, strict=True), color=color, label=split, marker=marker, ms=3)
+        first = min((row["step"] for row in rows if row["split"] == "validation"), default=0)
+        # what comes before is many times higher and would hide all the rest
+        shown = [row[name] for row in rows if row["step"] >= first]
+        if shown:
+            low, high = min(shown), max(shown)
+            room = max(high - low, 0.5)
+            axis.set_ylim(low - 0.1 * room, high + 0.3 * room)
+        axis.set(xlabel="step", ylabel="nats/image", title=title)
+    axes[0].legend()
+    return save_figure(figure, path)
+
+
+@styled
+def overlaid(runs: dict[str, list[dict[str, Any]]], path: Path, note: str = "") -> Path:
+    """The validation losses of several runs over each other, from the rows of metrics.jsonl.
+
+    ``note`` stands above them.
+    """
+    figure = Figure(figsize=(10, 3.2))
+    for axis, (name, title) in zip(figure.subplots(1, 3), LOSSES.items(), strict=True):
+        for i, (run, rows) in enumerate(runs.items()):
+            points = [(row["step"], row[name]) for row in rows if row["split"] == "validation"]
+            if points:
+                color, line = CYCLE[i % len(CYCLE)], ("-", "--", ":")[i // len(CYCLE) % 3]
+                axis.plot(
+                    *zip(*points, strict=True), line, color=color, label=run, marker="o", ms=3
+                )
+        axis.set(xlabel="step", ylabel="nats/image", title=title)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 5))
+    if note:
+        figure.suptitle(note)
+    return save_figure(figure, path)
+
+
+def _show(axes: Axes, images_NCHW: Tensor, columns: int) -> None:
+    grid_CHW = image_grid(images_NCHW, columns, background=0.0)
+    # ink on paper: 0 is white
+    if len(grid_CHW) == 1:
+        axes.imshow(grid_CHW[0].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axes.imshow(grid_CHW.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.axis("off")
+
+
+@styled
+def reconstructions(model: VAE, images_NCHW: Tensor, path: Path) -> Path:
+    """Images in one row, what the model makes of them in the next."""
+    columns = 12
+    inputs, outputs = images_NCHW, model.reconstruct(images_NCHW)
+    blocks = [
+        block
+        for start in range(0, len(inputs), columns)
+        for block in (inputs[start : start + columns], outputs[start : start + columns].cpu())
+    ]
+    figure = Figure(figsize=(8, 0.7 * len(blocks) + 0.4))
+    axes = figure.subplots()
+    _show(axes, torch.cat(blocks), columns)
+    axes.set_title("upper rows: images the model has not seen; lower rows: their reconstructions")
+    return save_figure(figure, path)
+
+
+@styled
+def images(images_NCHW: Tensor, title: str, path: Path) -> Path:
+    """A grid of images in [0, 1]."""
+    columns = max(1, min(16, round(len(images_NCHW) ** 0.5)))
+    rows = -(-len(images_NCHW) // columns)
+    figure = Figure(figsize=(0.7 * columns, 0.7 * rows + 0.3))
+    axes = figure.subplots()
+    _show(axes, images_NCHW, columns)
+    axes.set_title(title)
+    return save_figure(figure, path)
+
+
+def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Path:
+    """A grid of images decoded from draws of the prior."""
+    drawn_NCHW = model.sample(num_samples, generator(seed, "sample")).cpu()
+    return images(drawn_NCHW, f"{num_samples} samples, z from the prior, seed {seed}", path)
+
+
+@styled
+@torch.no_grad()
+def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) -> Path:
+    """The first image's latent, one dimension at a time over the range that the images have.
+
+    That is three standard deviations of their z to each side of its mean, which for a dimension
+    that the standard normal prior fits is -3 to 3. The most used dimensions come first.
+    """
+    posteriors = encode_images(model, images_NCHW)
+    nats_Z = nats_by_dimension(model, *posteriors)
+    dims = nats_Z.argsort(descending=True)[:num_dims].tolist()
+    mean_Z, variance_Z = aggregate(*posteriors)
+    steps = torch.linspace(-3, 3, 11)
+    device = next(model.parameters()).device
+    figure = Figure(figsize=(8, 0.62 * len(dims) + 0.6))
+    axes = figure.subplots()
+    z_BZ = posteriors.mu_NZ[:1].repeat(len(dims) * len(steps), 1)
+    for row, dim in enumerate(dims):
+        values = mean_Z[dim] + steps * variance_Z[dim].sqrt()
+        z_BZ[row * len(steps) : (row + 1) * len(steps), dim] = values
+    _show(axes, model.decode_images(z_BZ.to(device)).cpu(), columns=len(steps))
+    pitch = images_NCHW.shape[-1] + 2
+    for row, dim in enumerate(dims):
+        label = f"z[{dim}]  {nats_Z[dim]:.2f} nats"
+        axes.text(-4, row * pitch + pitch / 2, label, ha="right", va="center")
+    axes.set_title(
+        "one z[i] over its mean +- 3 standard deviations, the others as the image has them"
+    )
+    return save_figure(figure, path)
+
+
+# ---- The picture of a search: every trial's curve, who was stopped, who won, and what mattered.
+
+
+@styled
+def best_config(result: SearchResult, path: Path) -> Path:
+    """Curves and winner on the left; each hyperparameter, and rate and distortion, on the right.
+
+    Rate (KL) against distortion (reconstruction) is drawn where the space has several betas.
+    """
+    names = [name for name, values in _choices(result).items() if len(values) > 1]
+    num_panels = len(names) + ("beta" in names)
+    figure = Figure(figsize=(10, 2 + 1.6 * max(num_panels, 2)))
+    left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1), squeeze=False)[0]
+    above, below = left.subplots(2, 1, height_ratios=(4, 1))
+    _draw_trials(above, result)
+    _write_winner(below, result)
+    if names:
+        panels = list(right.subplots(num_panels, 1, squeeze=False)[:, 0])
+        for axes, name in zip(panels, names, strict=False):
+            _draw_relation(axes, result, name)
+        if "beta" in names:
+            _draw_rate_distortion(panels[-1], result)
+        panels[0].set_title("open: stopped early", fontsize=8, color="#606060", loc="right")
+    return save_figure(figure, path)
+
+
+def _choices(result: SearchResult) -> dict[str, tuple[Any, ...]]:
+    config = result.config
+    return {
+        "latent_dim": config.latent_dims,
+        "learning_rate": config.learning_rates,
+        "batch_size": config.batch_sizes,
+        "beta": config.betas,
+    }
+
+
+def _usable(result: SearchResult) -> list[TrialRecord]:
+    return [trial for trial in result.trials if trial.best_row]
+
+
+def _color(result: SearchResult, trial: TrialRecord) -> str:
+    if trial is result.winner:
+        return ORANGE
+    return BLUE if trial.outcome == "finished" else GREY
+
+
+def _draw_trials(axes: Axes, result: SearchResult) -> None:
+    config, winner = result.config, result.winner
+    for trial in sorted(_usable(result), key=lambda t: (t is winner, t.num_epochs)):
+        wins = trial is winner
+        axes.plot(
+            trial.curve("epoch"),
+            trial.curve(config.metric),
+            color=_color(result, trial),
+            linewidth=2.2 if wins else 1.1,
+            marker="o",
+            markersize=4 if wins else 3,
+            zorder=3 if wins else 2,
+        )
+    num_others = sum(trial is not winner for trial in result.with_outcome("finished"))
+    for label, color in (
+        (f"winner, {winner.name.replace('_', ' ')}", ORANGE),
+        (f"others trained to the end ({num_others})", BLUE),
+        (f"stopped early ({len(result.with_outcome('stopped'))})", GREY),
+    ):
+        axes.plot([], [], color=color, marker="o", markersize=4, label=label)
+    axes.set(
+        xlabel="epoch",
+        ylabel=METRICS[config.metric],
+        title=f"{len(result.trials)} trials, {config.algorithm}, {config.scheduler.upper()}; "
+        "lower is better",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper right")
+
+
+def _write_winner(axes: Axes, result: SearchResult) -> None:
+    config, drawn = result.config, result.winner.drawn
+    lines = [
+        f"latent_dim {drawn['latent_dim']}    learning_rate {drawn['learning_rate']:.3g}    "
+        f"batch_size {drawn['batch_size']}    beta {drawn['beta']:g}    seed {config.seed}",
+        f"{result.epochs_spent} epochs trained, {result.epochs_saved} saved by stopping early",
+    ]
+    if failed := result.with_outcome("failed"):
+        lines.append(f"failed: {', '.join(trial.name.replace('_', ' ') for trial in failed[:8])}")
+    axes.axis("off")
+    axes.text(
+        0,
+        0.9,
+        f"Best configuration: {result.best_score:.2f} ({METRICS[config.metric]})",
+        color=ORANGE,
+        weight="bold",
+        va="top",
+    )
+    axes.text(0, 0.65, "\n".join(lines), va="top", linespacing=1.6)
+
+
+def _mark(axes: Axes, result: SearchResult, trial: TrialRecord, x: float, y: float) -> None:
+    """One trial: open if it was stopped, a star if it won."""
+    wins, color = trial is result.winner, _color(result, trial)
+    axes.scatter(
+        x,
+        y,
+        s=110 if wins else 26,
+        marker="*" if wins else "o",
+        facecolors=color if wins or trial.outcome == "finished" else "none",
+        edgecolors=color,
+        zorder=3 if wins else 2,
+    )
+
+
+def _draw_relation(axes: Axes, result: SearchResult, name: str) -> None:
+    """The trials' scores against one hyperparameter."""
+    values = sorted({trial.drawn[name] for trial in result.trials})
+    categorical = name != "learning_rate"
+    for trial in _usable(result):
+        x = values.index(trial.drawn[name]) if categorical else trial.drawn[name]
+        _mark(axes, result, trial, x, trial.score(result.config.metric))
+    if categorical:
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set_xlim(-0.5, len(values) - 0.5)
+    else:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel=name, ylabel="nats/image")
+    if result.importance and name in result.importance:
+        axes.set_title(f"importance {result.importance[name]:.0%}", fontsize=8)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _draw_rate_distortion(axes: Axes, result: SearchResult) -> None:
+    """One point per trial; a line of slope -1 joins models of the same bound."""
+    for trial in _usable(result):
+        assert trial.best_row is not None
+        rate, distortion = trial.best_row["KL_divergence"], trial.best_row["recon_loss"]
+        _mark(axes, result, trial, rate, distortion)
+        axes.annotate(
+            f"{trial.drawn['beta']:g}", (rate, distortion), (4, 3), textcoords="offset points",
+            fontsize=6, color="#606060",
+        )  # fmt: skip
+    axes.set(xlabel="rate: KL (nats/image)", ylabel="distortion (nats)")
+    axes.set_title("numbers: beta", fontsize=8, color="#606060")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+# ---- The picture of a study: what beta buys, and what it costs.
+
+SOURCES = {
+    "prior": (BLUE, "z from the prior"),
+    "mixture": (ORANGE, "z from the mixture"),
+    "flow": (GREEN, "z from the flow"),
+    "reconstructions": (GREY, "reconstructions"),
+}
+
+
+FAMILY_LINES = ("-", "--", ":", "-.")  # of latent sizes
+Family = tuple[str, list[list[Row]]]  # a kind of line, and groups of seeds by beta
+
+
+@styled
+def rate_distortion(rows: list[Row], path: Path) -> Path:
+    """Rate against distortion, and against beta what else was measured.
+
+    FID, probes, disentanglement, active units. A line per latent size. Bars are 95% intervals over
+    seeds, where there are several.
+    """
+    families = families_of(rows)
+    by_measure: dict[str, Callable[[Axes, list[Family]], None]] = {
+        "recon_loss": plane, "fid_reconstructions": _images, "linear_probe": _probes,
+        "mig": _disentanglement, "active_units": _active_units,
+    }  # fmt: skip
+    panels = [panel for name, panel in by_measure.items() if name in rows[0]]
+    height, width = -(-len(panels) // 2), min(2, len(panels))
+    figure = Figure(figsize=(5 * width, 3.2 * height))
+    all_axes = figure.subplots(height, width, squeeze=False).flatten()
+    for axes, panel in zip(all_axes, panels, strict=False):
+        panel(axes, families)
+        if panel is not plane:
+            _beta_axis(axes, sorted({row["config"]["beta"] for row in rows}))
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    return save_figure(figure, path)
+
+
+def _beta_axis(axes: Axes, betas: list[float]) -> None:
+    """Logarithmic, with a place for 0 left of the smallest beta above it."""
+    if betas[0] > 0:
+        axes.set_xscale("log")
+    elif len(betas) > 1:
+        axes.set_xscale("symlog", linthresh=betas[1], linscale=0.5)
+        axes.set_xlim(-betas[1] / 5, betas[-1] * 1.2)
+    axes.set_xlabel("beta")
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _images(axes: Axes, families: list[Family]) -> None:
+    for source, (color, label) in SOURCES.items():
+        _against_beta(axes, families, f"fid_{source}", color, label)
+    axes.set(title="FID of images (lower is better)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend()
+
+
+def _probes(axes: Axes, families: list[Family]) -> None:
+    _against_beta(axes, families, "linear_probe", BLUE, "linear")
+    _against_beta(axes, families, "knn_probe", ORANGE, "10 nearest neighbours")
+    for measure, color in (("raw_linear_probe", BLUE), ("raw_knn_probe", ORANGE)):
+        level = value_of(families[0][1][0][0], measure)
+        axes.axhline(level, color=color, linestyle=":", linewidth=1)
+    axes.set(title="probe accuracy (dotted: on raw pixels)")
+    axes.legend()
+
+
+def _disentanglement(axes: Axes, families: list[Family]) -> None:
+    _against_beta(axes, families, "mig", BLUE, "MIG")
+    _against_beta(axes, families, "dci", ORANGE, "DCI disentanglement")
+    axes.set(title="disentanglement")
+    axes.legend()
+
+
+def _active_units(axes: Axes, families: list[Family]) -> None:
+    _against_beta(axes, families, "active_units", BLUE, "active units")
+    axes.set(title="active units", ylim=(0, None))
+
+
+def families_of(rows: list[Row]) -> list[Family]:
+    """The rows by latent size, from the smallest on; in each by beta."""
+    groups = sorted(grouped(rows), key=lambda group: group[0]["config"]["beta"])
+    sizes = sorted({group[0]["config"]["latent_dim"] for group in groups})
+    return [
+        (
+            FAMILY_LINES[i % len(FAMILY_LINES)],
+            [g for g in groups if g[0]["config"]["latent_dim"] == size],
+        )
+        for i, size in enumerate(sizes)
+    ]
+
+
+def plane(axes: Axes, families: list[Family]) -> None:
+    """One point per configuration: what z costs, and what is lost with it."""
+    for line, groups in families:
+        points = [
+            tuple(over_seeds(group, name)["mean"] for name in ("KL_divergence", "recon_loss"))
+            for group in groups
+        ]
+        axes.plot(
+            *zip(*points, strict=True), color=GREY, linewidth=1, linestyle=line, marker="o",
+            markersize=5, markerfacecolor=BLUE, markeredgecolor=BLUE,
+            label=f"latent {groups[0][0]['config']['latent_dim']}",
+        )  # fmt: skip
+        for group, point in zip(groups, points, strict=True):
+            axes.annotate(
+                f"{group[0]['config']['beta']:g}", (point[0], point[1]), xytext=(4, 4),
+                textcoords="offset points", fontsize=8,
+            )  # fmt: skip
+    if len(families) > 1:
+        axes.legend()
+    axes.set(
+        title="rate and distortion, labelled with beta",
+        xlabel="rate: KL (nats/image)",
+        ylabel="distortion: reconstruction (nats/image)",
+    )
+
+
+def _against_beta(axes: Axes, families: list[Family], measure: str, color: str, label: str) -> None:
+    """Means over seeds; the first family names the colour."""
+    for line, groups in families:
+        there = [g for g in groups if measure in g[0]]
+        if not there:
+            continue
+        found = [over_seeds(group, measure) for group in there]
+        axes.errorbar(
+            [group[0]["config"]["beta"] for group in there],
+            [value["mean"] for value in found],
+            yerr=[value["half_interval"] if value["n"] > 1 else 0.0 for value in found],
+            color=color, label=label if line == FAMILY_LINES[0] else None, linestyle=line,
+            marker="o",
+            markersize=4, capsize=2, linewidth=1.2,
+        )  # fmt: skip

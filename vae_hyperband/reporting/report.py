@@ -1,0 +1,252 @@
+"""A run or a search as one HTML file that needs no network: to be looked at, kept and handed on."""
+
+import shlex
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vae_hyperband.common.config import Places, TrainConfig, changed_options, in_effect, read_json
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.files import check_place, make_folder, write_text
+from vae_hyperband.data.splits import as_trained
+from vae_hyperband.model.checkpoint import (
+    LOSS_NAMES,
+    load_ckpt,
+    model_from_ckpt,
+    own_losses,
+    split_of,
+)
+from vae_hyperband.reporting import figures
+from vae_hyperband.reporting.animations import logged_samples
+from vae_hyperband.reporting.page import (
+    drawn,
+    facts,
+    facts_section,
+    figure,
+    page,
+    png,
+    quiet,
+    section,
+    table,
+    wide,
+)
+from vae_hyperband.reporting.runs import best_ckpt
+from vae_hyperband.reporting.summaries import headline, summary_of, tables_of
+from vae_hyperband.search.config import METRICS, SearchConfig
+from vae_hyperband.search.trials import RESULT, WINNER, SearchResult, TrialRecord, read_result
+from vae_hyperband.training.loop import train_command
+
+
+def report(place: Places) -> str:
+    """The report of whatever has that name, a finished search or a run with a best checkpoint."""
+    if (place.ckpt_folder / RESULT).exists():
+        return search_report(read_result(place.ckpt_folder), place.run)
+    return run_report(place)
+
+
+def write_report(place: Places, out: Path | None = None) -> Path:
+    """The report as a file: ``out``, or report.html in the log folder."""
+    if out:
+        check_place(out, ".html", ".htm")  # a mistake before the work
+    text = report(place)
+    out = out or place.log_folder / "report.html"
+    make_folder(out.resolve().parent)
+    write_text(out, text)
+    return out
+
+
+def run_report(place: Places) -> str:
+    """Configuration, curves, samples over training, traversals, metrics, environment of a run.
+
+    Raises :class:`CheckpointError` if it has no best.pt, :class:`DataError` without its data.
+    """
+    ckpt = best_ckpt(place)
+    content = load_ckpt(ckpt)
+    config, model = content["config"], model_from_ckpt(content, ckpt).eval()
+    train_config = TrainConfig.from_dict(config, str(ckpt))
+    split = as_trained(split_of(content, ckpt, "validation", place.data_dir), config)
+    images = split.pixels(slice(1000))
+    best = content["best"]
+    head = (
+        f"{config['dataset']}, latent dimension {config['latent_dim']}, beta {config['beta']:g}. "
+        f"Best after epoch {best['epoch']}: validation bound {best['bound']:.2f} nats/image "
+        "(beta = 1; lower is better)."
+    )
+    parts = [
+        section("Metrics", _metrics(content, ckpt, place)),
+        section("Curves", _curves(place.log_folder)),
+        section("Samples over training", _over_training(place.log_folder)),
+        section(
+            "Reconstructions",
+            drawn(
+                lambda path: figures.reconstructions(model, images[:36], path),
+                "Validation images and what the model makes of them",
+            ),
+        ),
+        section(
+            "Samples",
+            drawn(lambda path: figures.samples(model, path), "Decoded draws of the prior"),
+        ),
+        section(
+            "Latent traversals",
+            drawn(
+                lambda path: figures.traversal(model, images, path),
+                "One dimension of z a row, those that say most first",
+            ),
+        ),
+        facts_section(
+            "Configuration",
+            {"command": train_command(train_config, place.run), **in_effect(config)},
+        ),
+        facts_section("Environment", _environment(content)),
+    ]
+    return page(f"Run {place.run}", head, parts)
+
+
+def _environment(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **content["environment"],
+        "data (SHA-256)": content["data"]["digest"],
+        "weights (SHA-256)": content["weights"],
+    }
+
+
+#: What evaluations are called beside the logs: by ``run`` and in the README, and by ``study``.
+EVALUATIONS = ("evaluation.json", "evaluation-validation.json", "evaluation-test.json")
+
+
+def _metrics(content: dict[str, Any], ckpt: Path, place: Places) -> str:
+    """The evaluations beside the logs that are of this checkpoint; else the last validation."""
+    found, stale = [], ""
+    for path in (place.log_folder / name for name in EVALUATIONS):
+        if path.exists():
+            evaluation = read_json(path)
+            if evaluation.get("checkpoint_digest") == content["digest"]:
+                found.append(_evaluation(evaluation))
+            else:
+                stale += f"{path} is of other weights. "
+    if found:
+        return "".join(found)
+    losses = own_losses(content)
+    words = ["vae-hyperband", "evaluate", str(ckpt)]
+    words += ["--json", str(place.log_folder / EVALUATIONS[0])]
+    if place.data_dir:
+        words += ["--data-dir", str(place.data_dir)]
+    note = (
+        f'<p class="quiet">Validation split, nats per image. {escape(stale)}With standard errors, '
+        f'FID and probes, after this command: <span class="code">{escape(shlex.join(words))}'
+        "</span></p>"
+    )
+    rows = {title: f"{losses[name]:.2f}" for name, title in LOSS_NAMES.items()}
+    return facts("Losses", rows) + note
+
+
+def _evaluation(evaluation: dict[str, Any]) -> str:
+    return quiet(headline(evaluation)) + "".join(
+        f"<h3>{escape(part.title)}</h3>{table(part)}" for part in tables_of(evaluation)
+    )
+
+
+def _curves(log_folder: Path) -> str:
+    if not figures.logged_losses(log_folder):
+        return quiet(
+            f"There are none in {log_folder}: its metrics.jsonl is not there, or not whole."
+        )
+    return drawn(lambda path: figures.curves(log_folder, path), "Losses over training")
+
+
+def _over_training(log_folder: Path) -> str:
+    pictures = logged_samples(log_folder, most=4)
+    if not pictures:
+        return quiet(
+            f"There are none in {log_folder}: TensorBoard's files are not there, or not whole."
+        )
+    shown = [
+        figure(png(picture), f"after step {step:,}", "Samples of the same noise")
+        for step, picture in pictures.items()
+    ]
+    note = quiet("The same noise, decoded after the first validation, the last, and some between.")
+    return f'{note}<div class="row">{"".join(shown)}</div>'
+
+
+def search_report(found: SearchResult, name: str) -> str:
+    """Curves, relations, the table of all trials and what was saved, of a finished search."""
+    if not found.winner.best_row:
+        raise ConfigError(f"No trial of {found.folder} has a result to report.")
+    config = found.config
+    parts = [
+        section(
+            "Every trial",
+            drawn(
+                lambda path: figures.best_config(found, path),
+                "Curves of all trials, the stopped ones grey; each hyperparameter against the "
+                "score; rate against distortion where there are several betas",
+            ),
+        ),
+        section("Table of trials", _trials(found)),
+        facts_section(
+            "What was searched",
+            {"command": _search_command(config, name), **in_effect(config.to_dict())},
+        ),
+    ]
+    if (found.folder / WINNER).exists():
+        winner = load_ckpt(found.folder / WINNER)
+        parts.append(facts_section("Environment of the winner", _environment(winner)))
+    return page(f"Search {name}", summary_of(found), parts)
+
+
+def _search_command(config: SearchConfig, name: str) -> str:
+    """The command that searches the same space, data and folders apart."""
+    changed = changed_options(config.to_dict(), SearchConfig().to_dict())
+    return shlex.join(["vae-hyperband", "search", "--run", name, *changed])
+
+
+def _best(loss: str) -> Callable[[TrialRecord], Any]:
+    return lambda trial: trial.best_row[loss] if trial.best_row else ""
+
+
+_COLUMNS: dict[str, Callable[[TrialRecord], Any]] = {
+    "trial": lambda trial: trial.number,
+    "outcome": lambda trial: trial.outcome or "",
+    "epochs": lambda trial: trial.num_epochs,
+    "latent_dim": lambda trial: trial.drawn["latent_dim"],
+    "learning_rate": lambda trial: trial.drawn["learning_rate"],
+    "batch_size": lambda trial: trial.drawn["batch_size"],
+    "beta": lambda trial: trial.drawn["beta"],
+    **{loss: _best(loss) for loss in ("bound", "recon_loss", "KL_divergence")},
+    "why": lambda trial: trial.why,
+}
+
+
+def _trials(found: SearchResult) -> str:
+    columns = dict(_COLUMNS)
+    metric = found.config.metric
+    if metric not in columns:
+        columns[metric] = _best(metric)
+    sorted_by: dict[str, str] = {metric: ' aria-sort="ascending"'}
+    head = "".join(
+        f'<th scope="col"{sorted_by.get(name, "")}>'
+        f"<button>{escape(name.replace('_', ' '))}</button></th>"
+        for name in columns
+    )
+    rows = []
+    for trial in sorted(found.trials, key=lambda trial: trial.score(metric)):
+        values = [value(trial) for value in columns.values()]
+        cells = "".join(
+            f'<td data-value="{escape(str(value))}"{_number(value)}>{escape(_short(value))}</td>'
+            for value in values
+        )
+        kind = ' class="winner"' if trial is found.winner else ""
+        rows.append(f"<tr{kind}>{cells}</tr>")
+    note = f"Losses in nats per image, of each trial's best epoch. Ranked by {METRICS[metric]}."
+    trials = wide("Trials", f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>")
+    return quiet(note) + trials
+
+
+def _number(value: Any) -> str:
+    return "" if isinstance(value, str) else ' class="number"'
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,151 @@
+"""Runs side by side: what differs in their configuration, what came of it."""
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_hyperband.common.config import Places, in_effect
+from vae_hyperband.common.errors import CheckpointError, ConfigError
+from vae_hyperband.model.checkpoint import BEST, LATEST, LOSS_NAMES, load_ckpt, own_losses
+from vae_hyperband.search.trials import ASKED, RESULT
+from vae_hyperband.training.tracker import read_rows
+
+#: Runs that differ in one of these are judged by different yardsticks.
+YARDSTICKS = ("likelihood", "binarize", "dataset", "data")
+NOTE = "validation split, nats per image"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run: what its best checkpoint and its logs say."""
+
+    name: str
+    config: dict[str, Any]
+    data_digest: str
+    weights: str  # SHA-256, of the best checkpoint
+    epoch: int
+    losses: dict[str, float]  # of the validation that the best checkpoint was written after
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    images_per_second: float | None  # median; None if it was never logged
+
+
+def read_run(name: str, places: Places) -> Run:
+    """Raises :class:`CheckpointError` if there is no best checkpoint of that name."""
+    place = dataclasses.replace(places, run=name)
+    content = load_ckpt(best_ckpt(place))
+    speeds = [
+        row["images_per_second"]
+        for row in read_rows(place.log_folder / "timing.jsonl", ("images_per_second",))
+    ]
+    return Run(
+        name,
+        in_effect(content["config"]),
+        content["data"]["digest"],
+        content["weights"],
+        content["epoch"],
+        {loss: own_losses(content)[loss] for loss in LOSS_NAMES},
+        read_rows(place.log_folder / "metrics.jsonl", ("split", *LOSS_NAMES)),
+        statistics.median(speeds) if speeds else None,
+    )
+
+
+def differing(runs: list[Run]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs, with each one's value; None: it has none."""
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    found = {name: [run.config.get(name) for run in runs] for name in names}
+    found["data"] = [run.data_digest[:12] for run in runs]
+    return {
+        name: values for name, values in found.items() if any(v != values[0] for v in values[1:])
+    }
+
+
+def incomparable(runs: list[Run]) -> str:
+    """Why the bounds of these runs say nothing about each other, or nothing."""
+    names = [name for name in differing(runs) if name in YARDSTICKS]
+    if not names:
+        return ""
+    return f"The runs differ in {', '.join(names)}: their losses cannot be compared."
+
+
+def as_data(runs: list[Run]) -> dict[str, Any]:
+    """The comparison as plain data for JSON."""
+    return {
+        "differs": differing(runs),
+        "incomparable": incomparable(runs),
+        "runs": [
+            {key: value for key, value in dataclasses.asdict(run).items() if key != "rows"}
+            for run in runs
+        ],
+    }
+
+
+def table(runs: list[Run]) -> str:
+    """The comparison as lines of text; the lowest bound has a star, if they can be compared."""
+    if len({run.name for run in runs}) < max(len(runs), 2):
+        raise ConfigError("compare takes two or more different runs.")
+    rows: list[list[str]] = [["", *(run.name for run in runs)]]
+    differs = differing(runs)
+    for name, values in differs.items():
+        rows.append([name, *("-" if value is None else _short(value) for value in values)])
+    if not differs:
+        rows.append(["(the same configuration and data)", *("" for _ in runs)])
+    why = incomparable(runs)
+    rows.append(["best epoch", *(str(run.epoch) for run in runs)])
+    for loss, title in LOSS_NAMES.items():
+        best = min(run.losses[loss] for run in runs)
+        # the parts have no best value: less KL is more reconstruction
+        star = "*" if loss == "bound" and not why else ""
+        cells = [f"{run.losses[loss]:.2f}{star * (run.losses[loss] == best)}" for run in runs]
+        rows.append([title, *cells])
+    speeds = [f"{run.images_per_second:,.0f}" if run.images_per_second else "-" for run in runs]
+    rows.append(["images/s (median)", *speeds])
+    notes = [NOTE, why] if why else [f"* lowest; {NOTE}"]
+    return "\n".join([_lines(rows), "", *notes])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _lines(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+# ---- What was trained, found by its name: its best checkpoint, its data, its losses.
+
+
+def best_ckpt(place: Places) -> Path:
+    """The best checkpoint of the run of that name, or a :class:`CheckpointError` that says why
+    there is none."""
+    folder = place.ckpt_folder
+    try:
+        if (folder / BEST).exists():
+            return folder / BEST
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}.") from error
+    if (folder / RESULT).exists():
+        why = f"{place.run} is a search, not a run: vae-hyperband report {place.run} shows it."
+    elif (folder / ASKED).exists():
+        why = f"{place.run} is a search that has not ended: the command that began it goes on."
+    elif (folder / LATEST).exists():
+        why = f"The run {place.run} has not been validated yet: its command goes on."
+    elif related := sorted(path.name for path in place.checkpoints_dir.glob(f"{place.run}-*")):
+        # the parts of a job, the runs of a study
+        why = (
+            f"{place.run} is no run, but {', '.join(related[:20])} begin with that name: give one."
+        )
+    else:
+        there = sorted(path.parent.name for path in place.checkpoints_dir.glob(f"*/{BEST}"))
+        why = f"{place.checkpoints_dir} has no run {place.run}" + (
+            f"; there are {', '.join(there)}." if there else ", and no other."
+        )
+    raise CheckpointError(why)

@@ -1,0 +1,1 @@
+"""What a search decides: functions of its decision log, without Ray."""

@@ -1,0 +1,235 @@
+"""The state of a run: what changes while it goes on, how a checkpoint holds it, how it goes on.
+
+A run is a pure function of its configuration and its data, so a state that was loaded continues
+exactly as if it had never been saved.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.common.config import (
+    RESUME_MAY_CHANGE,
+    RunOptions,
+    TrainConfig,
+    differences,
+    model_settings,
+)
+from vae_hyperband.common.errors import CheckpointError, ResumeError
+from vae_hyperband.data.splits import Split
+from vae_hyperband.model.checkpoint import BEST, copy_ckpt, load_ckpt, model_from_ckpt
+from vae_hyperband.model.vae import VAE, initialized_vae
+from vae_hyperband.training.keeper import newest_good, restore
+
+ADAM_BETAS = (0.9, 0.99)  # 0.99, not 0.999: under 4,000 steps a longer memory lags the schedule
+
+NO_BEST = {"total_loss": math.inf, "bound": math.inf, "step": 0, "epoch": 0}
+
+
+@dataclass
+class TrainState:
+    """All that changes while a run goes on, and all that a checkpoint has to hold of it."""
+
+    config: TrainConfig
+    model: VAE
+    optimizer: torch.optim.Optimizer
+    steps_per_epoch: int
+    step: int = 0
+    #: Running sums of (reconstruction, KL, total, images): row 0 since the epoch began, row 1 since
+    #: the last row of the log. float64, on the model's device.
+    sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
+    best: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(NO_BEST))
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the last validation
+    resumed_from: str | None = None  # digest of the checkpoint given by --resume_ckpt
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed; the epoch under way has this number, counted from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the last step was the last one of its epoch."""
+        return self.step % self.steps_per_epoch == 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+
+def new_state(
+    config: TrainConfig,
+    image_shape: tuple[int, int, int],
+    num_images: int,
+    device: torch.device | str = "cpu",
+) -> TrainState:
+    """The state before the first step: weights drawn from the seed, AdamW without memory."""
+    channels, image_size, _ = image_shape
+    model = initialized_vae(
+        image_size=image_size,
+        channels=channels,
+        seed=config.seed,
+        **model_settings(config.to_dict()),
+    ).to(device)
+    return _state_of(config, model, math.ceil(num_images / config.batch_size))
+
+
+def _state_of(config: TrainConfig, model: VAE, steps_per_epoch: int) -> TrainState:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, fused=True
+    )
+    state = TrainState(config, model, optimizer, steps_per_epoch)
+    state.sums = state.sums.to(next(model.parameters()).device)
+    return state
+
+
+def ckpt_content(state: TrainState, train: Split, where: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds; ``where`` is the environment that computes the run."""
+    config = state.config
+    return {
+        "config": config.to_dict(),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": {"name": config.schedule, "num_steps": state.num_steps},
+        "epoch": state.epoch,
+        "step": state.step,
+        "sums": state.sums,
+        "best": state.best,
+        "metrics": state.metrics,
+        "data": _data_facts(train),
+        "environment": where,
+        "resumed_from": state.resumed_from,
+    }
+
+
+def _data_facts(train: Split) -> dict[str, Any]:
+    return {
+        "digest": train.digest,
+        "num_images": len(train),
+        "image_shape": list(train.image_shape),  # channels, height, width
+    }
+
+
+def _named(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of the data, as a message says them."""
+    return {f"data's {name}": value for name, value in facts.items()}
+
+
+def first_state(
+    config: TrainConfig,
+    options: RunOptions,
+    train: Split,
+    device: torch.device,
+    where: dict[str, Any],
+    quiet: bool,
+) -> TrainState:
+    """A new state, or the one in the checkpoint that this run has to go on from.
+
+    ``where`` is the environment that computes the run.
+    """
+    found, given = ckpt_to_resume(config, options, train)
+    if found is None:
+        return new_state(config, train.image_shape, len(train), device)
+    path, content = found
+    state = _state_of(
+        config, model_from_ckpt(content, path).to(device), math.ceil(len(train) / config.batch_size)
+    )
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.step, state.sums = content["step"], content["sums"].to(device)
+    state.metrics = content["metrics"]
+    state.resumed_from = content["digest"] if given else content["resumed_from"]
+    if given:
+        _bring_best_along(content, path, options.ckpt_folder)
+    state.best = NO_BEST | restore(options.ckpt_folder, path, content)
+    if not quiet:
+        print(
+            f"resuming {options.run} at step {state.step} of {state.num_steps} "
+            f"(epoch {state.step / state.steps_per_epoch:.2f}) from {path}",
+            flush=True,
+        )
+        changed = differences(content["environment"], where)
+        if changed:
+            print(
+                "note: not the machine class it was started on, so the result is the same only "
+                f"statistically, not bit for bit ({'; '.join(changed)})",
+                file=sys.stderr,
+            )
+    return state
+
+
+def ckpt_to_resume(
+    config: TrainConfig, options: RunOptions, train: Split
+) -> tuple[tuple[Path, dict[str, Any]] | None, bool]:
+    """The checkpoint that a run has to go on from, and whether --resume_ckpt gave it.
+
+    Raises :class:`ResumeError` if it is of another run than this one, or of more epochs.
+    """
+    found, given = _ckpt_found(options)
+    if found:
+        path, content = found
+        _check_same_run(config, content, train, path)
+        epochs = content["step"] / math.ceil(len(train) / config.batch_size)
+        if epochs > config.epochs:
+            raise ResumeError(
+                f"{path} was trained for {epochs:.2f} epochs already, more than --epochs "
+                f"{config.epochs}: give more epochs, or choose another --run."
+            )
+    return found, given
+
+
+def _ckpt_found(options: RunOptions) -> tuple[tuple[Path, dict[str, Any]] | None, bool]:
+    given = options.resume_ckpt
+    asked = load_ckpt(given) if given else None
+    found = newest_good(options.ckpt_folder)
+    if given is None or asked is None:
+        return found, False
+    if found:
+        path, there = found
+        if there["resumed_from"] == asked["digest"]:
+            return found, False  # the same command a second time: go on, do not start over
+        if there["digest"] != asked["digest"]:
+            raise ResumeError(
+                f"{path} (step {there['step']}) would be lost by going on from {given} (step "
+                f"{asked['step']}): choose another --run to keep both, or leave out --resume_ckpt "
+                "to go on with the former."
+            )
+    return (given, asked), True
+
+
+def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, path: Path) -> None:
+    # a checkpoint of an earlier version lacks the settings that came later: they had their defaults
+    config_then = TrainConfig.from_dict(content["config"], str(path))
+    old = {**config_then.to_dict(), **_named(content["data"])}
+    new = {**config.to_dict(), **_named(_data_facts(train))}
+    for name in RESUME_MAY_CHANGE:
+        old.pop(name), new.pop(name)
+    if changed := differences(old, new):
+        raise ResumeError(
+            f"{path} was trained with other settings ({'; '.join(changed)}): give the same ones to "
+            "go on, or choose another --run to start anew."
+        )
+
+
+def _bring_best_along(content: dict[str, Any], given: Path, folder: Path) -> None:
+    """A run continued in a new folder keeps its best checkpoint so far, if that can be found."""
+    best = given.parent / BEST
+    step = content["best"].get("step", 0)
+    if given.parent.resolve() == folder.resolve() or step in (0, content["step"]):
+        return
+    with contextlib.suppress(CheckpointError):
+        if load_ckpt(best)["step"] == step:
+            copy_ckpt(best, folder / BEST)
+            return
+    print(
+        f"note: the best checkpoint so far, of step {step}, is not at {best}; the best of this run "
+        "will be one from here on.",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -1,0 +1,166 @@
+"""A study: many configurations, each trained and judged once, in one table.
+
+The same call goes on after a stop: a run that is trained is not trained again, a checkpoint that is
+judged is not judged again. What a study may choose from (a beta, a sampler) it judges on the
+validation split; the test split is for the numbers that are published.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.special import stdtrit
+
+from vae_hyperband.common.config import Places, RunOptions, TrainConfig, counted, in_effect
+from vae_hyperband.common.files import make_folder, write_text
+from vae_hyperband.common.process import pick_device
+from vae_hyperband.data.splits import SplitName, load_split
+from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate_once
+from vae_hyperband.training.dry_run import a_line_each, busy, seconds_per_step, steps_and_done
+from vae_hyperband.training.loop import fit
+
+Row = dict[str, Any]  # of one run: its configuration, and measures by name, each with its error
+
+#: Measures of a report: their names in a row, and the way to them.
+MEASURES: dict[str, tuple[str, ...]] = {
+    "bound": ("bound",),
+    "recon_loss": ("recon_loss",),
+    "KL_divergence": ("KL_divergence",),
+    "iwae": ("iwae",),
+    "linear_probe": ("latents", "linear_probe"),
+    "knn_probe": ("latents", "knn_probe"),
+    "raw_linear_probe": ("latents", "raw_pixels", "linear_probe"),
+    "raw_knn_probe": ("latents", "raw_pixels", "knn_probe"),
+    "active_units": ("latents", "active_units"),
+    "mig": ("latents", "factors", "mig"),
+    "factor_vae_score": ("latents", "factors", "factor_vae_score"),
+    "dci": ("latents", "factors", "dci", "disentanglement"),
+    **{
+        f"{measure}_{source}": ("images", source, measure)
+        for measure in ("fid", "precision", "recall", "density", "coverage", "closer_than_held_out")
+        for source in ("real", "reconstructions", "prior", "mixture", "flow")
+    },
+}
+
+
+def run_study(
+    configs: dict[str, TrainConfig],
+    places: Places,
+    split: SplitName,
+    options: EvaluateOptions,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Row] | None:
+    """Train and judge every configuration; None if told to stop (the same call goes on).
+
+    ``configs`` go by the name that their run gets behind ``places.run``. Writes study.json to the
+    log folder after each run.
+    """
+    rows: list[Row] = []
+    make_folder(places.log_folder)
+    for number, (name, config) in enumerate(configs.items(), start=1):
+        say(f"run {number} of {len(configs)}: {name}")
+        where = _options(places, name)
+        trained = fit(config, where, should_stop=should_stop, quiet=True)
+        if not trained.finished or should_stop():
+            return None
+        report = evaluate_once(
+            trained.log_folder / f"evaluation-{split}.json",
+            trained.best,
+            split,
+            places.data_dir,
+            places.device,
+            options,
+        )
+        rows.append(row_of(name, report))
+        write_rows(rows, split, places.log_folder / "study.json")
+    return rows
+
+
+def _options(places: Places, name: str) -> RunOptions:
+    where = {field.name: getattr(places, field.name) for field in dataclasses.fields(Places)}
+    return RunOptions(**where | {"run": f"{places.run}-{name}"})
+
+
+def study_dry_run(configs: dict[str, TrainConfig], places: Places, split: SplitName) -> str:
+    """What :func:`run_study` would train, and how long that takes, as text; nothing is written.
+
+    Raises what it would raise for the device, the data, and runs of other settings.
+    """
+    device, before = pick_device(places.device), busy()
+    one = next(iter(configs.values()))
+    train = load_split("train", places.data_dir, one.dataset)
+    lines, seconds, speeds = [], 0.0, dict[int, float]()
+    for name, config in configs.items():
+        where = _options(places, name)
+        num_steps, done = steps_and_done(config, where, train)
+        if done < num_steps and config.latent_dim not in speeds:
+            speeds[config.latent_dim] = seconds_per_step(config, train, device)
+        seconds += (num_steps - done) * speeds.get(config.latent_dim, 0)
+        lines.append(f"  {where.run:24} {done:,} of {num_steps:,} steps are done")
+    shared = {
+        setting: value
+        for setting, value in in_effect(one.to_dict()).items()
+        if all(getattr(config, setting) == value for config in configs.values())
+    }
+    return "\n".join(
+        [
+            a_line_each(shared),
+            f"runs         {len(configs)}, one after the other, judged on the {split} split",
+            *lines,
+            f"device       {device}, {counted(torch.get_num_threads(), 'CPU thread')}",
+            f"data         {len(train):,} training images {train.image_shape}",
+            f"logs         {places.log_folder}",
+            f"training     about {seconds:,.0f} s; validation and evaluation on top",
+            *before,
+        ]
+    )
+
+
+def row_of(name: str, report: dict[str, Any]) -> Row:
+    """The measures of a report in one flat row; those that it lacks are left out."""
+    row: Row = {"name": name, "config": report["config"]}
+    for measure, way in MEASURES.items():
+        value: Any = report
+        for step in way:
+            value = value.get(step) if isinstance(value, dict) else None
+        if isinstance(value, dict):  # an estimate with its error
+            value = {part: value[part] for part in ("mean", "standard_error")}
+        if value is not None:
+            row[measure] = value
+    return row
+
+
+def write_rows(rows: list[Row], split: SplitName, path: Path) -> None:
+    content = {"split": split, "rows": rows}
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def value_of(row: Row, measure: str) -> float:
+    """A measure's estimate; NaN where the row lacks it."""
+    value = row.get(measure, math.nan)
+    return float(value["mean"] if isinstance(value, dict) else value)
+
+
+def over_seeds(rows: Iterable[Row], measure: str) -> dict[str, float]:
+    """Mean over runs that differ in their seed, and half of its 95% interval (Student's t)."""
+    values = [value_of(row, measure) for row in rows]
+    half = math.nan
+    if len(values) > 1:
+        quantile = float(stdtrit(len(values) - 1, 0.975))
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half_interval": half, "n": len(values)}
+
+
+def grouped(rows: list[Row]) -> list[list[Row]]:
+    """Runs that differ in their seed only, in the order of the rows."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        key = json.dumps({**row["config"], "seed": None}, sort_keys=True)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())

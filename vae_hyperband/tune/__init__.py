@@ -1,0 +1,1 @@
+"""Who runs a search: the only modules that import Ray."""
