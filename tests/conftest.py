@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from killing import descendants, listening
 
-from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.data import load_split
-from vae_hyperband.errors import DataError
+from vae_hyperband.common.config import RunOptions, TrainConfig
+from vae_hyperband.common.errors import DataError
+from vae_hyperband.data.splits import load_split
 
 NAMES = (
     "train-images-idx3-ubyte",

@@ -46,9 +46,9 @@ class Forks:
 def _serve() -> None:
     import torch._dynamo  # noqa: F401, which AdamW imports when it is first used
 
-    from vae_hyperband import train_vae
+    from vae_hyperband.commands import train
 
-    train_vae.say_trained = lambda *_: None  # its pictures take seconds, and are others' subject
+    train.say_trained = lambda *_: None  # its pictures take seconds, and are others' subject
 
     print("ready", flush=True)
     for line in sys.stdin:

@@ -26,9 +26,9 @@ from conftest import write_idx_folder
 from forking import Forks, kill
 from test_resume import digests, scalars
 
-from vae_hyperband import keeping
-from vae_hyperband.errors import CheckpointError
-from vae_hyperband.process import EXIT_STOPPED, STOP_SIGNALS
+from vae_hyperband.common.errors import CheckpointError
+from vae_hyperband.common.process import EXIT_STOPPED, STOP_SIGNALS
+from vae_hyperband.training import keeper
 
 CHOICES: dict[str, list[object]] = {
     "latent-dim": [1, 3, 8],
@@ -153,8 +153,8 @@ class Case:
         best = self.place / "checkpoints/a/best.pt"
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                found = keeping.newest_good(best.parent)
-            if found and not best.exists() and keeping._lacks_best(found[1], None):
+                found = keeper.newest_good(best.parent)
+            if found and not best.exists() and keeper._lacks_best(found[1], None):
                 self.begin_anew()
         except CheckpointError:
             status = self.run()

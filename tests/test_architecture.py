@@ -1,10 +1,11 @@
-"""The laws of the house: who may import what, what may never be used, what the docs may claim."""
+"""The plan of the package: who may import what, how large a file may be, what may never be used."""
 
 import ast
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,91 +13,149 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vae_hyperband"
 
-# from the ground floor to the roof: a room imports only rooms before it
-FLOORS = [
-    "errors", "files", "checks", "config", "randomness", "drawn", "idx", "data", "download",
-    "layers", "likelihoods", "model", "objective",
-    "features", "distances", "bounds", "checkpoint", "keeping", "process", "state", "tracking",
-    "steps", "training", "dry_run",
-    "search_config", "trials", "trained",
-    "latents", "disentanglement", "flow", "samplers", "evaluation_config", "measuring",
-    "evaluation", "study",
-    "rules", "journal", "board", "watching", "storage", "cluster",
-    "draws", "worker", "tuning", "search",
-    "search_dry_run", "figures", "search_figures",
-    "study_figures", "projector", "report", "animations", "html_page", "html_report",
-    "sharing", "onnx_graph", "onnx_check", "explorer", "options", "completion", "comparing",
-    "ckpt_commands", "export_command", "run_commands", "search_command", "study_command",
-    "main_job", "train_vae",
-    "beta_vae_tsb", "__init__",
+#: In order: a wing imports only wings before it.
+WINGS = [
+    "common", "data", "model", "evaluation", "training", "search", "tune", "reporting", "export",
+    "commands",
 ]  # fmt: skip
-#: rooms that may import a heavy or optional library
-ALONE = {
-    "ray": {"cluster", "draws", "worker", "tuning", "search"},
-    "optuna": {"draws"},
-    "pyarrow": {"storage"},
-    "sklearn": {"latents", "disentanglement", "samplers"},
-    "safetensors": {"features", "checkpoint", "sharing"},
-    "onnx": {"onnx_graph"},
-    "onnxruntime": {"onnx_check"},
-    "tyro": {
-        "options",
-        "completion",
-        "ckpt_commands",
-        "export_command",
-        "run_commands",
-        "search_command",
-        "study_command",
-        "train_vae",
-    },
-    "matplotlib": {"figures", "search_figures", "study_figures"},
-    "tensorboard": {"tracking", "animations"},
-    "PIL": {"animations", "html_page", "projector"},
+#: Files of the package itself, which may import everything.
+ROOT_FILES = {"__init__", "train_vae", "beta_vae_tsb"}
+
+#: Which wing, or which files of one, may import a heavy or optional library.
+ONLY_IN = {
+    "ray": {"tune"},
+    "tyro": {"commands"},
+    "optuna": {"search/suggest"},
+    "pyarrow": {"tune/storage"},
+    "sklearn": {"evaluation/latents", "evaluation/samplers"},
+    "scipy": {"training/study"},
+    "safetensors": {"evaluation/image_quality", "model/checkpoint", "export/hub"},
+    "onnx": {"export/onnx_export"},
+    "onnxruntime": {"export/onnx_export"},
+    "matplotlib": {"reporting/figures"},
+    "tensorboard": {"training/tracker", "reporting/animations"},
+    "PIL": {"training/tracker", "reporting/animations", "reporting/page"},
 }
 
+MAX_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 10, 500, 60, 6
 
-def imports(path: Path) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+#: Functions that may be longer or take more, each with its reason.
+EXCEPTIONS = {
+    "data/batches.get_dataloader": "a public name of the mission; keywords with defaults",
+    "evaluation/bounds.eval_epoch": "a public name of the mission; keywords with defaults",
+    "evaluation/evaluate.evaluate_once": "to be cured",
+    "evaluation/flow.fit_flow": "to be cured",
+    "export/explorer.page": "to be cured",
+    "model/objective.batch_losses": "to be cured",
+    "reporting/animations.latent_walk": "to be cured",
+    "training/loop.fit": "to be cured",
+    "tune/worker._attempts": "to be cured",
+}
+
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+
+
+def wing_of(module: str) -> str:
+    return module.split("/")[0] if "/" in module else ""
+
+
+def imports(module: str) -> Iterator[str]:
+    """Dotted names of what a module imports, those inside of functions included."""
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found += [node.module]
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            assert node.level == 0, f"{module} has a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_room_is_on_the_plan():
-    assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted(FLOORS)
+def own_imports(module: str) -> set[str]:
+    """Which modules of the package a module imports, as keys of :data:`MODULES`."""
+    names = {name.replace(".", "/") for name in imports(module)}
+    own = {name.removeprefix("vae_hyperband/") for name in names if "vae_hyperband/" in name}
+    return own & set(MODULES)
 
 
-@pytest.mark.parametrize("room", FLOORS)
-def test_imports_run_one_way(room):
-    below = FLOORS[: FLOORS.index(room)]
-    for name in imports(PACKAGE / f"{room}.py"):
-        parts = name.split(".")
-        if parts[0] == "vae_hyperband" and len(parts) > 1 and parts[1] in FLOORS:
-            assert parts[1] in below, f"{room} imports {parts[1]}"
-        library = "tensorboard" if name.startswith("torch.utils.tensorboard") else parts[0]
-        assert room in ALONE.get(library, {room}), f"{room} imports {library}"
+def test_every_file_lies_in_a_wing_of_the_plan():
+    assert {wing_of(module) for module in MODULES} == {"", *WINGS}
+    assert {module for module in MODULES if not wing_of(module)} == ROOT_FILES
+    assert len(MODULES) > 50
+    for wing in WINGS:
+        files = [m for m in MODULES if wing_of(m) == wing and not m.endswith("__init__")]
+        assert 0 < len(files) <= MAX_FILES, files
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if wing_of(module)])
+def test_imports_run_one_way(module):
+    allowed = WINGS[: WINGS.index(wing_of(module)) + 1]
+    for other in own_imports(module):
+        assert wing_of(other) in allowed, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_no_circle_within_a_wing(wing):
+    left = {m: {o for o in own_imports(m) if wing_of(o) == wing} for m in MODULES}
+    left = {m: others for m, others in left.items() if wing_of(m) == wing}
+    while left:
+        free = [m for m, others in left.items() if not others & set(left)]
+        assert free, f"these import each other: {sorted(left)}"
+        for module in free:
+            del left[module]
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_heavy_libraries_are_imported_where_the_plan_says(library):
+    found = set()
+    for module in MODULES:
+        names = [name.replace("torch.utils.tensorboard", "tensorboard") for name in imports(module)]
+        if any(name.split(".")[0] == library for name in names):
+            found.add(module if module in ONLY_IN[library] else wing_of(module))
+    assert found == ONLY_IN[library]  # nor is anything allowed that does not exist
+
+
+def functions() -> Iterator[tuple[str, int, int]]:
+    """``module.function``, its lines and its parameters."""
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = node.args
+                names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+                count = len([name for name in names if name not in ("self", "cls", "ctx")])
+                yield f"{module}.{node.name}", node.end_lineno - node.lineno + 1, count
+
+
+def test_files_and_functions_stay_small_enough_to_read():
+    lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    assert {module: num for module, num in lines.items() if num > MAX_FILE_LINES} == {}
+    large = {
+        name: (lines, parameters)
+        for name, lines, parameters in functions()
+        if lines > MAX_FUNCTION_LINES or parameters > MAX_PARAMETERS
+    }
+    assert {name: size for name, size in large.items() if name not in EXCEPTIONS} == {}
+    assert set(EXCEPTIONS) <= set(large), "an exception that is none"
 
 
 def test_the_training_core_needs_only_torch_numpy_and_tensorboard():
     script = (
         "import sys\n"
-        "names = 'ray tyro matplotlib pandas optuna pyarrow sklearn safetensors'\n"
+        "names = 'ray tyro matplotlib pandas optuna pyarrow sklearn safetensors PIL'\n"
         "for name in names.split(): sys.modules[name] = None\n"
         "import vae_hyperband\n"
-        "import vae_hyperband.training\n"
+        "import vae_hyperband.training.loop\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_nothing_on_a_load_path_runs_code(path):
-    tree = ast.parse(path.read_text())
-    assert not {"pickle", "dill", "marshal", "shelve", "yaml"} & set(imports(path))
-    for node in ast.walk(tree):
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_on_a_load_path_runs_code(module):
+    assert not {"pickle", "dill", "marshal", "shelve", "yaml"} & set(imports(module))
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             assert name not in ("eval", "exec", "os.system", "__import__"), name
@@ -106,12 +165,6 @@ def test_nothing_on_a_load_path_runs_code(path):
                     assert ast.unparse(keyword.value) == "True"
             if name == "torch.load":
                 assert "weights_only" in [keyword.arg for keyword in node.keywords]
-
-
-def test_rooms_stay_small_enough_to_read():
-    lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
-    too_long = {name: count for name, count in lines.items() if count > 300}
-    assert not too_long
 
 
 def test_the_package_and_its_constraints_name_the_same_version():

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vae_hyperband import process, train_vae
-from vae_hyperband.config import RunOptions, check_run_name
-from vae_hyperband.errors import ConfigError, RunFolderError
-from vae_hyperband.files import check_place, write_bytes
-from vae_hyperband.process import only_writer
-from vae_hyperband.training import fit
+from vae_hyperband import train_vae
+from vae_hyperband.common import process
+from vae_hyperband.common.config import RunOptions, check_run_name
+from vae_hyperband.common.errors import ConfigError, RunFolderError
+from vae_hyperband.common.files import check_place, write_bytes
+from vae_hyperband.common.process import only_writer
+from vae_hyperband.training.loop import fit
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,17 +13,16 @@ import torch
 from conftest import NAMES, command_line, write_idx_folder, written
 
 from vae_hyperband import train_vae
-from vae_hyperband.checkpoint import load_ckpt, save_ckpt
-from vae_hyperband.ckpt_commands import label_number
-from vae_hyperband.config import RunOptions, TrainConfig, check_run_name
-from vae_hyperband.data import CLASS_NAMES, load_split
-from vae_hyperband.errors import ConfigError, DeviceError, VAEHyperbandError
-from vae_hyperband.evaluation import evaluate
-from vae_hyperband.evaluation_config import EvaluateOptions
-from vae_hyperband.process import pick_device
-from vae_hyperband.samplers import sampler_file
-from vae_hyperband.search_config import SearchConfig
-from vae_hyperband.training import fit
+from vae_hyperband.commands.sample import label_number
+from vae_hyperband.common.config import RunOptions, TrainConfig, check_run_name
+from vae_hyperband.common.errors import ConfigError, DeviceError, VAEHyperbandError
+from vae_hyperband.common.process import pick_device
+from vae_hyperband.data.splits import CLASS_NAMES, load_split
+from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
+from vae_hyperband.evaluation.samplers import sampler_file
+from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.training.loop import fit
 
 LIKELIHOOD = EvaluateOptions(parts=("likelihood",))
 BASE = ["--dataset", "custom", "--device", "cpu", "--num-threads", "1"]
@@ -84,8 +83,8 @@ def test_evaluating_on_validation_repeats_the_training_s_own_number(trained, sma
 
 
 def test_the_standard_error_is_that_of_a_mean_over_images(trained, small_data):
-    from vae_hyperband.bounds import eval_dataloader, split_nats
-    from vae_hyperband.checkpoint import load_model
+    from vae_hyperband.evaluation.bounds import eval_dataloader, split_nats
+    from vae_hyperband.model.checkpoint import load_model
 
     held_out = load_split("test", small_data, "custom")
     nats = split_nats(load_model(trained.best), eval_dataloader(held_out), seed=3)

@@ -9,8 +9,8 @@ import urllib.request
 
 import pytest
 
-from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.trials import read_result
+from vae_hyperband.model.checkpoint import load_ckpt
+from vae_hyperband.search.trials import read_result
 
 
 def test_the_main_job_on_real_data_goes_from_pixels_to_figures(fashion_mnist, command, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 from vae_hyperband import train_vae
 
-PATH = Path(__file__).parent.parent / "docs" / "help.txt"
+PATH = Path(__file__).parents[2] / "docs" / "help.txt"
 COMMANDS = ["", *train_vae.COMMANDS]
 
 

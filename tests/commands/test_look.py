@@ -12,18 +12,18 @@ from chromium import Watched, barriers
 from conftest import write_idx_folder
 from PIL import Image
 
-from vae_hyperband import figures, html_report
-from vae_hyperband.animations import latent_walk, logged_pictures, logged_samples
-from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.config import Places, RunOptions, TrainConfig
-from vae_hyperband.errors import ConfigError
-from vae_hyperband.latents import Posteriors
-from vae_hyperband.model import initialized_vae
-from vae_hyperband.search_config import SearchConfig
-from vae_hyperband.tracking import Tracker
+from vae_hyperband.common.config import Places, RunOptions, TrainConfig
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.evaluation.latents import Posteriors
+from vae_hyperband.model.checkpoint import load_ckpt
+from vae_hyperband.model.vae import initialized_vae
+from vae_hyperband.reporting import figures, report
+from vae_hyperband.reporting.animations import latent_walk, logged_pictures, logged_samples
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.trials import SearchResult, TrialRecord, write_result
 from vae_hyperband.train_vae import main
-from vae_hyperband.training import fit
-from vae_hyperband.trials import SearchResult, TrialRecord, write_result
+from vae_hyperband.training.loop import fit
+from vae_hyperband.training.tracker import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_search_s_report_has_every_trial_with_its_reasons(runs, places):
 def test_a_search_s_report_says_how_to_search_again_and_where_its_winner_was_trained(searched):
     folder, _ = searched
     place = Places(run="s", checkpoints_dir=folder / "checkpoints", logs_dir=folder / "logs")
-    page = html_report.report(place)
+    page = report.report(place)
     winner = load_ckpt(folder / "checkpoints/s/winner.pt")
     for fact in (winner["weights"], winner["data"]["digest"], winner["environment"]["torch"]):
         assert fact in page
@@ -195,7 +195,7 @@ def test_axe_finds_nothing_in_a_report_that_keeps_people_out(
         "s": Places(checkpoints_dir=searched[0] / "checkpoints", logs_dir=searched[0] / "logs"),
     }
     for run, place in places.items():
-        path = html_report.write_report(dataclasses.replace(place, run=run))
+        path = report.write_report(dataclasses.replace(place, run=run))
         watched = Watched(chromium, color_scheme=scheme)
         for width in (1200, 390):
             watched.page.set_viewport_size({"width": width, "height": 844})

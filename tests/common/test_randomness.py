@@ -1,6 +1,6 @@
 import torch
 
-from vae_hyperband.randomness import generator
+from vae_hyperband.common.randomness import generator
 
 
 def draw(*key):

@@ -13,9 +13,9 @@ import time
 import pytest
 from conftest import NAMES
 
-from vae_hyperband import data, download
-from vae_hyperband.data import load_split
-from vae_hyperband.errors import DataError
+from vae_hyperband.common.errors import DataError
+from vae_hyperband.data import download, splits
+from vae_hyperband.data.splits import load_split
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -62,10 +62,10 @@ def server():
 def files(tmp_path, monkeypatch, small_data):
     """The four files as they are to arrive; none is on this machine."""
     monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "SYSTEM_FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr(splits, "SYSTEM_FOLDER", tmp_path / "nothing")
     content = {name: (small_data / name).read_bytes() for name in NAMES}
     digests = {name: hashlib.sha256(body).hexdigest() for name, body in content.items()}
-    for module in (data, download):
+    for module in (splits, download):
         monkeypatch.setattr(module, "FASHION_MNIST_SHA256", digests)
     return content
 
@@ -239,9 +239,9 @@ def test_a_file_that_is_there_is_not_fetched_again(server, files, mirrors, tmp_p
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from vae_hyperband import data, download
-data.SYSTEM_FOLDER = Path("/nothing")
-data.FASHION_MNIST_SHA256 = download.FASHION_MNIST_SHA256 = json.loads(sys.argv[1])
+from vae_hyperband import splits, download
+splits.SYSTEM_FOLDER = Path("/nothing")
+splits.FASHION_MNIST_SHA256 = download.FASHION_MNIST_SHA256 = json.loads(sys.argv[1])
 download.ensure_data(mirrors=sys.argv[2:])
 """
 
@@ -249,7 +249,7 @@ download.ensure_data(mirrors=sys.argv[2:])
 def process(*mirrors):
     import json
 
-    arguments = [sys.executable, "-c", SCRIPT, json.dumps(data.FASHION_MNIST_SHA256), *mirrors]
+    arguments = [sys.executable, "-c", SCRIPT, json.dumps(splits.FASHION_MNIST_SHA256), *mirrors]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from vae_hyperband import data, idx
-from vae_hyperband.data import Split, get_dataloader, load_split, per_split
-from vae_hyperband.errors import ConfigError, DataError
-from vae_hyperband.idx import read_idx
+from vae_hyperband.common.errors import ConfigError, DataError
+from vae_hyperband.data import idx, splits
+from vae_hyperband.data.batches import get_dataloader
+from vae_hyperband.data.idx import read_idx
+from vae_hyperband.data.splits import Split, load_split, per_split
 
 
 def custom(folder, split="train"):
@@ -135,7 +136,7 @@ def test_other_data_under_fashion_mnist_s_names_is_refused_by_digest(small_data)
     with pytest.raises(DataError) as error:
         load_split("train", small_data)
     assert found in str(error.value)
-    assert data.FASHION_MNIST_SHA256[NAMES[0]] in str(error.value)
+    assert splits.FASHION_MNIST_SHA256[NAMES[0]] in str(error.value)
 
 
 def damaged(tmp_path, change):
@@ -213,9 +214,9 @@ def test_the_cache_comes_before_the_system_and_a_wrong_file_there_is_passed_over
 ):
     cache, system = tmp_path / "cache", write_idx_folder(tmp_path / "system", zipped=True)
     monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(cache))
-    monkeypatch.setattr(data, "SYSTEM_FOLDER", system)
+    monkeypatch.setattr(splits, "SYSTEM_FOLDER", system)
     digests = {name: hashlib.sha256((small_data / name).read_bytes()).hexdigest() for name in NAMES}
-    monkeypatch.setattr(data, "FASHION_MNIST_SHA256", digests)
+    monkeypatch.setattr(splits, "FASHION_MNIST_SHA256", digests)
     assert load_split("train").digest == digests[NAMES[0]]
     cache.mkdir()
     (cache / NAMES[0]).write_bytes(b"not it")
@@ -227,7 +228,7 @@ def test_the_cache_comes_before_the_system_and_a_wrong_file_there_is_passed_over
 
 
 def test_real_fashion_mnist_has_its_known_shape_and_entropy(fashion_mnist):
-    from vae_hyperband.objective import entropy_floor
+    from vae_hyperband.evaluation.bounds import entropy_floor
 
     floors = {"train": 188.13, "validation": 189.05, "test": 189.86}  # measured, nats/image
     for (split, floor), num in zip(floors.items(), (50_000, 10_000, 10_000), strict=True):

@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from vae_hyperband.data import drawn_split, load_split
-from vae_hyperband.disentanglement import (
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.splits import drawn_split, load_split
+from vae_hyperband.data.synthetic import FACTORS, NUM_DRAWN, draw_factors, draw_garments
+from vae_hyperband.evaluation.latents import (
     dci_disentanglement,
     factor_vae_score,
     mutual_information_gap,
     mutual_informations,
 )
-from vae_hyperband.drawn import FACTORS, NUM_DRAWN, draw_factors, draw_garments
-from vae_hyperband.randomness import generator
 
 
 def test_drawn_splits_are_always_the_same_and_never_share_an_order():

@@ -5,9 +5,10 @@ import statistics
 import pytest
 import torch
 
-from vae_hyperband.bounds import eval_dataloader, eval_epoch, iwae_nats, split_nats
-from vae_hyperband.data import get_dataloader, load_split
-from vae_hyperband.model import initialized_vae
+from vae_hyperband.data.batches import get_dataloader
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch, iwae_nats, split_nats
+from vae_hyperband.model.vae import initialized_vae
 
 
 @pytest.fixture

@@ -9,44 +9,51 @@ import pytest
 import torch
 from conftest import write_idx_folder
 
-from vae_hyperband import features
-from vae_hyperband.bounds import eval_dataloader, eval_epoch, prior_fid
-from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
-from vae_hyperband.config import TrainConfig
-from vae_hyperband.data import Split, binarized, load_split
-from vae_hyperband.disentanglement import (
-    dci_disentanglement,
-    factor_vae_score,
-    mutual_information_gap,
+from vae_hyperband.common.config import TrainConfig
+from vae_hyperband.common.errors import CheckpointError, ConfigError
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.splits import Split, binarized, load_split
+from vae_hyperband.data.synthetic import draw_factors
+from vae_hyperband.evaluation import image_quality
+from vae_hyperband.evaluation.bounds import (
+    entropy_floor,
+    eval_dataloader,
+    eval_epoch,
+    mean_image_nats,
+    prior_fid,
 )
-from vae_hyperband.distances import (
+from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate, of_whole_split
+from vae_hyperband.evaluation.image_quality import (
     copying,
     frechet,
     frechet_distance,
+    image_features,
+    load_feature_net,
     manifold_measures,
     mean_and_error,
     moments,
     nearest,
 )
-from vae_hyperband.drawn import draw_factors
-from vae_hyperband.errors import CheckpointError, ConfigError
-from vae_hyperband.evaluation import evaluate
-from vae_hyperband.evaluation_config import EvaluateOptions
-from vae_hyperband.features import image_features, load_feature_net
-from vae_hyperband.latents import encode_split, knn_probe, linear_probe
-from vae_hyperband.measuring import of_whole_split
-from vae_hyperband.objective import entropy_floor, mean_image_nats, reconstruction_nats
-from vae_hyperband.randomness import generator
-from vae_hyperband.report import table_of
-from vae_hyperband.samplers import (
+from vae_hyperband.evaluation.latents import (
+    dci_disentanglement,
+    encode_split,
+    factor_vae_score,
+    knn_probe,
+    linear_probe,
+    mutual_information_gap,
+)
+from vae_hyperband.evaluation.samplers import (
     Prior,
     SamplerConfig,
     decode_bytes,
     generate,
     get_sampler,
 )
-from vae_hyperband.study import row_of
-from vae_hyperband.training import fit
+from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.model.likelihoods import reconstruction_nats
+from vae_hyperband.reporting.summaries import table_of
+from vae_hyperband.training.loop import fit
+from vae_hyperband.training.study import row_of
 
 QUICK = SamplerConfig(components=2, flow_epochs=2, flow_width=16, flow_depth=1)
 
@@ -349,16 +356,16 @@ def test_the_shipped_features_classify_fashion_mnist(fashion_mnist):
     )
     accuracy = (found_N.argmax(dim=1) == split.labels_N).double().mean().item()
     assert accuracy >= 0.925
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     said = json.loads((root / "benchmarks/feature_net.json").read_text())
     assert accuracy == pytest.approx(said["test_accuracy"], abs=3e-4)
-    assert said["sha256"] == features.WEIGHTS_SHA256
-    assert features.WEIGHTS.stat().st_size < 2_000_000
+    assert said["sha256"] == image_quality.WEIGHTS_SHA256
+    assert image_quality.WEIGHTS.stat().st_size < 2_000_000
 
 
 def test_features_of_training_images_have_variance_one(fashion_mnist):
     features_NF = image_features(load_split("train").subset(torch.arange(5000)).images_NCHW)
-    assert features_NF.shape == (5000, features.NUM_FEATURES)
+    assert features_NF.shape == (5000, image_quality.NUM_FEATURES)
     assert features_NF.var(dim=0).mean().item() == pytest.approx(1, abs=0.05)
 
 
@@ -372,9 +379,9 @@ def test_features_of_bytes_are_those_of_floats(small_data):
 
 def test_other_weights_are_refused(tmp_path, monkeypatch):
     other = tmp_path / "weights.safetensors"
-    other.write_bytes(features.WEIGHTS.read_bytes()[:-1] + b"x")
+    other.write_bytes(image_quality.WEIGHTS.read_bytes()[:-1] + b"x")
     for path in (other, tmp_path / "none"):
-        monkeypatch.setattr(features, "WEIGHTS", path)
+        monkeypatch.setattr(image_quality, "WEIGHTS", path)
         with pytest.raises(CheckpointError, match="install the package again"):
             load_feature_net.__wrapped__()
 

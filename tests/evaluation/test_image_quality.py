@@ -8,7 +8,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from vae_hyperband.distances import (
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.evaluation.image_quality import (
     Moments,
     copying,
     frechet,
@@ -18,7 +19,6 @@ from vae_hyperband.distances import (
     moments,
     nearest,
 )
-from vae_hyperband.randomness import generator
 
 
 def normal(num, dim, seed, shift=0.0, scale=1.0):

@@ -7,9 +7,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.distributions import Normal
 
-from vae_hyperband.bounds import eval_dataloader, split_nats
-from vae_hyperband.data import load_split
-from vae_hyperband.latents import (
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.evaluation.bounds import eval_dataloader, split_nats
+from vae_hyperband.evaluation.latents import (
     Posteriors,
     active_units,
     encode_split,
@@ -18,8 +19,7 @@ from vae_hyperband.latents import (
     linear_probe,
     mutual_information,
 )
-from vae_hyperband.model import initialized_vae
-from vae_hyperband.randomness import generator
+from vae_hyperband.model.vae import initialized_vae
 
 
 def random_posteriors(num=50, dim=3, seed=0):

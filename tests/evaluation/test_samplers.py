@@ -8,16 +8,14 @@ import pytest
 import torch
 from conftest import write_idx_folder
 
-from vae_hyperband import samplers
-from vae_hyperband.bounds import eval_dataloader
-from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
-from vae_hyperband.data import as_trained, load_split
-from vae_hyperband.errors import CheckpointError, ConfigError, RunFolderError
-from vae_hyperband.flow import Flow, fit_flow, matching_loss
-from vae_hyperband.latents import Posteriors, encode_split
-from vae_hyperband.model import VAE
-from vae_hyperband.randomness import generator
-from vae_hyperband.samplers import (
+from vae_hyperband.common.errors import CheckpointError, ConfigError, RunFolderError
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.splits import as_trained, load_split
+from vae_hyperband.evaluation import samplers
+from vae_hyperband.evaluation.bounds import eval_dataloader
+from vae_hyperband.evaluation.flow import Flow, fit_flow, matching_loss
+from vae_hyperband.evaluation.latents import Posteriors, encode_split
+from vae_hyperband.evaluation.samplers import (
     LearnedFlow,
     Mixture,
     Prior,
@@ -27,7 +25,9 @@ from vae_hyperband.samplers import (
     get_sampler,
     sampler_file,
 )
-from vae_hyperband.training import fit
+from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.model.vae import VAE
+from vae_hyperband.training.loop import fit
 
 QUICK = SamplerConfig(components=2, flow_epochs=2, flow_width=16, flow_depth=1)
 

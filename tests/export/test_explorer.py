@@ -9,18 +9,19 @@ import pytest
 import torch
 from chromium import Watched, barriers, until
 
-from vae_hyperband import figures
-from vae_hyperband.bounds import eval_dataloader
-from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.data import CLASS_NAMES, Split, load_split
-from vae_hyperband.errors import ConfigError
-from vae_hyperband.explorer import page
-from vae_hyperband.flow import Flow
-from vae_hyperband.latents import encode_split
-from vae_hyperband.model import VAE, draw_weights, initialized_vae
-from vae_hyperband.samplers import LearnedFlow, Mixture
+from vae_hyperband.common.config import RunOptions, TrainConfig
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.data.splits import CLASS_NAMES, Split, load_split
+from vae_hyperband.evaluation.bounds import eval_dataloader
+from vae_hyperband.evaluation.flow import Flow
+from vae_hyperband.evaluation.latents import encode_split
+from vae_hyperband.evaluation.samplers import LearnedFlow, Mixture
+from vae_hyperband.export import explorer
+from vae_hyperband.export.explorer import page
+from vae_hyperband.model.vae import VAE, draw_weights, initialized_vae
+from vae_hyperband.reporting import figures
 from vae_hyperband.train_vae import main
-from vae_hyperband.training import fit
+from vae_hyperband.training.loop import fit
 
 browsing = pytest.mark.browser
 
@@ -82,7 +83,7 @@ def web(watched):
 
 @pytest.fixture(scope="module")
 def model(ckpt):
-    from vae_hyperband.checkpoint import load_model
+    from vae_hyperband.model.checkpoint import load_model
 
     return load_model(ckpt).requires_grad_(False)
 
@@ -259,8 +260,8 @@ def test_samples_are_of_the_prior_and_of_the_mixture(web, ckpt):
     z_NZ = drawn(web, 6000, "prior", -1).double()
     torch.testing.assert_close(z_NZ.mean(0), torch.zeros(6).double(), rtol=0, atol=0.06)
     torch.testing.assert_close(z_NZ.T.cov(), torch.eye(6).double(), rtol=0, atol=0.08)
-    from vae_hyperband.checkpoint import load_pt
-    from vae_hyperband.samplers import FORMAT, KEYS, sampler_file
+    from vae_hyperband.evaluation.samplers import FORMAT, KEYS, sampler_file
+    from vae_hyperband.model.checkpoint import load_pt
 
     found = load_pt(sampler_file(ckpt, "mixture"), FORMAT, KEYS)
     mixture = Mixture(**found["tensors"])
@@ -484,6 +485,6 @@ def test_a_page_of_images_of_two_channels_is_refused():
 
 
 def test_the_colours_of_the_map_start_with_those_of_the_figures():
-    script = (figures.Path(figures.__file__).parent / "web" / "page.js").read_text()
+    script = (explorer.FOLDER / "page.js").read_text()
     colours = script.split("COLOURS = [")[1].split("]")[0]
     assert all(colour in colours for colour in (figures.ORANGE, figures.BLUE, figures.GREEN))

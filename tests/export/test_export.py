@@ -11,21 +11,25 @@ import pytest
 import safetensors.torch
 import torch
 
-from vae_hyperband.checkpoint import load_ckpt, load_model, save_ckpt
-from vae_hyperband.errors import CheckpointError
-from vae_hyperband.flow import VelocityNet
-from vae_hyperband.likelihoods import pixel_means
-from vae_hyperband.model import draw_weights, initialized_vae
-from vae_hyperband.onnx_check import largest_difference
-from vae_hyperband.onnx_graph import decoder_graph, encoder_graph, velocity_graph
-from vae_hyperband.samplers import sampler_file
+from vae_hyperband.common.errors import CheckpointError
+from vae_hyperband.evaluation.flow import VelocityNet
+from vae_hyperband.evaluation.samplers import sampler_file
+from vae_hyperband.export.onnx_export import (
+    decoder_graph,
+    encoder_graph,
+    largest_difference,
+    velocity_graph,
+)
+from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.model.likelihoods import pixel_means
+from vae_hyperband.model.vae import draw_weights, initialized_vae
 from vae_hyperband.train_vae import main
-from vae_hyperband.training import fit
+from vae_hyperband.training.loop import fit
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory, small_data):
-    from vae_hyperband.config import RunOptions, TrainConfig
+    from vae_hyperband.common.config import RunOptions, TrainConfig
 
     folder = tmp_path_factory.mktemp("export")
     config = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=1, seed=3)
@@ -155,8 +159,8 @@ def test_the_sampler_that_is_kept_is_the_page_s(ckpt, tmp_path, small_data):
 def test_a_package_that_is_missing_is_one_sentence(ckpt, tmp_path, missing, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("onnx_graph", "onnx_check", "explorer"):
-        monkeypatch.delitem(sys.modules, f"vae_hyperband.{name}", raising=False)
+    for name in ("onnx_export", "explorer"):
+        monkeypatch.delitem(sys.modules, f"vae_hyperband.export.{name}", raising=False)
 
     class Hidden:
         @staticmethod

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import vae_hyperband
-from vae_hyperband.checkpoint import copy_ckpt, load_ckpt, load_model, save_ckpt, tree_digest
-from vae_hyperband.errors import CheckpointError, RunFolderError
-from vae_hyperband.training import fit
+from vae_hyperband.common.errors import CheckpointError, RunFolderError
+from vae_hyperband.model.checkpoint import copy_ckpt, load_ckpt, load_model, save_ckpt, tree_digest
+from vae_hyperband.training.loop import fit
 
 
 @pytest.fixture

@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from vae_hyperband.layers import Conv, ConvTranspose, linear_from_images, linear_to_images
-from vae_hyperband.model import initialized_vae
-from vae_hyperband.objective import nats_per_image
+from vae_hyperband.model.fast_layers import (
+    Conv,
+    ConvTranspose,
+    linear_from_images,
+    linear_to_images,
+)
+from vae_hyperband.model.objective import nats_per_image
+from vae_hyperband.model.vae import initialized_vae
 
 ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12}
 SHAPES = [(1, 32, 28), (3, 5, 8), (5, 1, 12), (32, 64, 14), (64, 32, 4)]  # in, out, size

@@ -12,15 +12,16 @@ import pytest
 import torch
 from conftest import write_idx_folder
 
-from vae_hyperband import layers
-from vae_hyperband.checkpoint import KEYS, load_ckpt, load_model, tree_digest
-from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.data import Split, get_dataloader, load_split
-from vae_hyperband.process import cpu_threads
-from vae_hyperband.state import new_state
-from vae_hyperband.training import fit, train_epoch
+from vae_hyperband.common.config import RunOptions, TrainConfig
+from vae_hyperband.common.process import cpu_threads
+from vae_hyperband.data.batches import get_dataloader
+from vae_hyperband.data.splits import Split, load_split
+from vae_hyperband.model import fast_layers
+from vae_hyperband.model.checkpoint import KEYS, load_ckpt, load_model, tree_digest
+from vae_hyperband.training.loop import fit, train_epoch
+from vae_hyperband.training.state import new_state
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def trace() -> list[list[float]]:
@@ -50,7 +51,7 @@ def trace() -> list[list[float]]:
 @pytest.mark.parametrize("plain", [False, True], ids=["our layers", "PyTorch's layers"])
 def test_a_golden_trace_of_200_steps_is_reproduced(plain, monkeypatch):
     if plain:
-        for kind in (layers.Conv, layers.ConvTranspose):
+        for kind in (fast_layers.Conv, fast_layers.ConvTranspose):
             monkeypatch.setattr(kind, "forward", kind.plain)
     with cpu_threads(1):
         found = torch.tensor(trace(), dtype=torch.float64)

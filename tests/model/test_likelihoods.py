@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import ContinuousBernoulli
 
-from vae_hyperband.likelihoods import LIKELIHOODS, pixel_means, reconstruction_nats
+from vae_hyperband.model.likelihoods import LIKELIHOODS, pixel_means, reconstruction_nats
 
 LOGITS = [-30.0, -3.0, -0.02, -0.005, 0.0, 1e-6, 0.009, 0.5, 4.0, 30.0]
 

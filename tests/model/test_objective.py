@@ -13,28 +13,26 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from vae_hyperband.bounds import eval_dataloader, iwae_nats
-from vae_hyperband.config import TrainConfig
-from vae_hyperband.data import load_split
-from vae_hyperband.errors import ConfigError
-from vae_hyperband.likelihoods import reconstruction_nats
-from vae_hyperband.model import LOGVAR_LIMIT, VAE, initialized_vae
-from vae_hyperband.objective import (
+from vae_hyperband.common.config import TrainConfig
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.evaluation.bounds import entropy_floor, eval_dataloader, iwae_nats
+from vae_hyperband.model.likelihoods import reconstruction_nats
+from vae_hyperband.model.objective import (
     Nats,
     Pass,
     aggregate,
-    beta_at,
-    entropy_floor,
     forward_pass,
     kl_to_standard_normal,
-    knobs_at,
     log_weights,
     nats_by_dimension,
     nats_per_image,
     total_correlation,
     training_total,
 )
-from vae_hyperband.randomness import generator
+from vae_hyperband.model.schedules import beta_at, knobs_at
+from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE, initialized_vae
 
 
 @pytest.fixture

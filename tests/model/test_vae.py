@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from vae_hyperband.errors import ConfigError
-from vae_hyperband.model import LOGVAR_LIMIT, VAE, initialized_vae, reparameterize
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE, initialized_vae, reparameterize
 
 
 def test_the_network_is_the_table_of_the_readme():

@@ -7,14 +7,13 @@ import math
 import pytest
 import torch
 
-from vae_hyperband.checkpoint import load_ckpt, load_model
-from vae_hyperband.errors import ResumeError
-from vae_hyperband.evaluation import evaluate
-from vae_hyperband.evaluation_config import EvaluateOptions
-from vae_hyperband.randomness import generator
-from vae_hyperband.report import table_of
-from vae_hyperband.samplers import SamplerConfig
-from vae_hyperband.training import fit
+from vae_hyperband.common.errors import ResumeError
+from vae_hyperband.common.randomness import generator
+from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
+from vae_hyperband.evaluation.samplers import SamplerConfig
+from vae_hyperband.model.checkpoint import load_ckpt, load_model
+from vae_hyperband.reporting.summaries import table_of
+from vae_hyperband.training.loop import fit
 
 VARIANTS = {
     "free bits": {"objective": "free-bits", "free_bits": 0.5},
@@ -70,13 +69,13 @@ def test_a_variant_goes_the_whole_way(name, small_config, options, small_data):
 
 
 def load_first(config, key):
-    from vae_hyperband.state import new_state
+    from vae_hyperband.training.state import new_state
 
     return new_state(config, (1, 8, 8), 300).model.state_dict()[key]
 
 
 def test_a_checkpoint_from_before_the_variants_is_still_read(small_config, options):
-    from vae_hyperband.checkpoint import save_ckpt
+    from vae_hyperband.model.checkpoint import save_ckpt
 
     trained = fit(small_config, options(), quiet=True)
     content = load_ckpt(trained.latest)

@@ -8,9 +8,9 @@ import pytest
 from chromium import Watched, until
 from screenshots import tensorboard
 
-from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.report import say_trained
-from vae_hyperband.training import fit
+from vae_hyperband.common.config import RunOptions, TrainConfig
+from vae_hyperband.reporting.summaries import say_trained
+from vae_hyperband.training.loop import fit
 
 pytestmark = pytest.mark.browser
 

@@ -6,11 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from vae_hyperband.board import COLLAPSED_NATS, Board
-from vae_hyperband.errors import RunFolderError, SearchError
-from vae_hyperband.journal import Journal, read_events
-from vae_hyperband.search_config import SearchConfig
-from vae_hyperband.trials import TrialRecord
+from vae_hyperband.common.errors import RunFolderError, SearchError
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.decisions import COLLAPSED_NATS, Board, Journal, read_events
+from vae_hyperband.search.trials import TrialRecord
 
 CONFIGS = {
     name: SearchConfig(num_trials=11, max_epochs=9, scheduler=name)
@@ -161,7 +160,9 @@ def test_a_torn_last_line_is_taken_back_and_a_damaged_one_is_refused(tmp_path):
 
 def test_every_line_is_on_disk_before_anything_follows_from_it(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("vae_hyperband.journal.os.fsync", lambda handle: synced.append(handle))
+    monkeypatch.setattr(
+        "vae_hyperband.search.decisions.os.fsync", lambda handle: synced.append(handle)
+    )
     with Journal(tmp_path / "log") as journal:
         assert len(synced) == 1  # the name of the file
         seen = []
@@ -179,7 +180,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path, monkeypatc
         def full(handle: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("vae_hyperband.journal.os.fsync", full)
+        monkeypatch.setattr("vae_hyperband.search.decisions.os.fsync", full)
         with pytest.raises(RunFolderError, match=r"No space left.*the same command goes on"):
             journal.append("draw", trial=1, drawn={})
     assert [json.loads(line)["trial"] for line in path.read_text().splitlines()] == [0]

@@ -6,8 +6,15 @@ import statistics
 import numpy as np
 import pytest
 
-from vae_hyperband.rules import Curve, asha, brackets, hyperband, median_stopping, verdicts
-from vae_hyperband.search_config import SearchConfig
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.schedulers import (
+    Curve,
+    asha,
+    brackets,
+    hyperband,
+    median_stopping,
+    verdicts,
+)
 
 Stream = dict[int, float]  # what a trial would report, by epoch; it fails where that is NaN
 

@@ -2,21 +2,23 @@
 
 import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 
-from vae_hyperband.config import TrainConfig
-from vae_hyperband.draws import (
+from vae_hyperband.common.config import TrainConfig
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.suggest import (
     MIN_FOR_IMPORTANCE,
-    draw,
-    draw_grid,
-    draw_trials,
+    grid,
     importance,
     num_random,
+    random_search,
+    suggest,
 )
-from vae_hyperband.search_config import SearchConfig
-from vae_hyperband.trials import TrialRecord
+from vae_hyperband.search.trials import TrialRecord
 
 TPE = SearchConfig(num_trials=30, algorithm="tpe")
 
@@ -30,7 +32,7 @@ def searched(config: SearchConfig, num_trials: int) -> list[TrialRecord]:
     """Trials as a search would have drawn and run them, every other one stopped after 2 epochs."""
     trials: list[TrialRecord] = []
     for number in range(num_trials):
-        drawn = draw(config, number, trials)
+        drawn = suggest(config, number, trials)
         epochs = 2 if number % 2 else config.max_epochs
         rows = [
             {"epoch": epoch, "bound": value, "total_loss": value}
@@ -43,10 +45,10 @@ def searched(config: SearchConfig, num_trials: int) -> list[TrialRecord]:
 
 def test_random_draws_are_a_function_of_the_seed():
     config = SearchConfig(num_trials=40)
-    drawn = draw_trials(config)
-    assert drawn == draw_trials(dataclasses.replace(config, max_epochs=3))
-    assert drawn[1:] != draw_trials(dataclasses.replace(config, seed=1))[1:]
-    assert drawn[:10] == draw_trials(dataclasses.replace(config, num_trials=10))
+    drawn = random_search(config)
+    assert drawn == random_search(dataclasses.replace(config, max_epochs=3))
+    assert drawn[1:] != random_search(dataclasses.replace(config, seed=1))[1:]
+    assert drawn[:10] == random_search(dataclasses.replace(config, num_trials=10))
     assert {trial["latent_dim"] for trial in drawn} == {16, 32, 64}
     assert {trial["batch_size"] for trial in drawn} == {64, 128, 256}
     assert all(5e-4 <= trial["learning_rate"] <= 1e-2 for trial in drawn)
@@ -58,26 +60,26 @@ def test_random_draws_are_a_function_of_the_seed():
 
 def test_a_grid_has_every_combination_once_in_an_order_of_the_seed():
     config = SearchConfig(algorithm="grid", grid_points=3, betas=(0.5, 1.0))
-    cells = draw_grid(config)
+    cells = grid(config)
     assert len(cells) == config.total_trials == 3 * 3 * 3 * 2
     rates = sorted({cell["learning_rate"] for cell in cells})
     assert rates == pytest.approx([5e-4, math.sqrt(5e-4 * 1e-2), 1e-2])
     found = {tuple(cell.values()) for cell in cells}
     assert found == set(itertools.product((16, 32, 64), rates, (64, 128, 256), (0.5, 1.0)))
-    assert cells == draw_grid(dataclasses.replace(config, max_epochs=3))
-    assert cells != draw_grid(dataclasses.replace(config, seed=1))
+    assert cells == grid(dataclasses.replace(config, max_epochs=3))
+    assert cells != grid(dataclasses.replace(config, seed=1))
     assert cells != sorted(cells, key=lambda cell: tuple(cell.values()))
 
 
 def test_tpe_is_a_function_of_the_seed_the_number_and_what_has_ended():
     trials = searched(TPE, 16)
     assert searched(TPE, 16) == trials
-    again = draw(TPE, 16, trials)
-    assert again == draw(TPE, 16, trials)  # as after a restart
-    assert again != draw(TPE, 17, trials)
-    assert again != draw(dataclasses.replace(TPE, seed=1), 16, trials)
+    again = suggest(TPE, 16, trials)
+    assert again == suggest(TPE, 16, trials)  # as after a restart
+    assert again != suggest(TPE, 17, trials)
+    assert again != suggest(dataclasses.replace(TPE, seed=1), 16, trials)
     still_running = dataclasses.replace(trials[3], outcome=None)
-    assert draw(TPE, 16, [*trials, still_running]) == again
+    assert suggest(TPE, 16, [*trials, still_running]) == again
     TPE.trial_config(again)
 
 
@@ -92,7 +94,7 @@ def test_tpe_learns_where_the_valley_is():
         config = dataclasses.replace(TPE, seed=seed)
         trials = searched(config, 30)
         found += [distance(trial.drawn) for trial in trials[num_random(config) :]]
-        chance += [distance(drawn) for drawn in draw_trials(config)[num_random(config) :]]
+        chance += [distance(drawn) for drawn in random_search(config)[num_random(config) :]]
     assert sorted(found)[len(found) // 2] < 0.6 * sorted(chance)[len(chance) // 2]
 
 
@@ -110,3 +112,31 @@ def test_importance_names_what_mattered():
         dataclasses.replace(trial, rows=trial.rows[:2], outcome="stopped") for trial in trials
     ]
     assert importance(config, shifted) == found
+
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/suggestions.json").read_text())
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: str(golden["search"]))
+def test_suggestions_are_those_of_version_0_1(golden):
+    """0.1 took them from Ray's search domains and its adapter of Optuna."""
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in golden["search"].items()}
+    config = SearchConfig(**changes)
+    trials: list[TrialRecord] = []
+    for number, expected in enumerate(golden["suggested"]):
+        found = suggest(config, number, trials)
+        assert found == pytest.approx(expected, rel=1e-9)
+        value = 250 + 10 * abs(found["learning_rate"] - 4e-3) / 4e-3
+        value += found["latent_dim"] / 16 + found["beta"]
+        stopped = number % 3 == 2
+        rows = [
+            {
+                "epoch": epoch,
+                "step": epoch,
+                "bound": value + 5 / epoch,
+                "total_loss": value + 5 / epoch,
+            }
+            for epoch in range(1, 2 if stopped else 10)
+        ]
+        outcome = "stopped" if stopped else "failed" if number == 4 else "finished"
+        trials.append(TrialRecord(number, found, rows, outcome))

@@ -11,13 +11,14 @@ from disk import Change, crashes, watch
 from forking import Forks, kill
 from test_resume import digests, scalars, stop_after
 
-from vae_hyperband import checkpoint, keeping, training
-from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.config import RunOptions, TrainConfig
-from vae_hyperband.errors import CheckpointError, FolderInUseError, RunFolderError
-from vae_hyperband.keeping import newest_good
-from vae_hyperband.tracking import _rows_until, read_rows
-from vae_hyperband.training import fit
+from vae_hyperband.common.config import RunOptions, TrainConfig
+from vae_hyperband.common.errors import CheckpointError, FolderInUseError, RunFolderError
+from vae_hyperband.model import checkpoint
+from vae_hyperband.model.checkpoint import load_ckpt
+from vae_hyperband.training import keeper, loop
+from vae_hyperband.training.keeper import newest_good
+from vae_hyperband.training.loop import fit
+from vae_hyperband.training.tracker import _rows_until, read_rows
 
 
 def train_arguments(run: str, data: Path, **changes: object) -> list[object]:
@@ -56,7 +57,7 @@ def recorded(tmp_path_factory, small_data):
         else:
             changes.append(change)
 
-    real_save = keeping.Keeper.save
+    real_save = keeper.Keeper.save
 
     def save(self, content, improved):
         real_save(self, content, improved)
@@ -64,7 +65,7 @@ def recorded(tmp_path_factory, small_data):
 
     with pytest.MonkeyPatch.context() as patch:
         watch(place, on_change, patch.setattr)
-        patch.setattr(training.Keeper, "save", save)
+        patch.setattr(loop.Keeper, "save", save)
         fit(config, options, should_stop=stop_after(2), quiet=True)
         fit(config, options, quiet=True)
     rows = read_rows(place / "l/a/metrics.jsonl")
@@ -88,7 +89,7 @@ def loaded_once(monkeypatch):
             raise known[content]
         return known[content]
 
-    monkeypatch.setattr(keeping, "load_ckpt", load)
+    monkeypatch.setattr(keeper, "load_ckpt", load)
     return load
 
 
@@ -227,7 +228,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(options, small_config, mo
     """Files of that size do not fit for some saves; then they do again, and all is caught up."""
     whole = fit(small_config, options(run="whole"), quiet=True)
     place = options(run="cut", ckpt_seconds=0)
-    real, count = keeping.save_ckpt, 0
+    real, count = keeper.save_ckpt, 0
 
     def full_for_a_while(path, content):
         nonlocal count
@@ -236,13 +237,13 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(options, small_config, mo
             monkeypatch.setattr(checkpoint, "write_bytes", no_room)
         else:
             monkeypatch.undo()
-            monkeypatch.setattr(keeping, "save_ckpt", full_for_a_while)
+            monkeypatch.setattr(keeper, "save_ckpt", full_for_a_while)
         real(path, content)
 
     def no_room(path, content):
         raise RunFolderError(f"{path} cannot be written: No space left on device.")
 
-    monkeypatch.setattr(keeping, "save_ckpt", full_for_a_while)
+    monkeypatch.setattr(keeper, "save_ckpt", full_for_a_while)
     result = fit(small_config, place, quiet=True)
     said = capfd.readouterr().err
     assert said.count("cannot be written: No space left on device.") >= 15

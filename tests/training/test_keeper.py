@@ -10,10 +10,10 @@ import torch
 from conftest import written
 from test_resume import outcome, stop_after
 
-from vae_hyperband.checkpoint import load_ckpt, tree_digest
-from vae_hyperband.errors import CheckpointError, RunFolderError, VAEHyperbandError
-from vae_hyperband.keeping import Keeper, earlier_ckpts, newest_good
-from vae_hyperband.training import fit
+from vae_hyperband.common.errors import CheckpointError, RunFolderError, VAEHyperbandError
+from vae_hyperband.model.checkpoint import load_ckpt, tree_digest
+from vae_hyperband.training.keeper import Keeper, earlier_ckpts, newest_good
+from vae_hyperband.training.loop import fit
 
 
 def damage(path):

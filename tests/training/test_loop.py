@@ -7,16 +7,17 @@ import sys
 import pytest
 import torch
 
-from vae_hyperband.bounds import eval_dataloader, eval_epoch, split_nats
-from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.config import TrainConfig
-from vae_hyperband.data import Split, get_dataloader, load_split
-from vae_hyperband.errors import DivergedError
-from vae_hyperband.objective import learning_rate_at
-from vae_hyperband.process import environment
-from vae_hyperband.state import new_state
-from vae_hyperband.tracking import read_rows
-from vae_hyperband.training import fit, train_epoch
+from vae_hyperband.common.config import TrainConfig
+from vae_hyperband.common.errors import DivergedError
+from vae_hyperband.common.process import environment
+from vae_hyperband.data.batches import get_dataloader
+from vae_hyperband.data.splits import Split, load_split
+from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch, split_nats
+from vae_hyperband.model.checkpoint import load_ckpt
+from vae_hyperband.model.schedules import learning_rate_at
+from vae_hyperband.training.loop import fit, train_epoch
+from vae_hyperband.training.state import new_state
+from vae_hyperband.training.tracker import read_rows
 
 
 @pytest.fixture
@@ -61,8 +62,8 @@ def test_the_schedule_is_defined_for_every_number_of_steps():
 
 def test_training_losses_are_exact_means_over_the_epoch_s_images(state, loader):
     """The same epoch computed apart: per-image values of every step, averaged in float64."""
-    from vae_hyperband.objective import nats_per_image
-    from vae_hyperband.randomness import generator
+    from vae_hyperband.common.randomness import generator
+    from vae_hyperband.model.objective import nats_per_image
 
     twin = new_state(state.config, (1, 8, 8), 300)
     losses = train_epoch(state, loader)
@@ -166,7 +167,7 @@ def final(result):
 
 
 def same(a, b):
-    from vae_hyperband.checkpoint import tree_digest
+    from vae_hyperband.model.checkpoint import tree_digest
 
     return tree_digest(a) == tree_digest(b)
 

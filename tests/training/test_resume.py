@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vae_hyperband import data, keeping, steps, train_vae
-from vae_hyperband.checkpoint import load_ckpt, save_ckpt, tree_digest
-from vae_hyperband.config import ONLY_WITH, RESUME_MAY_CHANGE, RunOptions, TrainConfig
-from vae_hyperband.errors import FolderInUseError, ResumeError, RunFolderError
-from vae_hyperband.process import EXIT_STOPPED, only_writer
-from vae_hyperband.tracking import read_rows
-from vae_hyperband.training import fit
+from vae_hyperband import train_vae
+from vae_hyperband.common.config import ONLY_WITH, RESUME_MAY_CHANGE, RunOptions, TrainConfig
+from vae_hyperband.common.errors import FolderInUseError, ResumeError, RunFolderError
+from vae_hyperband.common.process import EXIT_STOPPED, only_writer
+from vae_hyperband.data import batches
+from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt, tree_digest
+from vae_hyperband.training import keeper, step
+from vae_hyperband.training.loop import fit
+from vae_hyperband.training.tracker import read_rows
 
 OTHER_VALUES = {
     "latent_dim": 5,
@@ -126,14 +128,14 @@ def test_the_comparison_sees_one_random_number_of_another_step(
     """One step's noise, or two images of an epoch's order, after the resume."""
     fit(small_config, options(run="cut"), should_stop=stop_after(15), quiet=True)
     if key == "noise":
-        real = steps.standard_normal
+        real = step.standard_normal
 
         def other_noise(seed, purpose, position, *rest):
             return real(seed, purpose, position + 1000 * (position == 20), *rest)
 
-        monkeypatch.setattr(steps, "standard_normal", other_noise)
+        monkeypatch.setattr(step, "standard_normal", other_noise)
     else:
-        real_order = data.epoch_order
+        real_order = batches.epoch_order
 
         def other_order(num_images, seed, epoch):
             order = real_order(num_images, seed, epoch)
@@ -141,7 +143,7 @@ def test_the_comparison_sees_one_random_number_of_another_step(
                 order[[0, 299]] = order[[299, 0]]
             return order
 
-        monkeypatch.setattr(data, "epoch_order", other_order)
+        monkeypatch.setattr(batches, "epoch_order", other_order)
     assert outcome(fit(small_config, options(run="cut"), quiet=True)) != uninterrupted
 
 
@@ -384,7 +386,7 @@ def test_a_kill_between_best_and_latest_leaves_no_wrong_best(
 
     for _ in range(3):  # at the end of each epoch, the last one included
         with monkeypatch.context() as patch:
-            patch.setattr(keeping, "copy_ckpt", killed)
+            patch.setattr(keeper, "copy_ckpt", killed)
             with pytest.raises(KeyboardInterrupt):
                 fit(small_config, options(run="cut"), quiet=True)
     result = fit(small_config, options(run="cut"), quiet=True)

@@ -14,8 +14,8 @@ from forking import Forks
 from test_crashes import train_arguments
 from test_resume import digests, scalars
 
-from vae_hyperband.keeping import newest_good
-from vae_hyperband.process import EXIT_STOPPED, STOP_SIGNALS
+from vae_hyperband.common.process import EXIT_STOPPED, STOP_SIGNALS
+from vae_hyperband.training.keeper import newest_good
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ import pytest
 from conftest import NAMES, write_idx_folder, written
 from matplotlib.figure import Figure
 
-from vae_hyperband import study_figures, train_vae
-from vae_hyperband.config import CommonConfig, Places, TrainConfig
-from vae_hyperband.evaluation_config import EvaluateOptions
-from vae_hyperband.samplers import SamplerConfig
-from vae_hyperband.study import grouped, over_seeds, row_of, run_study, value_of
-from vae_hyperband.study_command import StudyArgs, table
+from vae_hyperband import train_vae
+from vae_hyperband.commands.study import StudyArgs, table
+from vae_hyperband.common.config import CommonConfig, Places, TrainConfig
+from vae_hyperband.evaluation.evaluate import EvaluateOptions
+from vae_hyperband.evaluation.samplers import SamplerConfig
+from vae_hyperband.reporting import figures
+from vae_hyperband.training.study import grouped, over_seeds, row_of, run_study, value_of
 
 QUICK = EvaluateOptions(
     iwae_samples=2,
@@ -67,13 +68,14 @@ def test_a_study_trains_judges_and_remembers(places, monkeypatch):
     assert lines[1].split()[3] == f"{over_seeds(rows[2:], 'bound')['mean']:.2f}"
 
     # nothing is trained or judged a second time
-    from vae_hyperband import evaluation, training
+    from vae_hyperband.evaluation import evaluate
+    from vae_hyperband.training import loop
 
     def never(*at, **named):
         raise AssertionError("a second time")
 
-    monkeypatch.setattr(training, "train_epoch", never)
-    monkeypatch.setattr(evaluation, "evaluate", never)
+    monkeypatch.setattr(loop, "train_epoch", never)
+    monkeypatch.setattr(evaluate, "evaluate", never)
     assert run_study(configs(), places, "validation", QUICK) == rows
 
 
@@ -201,14 +203,14 @@ def test_the_picture_shows_whatever_was_measured(tmp_path):
         for beta in (0.1, 1.0, 8.0)
         for seed in (0, 1)
     ]
-    assert study_figures.rate_distortion(rows, tmp_path / "p.png").stat().st_size > 20_000
+    assert figures.rate_distortion(rows, tmp_path / "p.png").stat().st_size > 20_000
 
 
 def drawn(rows, monkeypatch):
     """The axes of the picture of a study that can be seen."""
     kept = []
-    monkeypatch.setattr(study_figures, "save_figure", lambda figure, path: kept.append(figure))
-    study_figures.rate_distortion(rows, None)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: kept.append(figure))
+    figures.rate_distortion(rows, None)
     return [axes for axes in kept[0].axes if axes.get_visible()]
 
 
@@ -242,12 +244,12 @@ def test_the_picture_has_a_line_for_each_latent_size():
         for beta in (0.5, 1.0, 2.0)
         for size in (32, 16)
     ]  # fmt: skip
-    lines = study_figures.families_of(rows)
+    lines = figures.families_of(rows)
     assert [[group[0]["config"]["beta"] for group in groups] for _, groups in lines] == [
         [0.5, 1.0, 2.0]
     ] * 2
     axes = Figure().subplots()
-    study_figures.plane(axes, lines)
+    figures.plane(axes, lines)
     assert [line.get_xdata().tolist() for line in axes.lines] == [
         [16.5, 17.0, 18.0], [32.5, 33.0, 34.0],
     ]  # fmt: skip

@@ -8,13 +8,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from vae_hyperband import train_vae
-from vae_hyperband.data import load_split
-from vae_hyperband.objective import kl_per_dimension
-from vae_hyperband.options import parse_options
-from vae_hyperband.projector import write_projector
-from vae_hyperband.tracking import Tracker, image_grid, read_rows
-from vae_hyperband.training import fit
+from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.train import TrainArgs
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.model.objective import kl_per_dimension
+from vae_hyperband.training.loop import fit
+from vae_hyperband.training.tracker import Tracker, image_grid, read_rows, write_projector
 
 KINDS = ("images", "scalars", "histograms", "tensors")
 
@@ -66,7 +65,7 @@ def test_kl_per_dimension_configuration_and_command_are_shown(board, small_data)
     command, table = found.split("\n\n")
     assert "| latent_dim | 4 |" in table
     words = shlex.split(command.strip("`"))
-    args = parse_options(train_vae.TrainArgs, words[2:], "")
+    args = parse_options(TrainArgs, words[2:], "")
     assert args.recipe == result.state.config
     histograms = events.Histograms("KL_per_dimension")
     assert [event.step for event in histograms] == [10, 20, 30]

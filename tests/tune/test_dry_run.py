@@ -7,13 +7,20 @@ import shutil
 import pytest
 from conftest import written
 
-from vae_hyperband import main_job, train_vae
-from vae_hyperband.config import in_effect
-from vae_hyperband.draws import draw_trials
-from vae_hyperband.errors import DataError
-from vae_hyperband.main_job import MainJob
-from vae_hyperband.search_config import SearchConfig
-from vae_hyperband.trials import SearchResult, TrialRecord, describe, read_result, write_result
+from vae_hyperband import train_vae
+from vae_hyperband.commands import run
+from vae_hyperband.commands.run import MainJob
+from vae_hyperband.common.config import in_effect
+from vae_hyperband.common.errors import DataError
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.suggest import random_search
+from vae_hyperband.search.trials import (
+    SearchResult,
+    TrialRecord,
+    describe,
+    read_result,
+    write_result,
+)
 
 
 @pytest.fixture
@@ -85,7 +92,7 @@ def test_the_training_of_the_winner_is_foretold_too(
     assert train_vae.main([*command, "--final-epochs", "2"]) == 0
     said = capsys.readouterr().out
     _, _, rest = said.partition("== then train the winner; if it is trial 0, as s-best\n")
-    batch = draw_trials(read_result(searched[0] / "checkpoints/s").config)[0]["batch_size"]
+    batch = random_search(read_result(searched[0] / "checkpoints/s").config)[0]["batch_size"]
     assert f"steps        {2 * -(-300 // batch)} in 2 epochs\n" in rest
     assert list(tmp_path.iterdir()) == []
 
@@ -96,7 +103,7 @@ def test_tpe_does_not_foretell_what_it_has_yet_to_learn(tmp_path, small_data, mo
     argv += ["--batch-sizes", "32", "--algorithm", "tpe", "--num-trials", "9", "--device", "cpu"]
     assert train_vae.main(argv) == 0
     said = capsys.readouterr().out
-    drawn = draw_trials(SearchConfig(batch_sizes=(32,), num_trials=9))
+    drawn = random_search(SearchConfig(batch_sizes=(32,), num_trials=9))
     assert [describe(trial) in said for trial in drawn] == [True] * 4 + [False] * 5
     assert "  ...\n" in said
 
@@ -161,7 +168,7 @@ def test_without_the_data_the_main_job_says_that_it_would_fetch_it(monkeypatch, 
         raise DataError("There is none.")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main_job, "load_split", missing)
+    monkeypatch.setattr(run, "load_split", missing)
     assert train_vae.main(["run", "--dry-run", "--device", "cpu"]) == 0
     assert "== fetch Fashion-MNIST first" in capsys.readouterr().out
     assert train_vae.main(["run", "--dry-run", "--device", "cpu", "--data-dir", "x"]) == 2

@@ -8,11 +8,11 @@ import subprocess
 import pytest
 from conftest import NAMES, search_command
 
-from vae_hyperband.checkpoint import load_ckpt, load_model
-from vae_hyperband.errors import ConfigError
-from vae_hyperband.process import EXIT_STOPPED
-from vae_hyperband.search_config import SearchConfig
-from vae_hyperband.trials import read_result
+from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.process import EXIT_STOPPED
+from vae_hyperband.model.checkpoint import load_ckpt, load_model
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.trials import read_result
 
 
 def test_every_listening_socket_of_a_search_is_on_loopback(searched):

@@ -21,10 +21,10 @@ from killing import (
     until_the_end,
 )
 
-from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.errors import RayBrokeError
-from vae_hyperband.process import EXIT_STOPPED
-from vae_hyperband.trials import read_result
+from vae_hyperband.common.errors import RayBrokeError
+from vae_hyperband.common.process import EXIT_STOPPED
+from vae_hyperband.model.checkpoint import load_ckpt
+from vae_hyperband.search.trials import read_result
 
 
 def search_command(data: Path, *extra: object) -> list[str]:
@@ -347,9 +347,8 @@ def test_every_trial_failing_has_a_status_of_its_own(tmp_path, small_data):
 
 
 def read_all(folder: Path) -> list:
-    from vae_hyperband.board import Board
-    from vae_hyperband.journal import Journal
-    from vae_hyperband.search_config import SearchConfig
+    from vae_hyperband.search.config import SearchConfig
+    from vae_hyperband.search.decisions import Board, Journal
 
     asked = json.loads((folder / "checkpoints/s/search.json").read_text())
     del asked["id"], asked["storage"]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vae_hyperband import cluster
-from vae_hyperband.search_config import SearchOptions
+from vae_hyperband.search.config import SearchOptions
+from vae_hyperband.tune import session
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def nodes(monkeypatch):
             {"NodeID": f"node {n}", "Alive": bool(one), "Resources": one or {"CPU": 99.0}}
             for n, one in enumerate(resources)
         ]
-        monkeypatch.setattr(cluster.ray, "nodes", lambda: found)
+        monkeypatch.setattr(session.ray, "nodes", lambda: found)
 
     return make
 
@@ -35,5 +35,5 @@ def nodes(monkeypatch):
 def test_places_and_shares(nodes, options, resources, places, each):
     nodes(resources)
     options = SearchOptions(**options)
-    assert cluster.num_places(cluster.nodes(), options) == places
-    assert cluster.trial_resources(options) == each
+    assert session.num_places(session.nodes(), options) == places
+    assert session.trial_resources(options) == each

@@ -15,7 +15,7 @@ from conftest import command_line, write_idx_folder
 from killing import command_lines
 from slurm_cluster import Cluster, facts, is_over, sbatch, wait_for
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 READY = Path(sys.prefix) / ".vae-hyperband-ready"  # what "make setup" looks for
 SEARCH = [
     "--device", "cpu", "--dataset", "custom", "--batch-sizes", 32, 64, "--latent-dims", 2, 4,

@@ -2,10 +2,10 @@
 
 import pytest
 
-from vae_hyperband import storage
-from vae_hyperband.errors import SearchError
-from vae_hyperband.search_config import SearchOptions
-from vae_hyperband.storage import TrialStore, store_for
+from vae_hyperband.common.errors import SearchError
+from vae_hyperband.search.config import SearchOptions
+from vae_hyperband.tune import storage
+from vae_hyperband.tune.storage import TrialStore, store_for
 
 
 def test_a_url_store_gives_back_what_was_pushed(tmp_path):

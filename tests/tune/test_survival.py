@@ -11,7 +11,7 @@ import pytest
 from conftest import command_line, write_idx_folder
 from killing import run_with_kills, until_the_end
 
-from vae_hyperband.checkpoint import load_ckpt
+from vae_hyperband.model.checkpoint import load_ckpt
 
 pytestmark = pytest.mark.faults
 

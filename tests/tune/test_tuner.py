@@ -4,11 +4,10 @@ import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from vae_hyperband import tuning
-from vae_hyperband.board import Board
-from vae_hyperband.journal import Journal
-from vae_hyperband.search_config import SearchConfig, SearchOptions
-from vae_hyperband.tuning import Decisions, Draws
+from vae_hyperband.search.config import SearchConfig, SearchOptions
+from vae_hyperband.search.decisions import Board, Journal
+from vae_hyperband.tune import tuner
+from vae_hyperband.tune.tuner import Decisions, Draws
 
 
 class Search:
@@ -46,8 +45,8 @@ def search(tmp_path, monkeypatch):
     with Journal(tmp_path / "decisions.jsonl") as journal:
 
         def make(places=2, **settings):
-            monkeypatch.setattr(tuning, "num_places", lambda *_: places)
-            monkeypatch.setattr(tuning, "nodes", lambda: [])
+            monkeypatch.setattr(tuner, "num_places", lambda *_: places)
+            monkeypatch.setattr(tuner, "nodes", lambda: [])
             return Search(journal, **settings)
 
         yield make

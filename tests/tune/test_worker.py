@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import write_idx_folder
 
-from vae_hyperband import worker
-from vae_hyperband.checkpoint import load_ckpt
-from vae_hyperband.data import load_split
-from vae_hyperband.errors import FolderInUseError, RunFolderError
-from vae_hyperband.search_config import SearchConfig, SearchOptions
-from vae_hyperband.storage import TrialStore
-from vae_hyperband.training import fit
-from vae_hyperband.worker import SharedSplit
+from vae_hyperband.common.errors import FolderInUseError, RunFolderError
+from vae_hyperband.data.splits import load_split
+from vae_hyperband.model.checkpoint import load_ckpt
+from vae_hyperband.search.config import SearchConfig, SearchOptions
+from vae_hyperband.training.loop import fit
+from vae_hyperband.tune import worker
+from vae_hyperband.tune.storage import TrialStore
+from vae_hyperband.tune.worker import SharedSplit
 
 DRAWN = {"latent_dim": 2, "learning_rate": 4e-3, "batch_size": 32, "beta": 1.0}
 
