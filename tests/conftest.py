@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from killing import descendants, listening
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.data.splits import load_split
+from vae_hyperband.model.checkpoint import FORMAT, KEYS, load_pt, save_pt
 
 NAMES = (
     "train-images-idx3-ubyte",
@@ -133,6 +135,14 @@ def chromium() -> Iterator[object]:
         pytest.skip(why)
     with browser() as found:
         yield found
+
+
+def rewrite_ckpt(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a checkpoint file holds, and give it the digest of the changed content."""
+    content = load_pt(path, FORMAT, KEYS)
+    del content["digest"]
+    change(content)
+    save_pt(path, content, FORMAT, KEYS)
 
 
 SEARCHED = ["--dataset", "custom", "--batch-sizes", 32, 64, "--latent-dims", 2, 4]

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -192,9 +193,9 @@ def test_every_command_of_the_readme_exists(line, monkeypatch):
             module = importlib.import_module(f"vae_hyperband.{place}")
             monkeypatch.setattr(module, "parse_options", stop_after_parsing)
         # what these commands name is made by the commands before them
-        content = {"config": TrainConfig().to_dict()}
-        monkeypatch.setattr(train, "load_ckpt", lambda path: content)
-        monkeypatch.setattr(train, "read_json", lambda path: content)
+        config = TrainConfig()
+        monkeypatch.setattr(train, "load_ckpt", lambda path: SimpleNamespace(config=config))
+        monkeypatch.setattr(train, "read_json", lambda path: {"config": config.to_dict()})
         train_vae.main(words[1:])
         assert len(parsed) == 1
     elif words[0] == "sbatch":

@@ -1,5 +1,6 @@
 """The command line as its users meet it: what it can, and one sentence for each mistake."""
 
+import dataclasses
 import json
 import os
 import re
@@ -43,9 +44,9 @@ def test_train_takes_hyphens_and_underscores_alike(small_data, capsys):
     arguments += ["--latent_dim", "3", "--batch-size", "50", "--val_interval", "2", "--seed", "5"]
     arguments += ["--learning-rate", "0.001", "--beta", "2"]
     assert train_vae.main(arguments) == 0
-    config = load_ckpt("checkpoints/x/latest.pt")["config"]
-    assert (config["latent_dim"], config["batch_size"], config["beta"]) == (3, 50, 2)
-    assert (config["val_interval"], config["seed"], config["learning_rate"]) == (2, 5, 0.001)
+    config = load_ckpt("checkpoints/x/latest.pt").config
+    assert (config.latent_dim, config.batch_size, config.beta) == (3, 50, 2)
+    assert (config.val_interval, config.seed, config.learning_rate) == (2, 5, 0.001)
     said = capsys.readouterr().out
     assert "epoch 2/2: bound" in said
     assert "best after epoch" in said
@@ -367,9 +368,8 @@ def test_divergence_has_its_own_exit_status(small_data, capsys):
 
 def test_a_config_of_another_model_in_a_checkpoint_is_refused(trained, tmp_path, capsys):
     content = load_ckpt(trained.latest)
-    content.pop("digest")
-    content["config"]["latent_dim"] = 5
-    save_ckpt(tmp_path / "odd.pt", content)
+    config = dataclasses.replace(content.config, latent_dim=5)
+    save_ckpt(tmp_path / "odd.pt", dataclasses.replace(content, config=config))
     assert train_vae.main(["sample", str(tmp_path / "odd.pt")]) == 2
     assert "is of another model" in capsys.readouterr().err
 
@@ -409,7 +409,7 @@ def test_what_was_chosen_by_another_beta_says_by_which_loss(tmp_path, small_data
     where = ["--data-dir", str(small_data), "--logs-dir", str(tmp_path / "my logs")]
     assert train_vae.main(["train", *BASE, "--epochs", "1", "--beta", "4", *where]) == 0
     said = capsys.readouterr().out
-    best = load_ckpt(tmp_path / "checkpoints/vae/best.pt")["metrics"]
+    best = load_ckpt(tmp_path / "checkpoints/vae/best.pt").metrics
     assert f"own validation loss, {best['total_loss']:.2f} nats/image; validation bound" in said
     assert "training vae for 1 epoch on 300 images, " in said
     assert f"--logdir '{tmp_path}/my logs' --host" in said  # to be copied
@@ -419,7 +419,7 @@ def test_a_dry_run_s_command_is_what_was_asked_for(trained, tmp_path, small_data
     where = ["--data-dir", str(small_data), "--num-threads", "1", "--device", "cpu"]
     where += ["--checkpoints-dir", str(tmp_path / "c d"), "--logs-dir", str(tmp_path / "l")]
     resume = ["--resume_ckpt", str(trained.latest), "--run", "new", "--no-tensorboard"]
-    epochs = load_ckpt(trained.latest)["config"]["epochs"]
+    epochs = load_ckpt(trained.latest).config.epochs
     assert train_vae.main(["train", *where, *resume, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "all of which are done: nothing would be trained" in said

@@ -26,8 +26,8 @@ def test_the_main_job_on_real_data_goes_from_pixels_to_figures(fashion_mnist, co
     assert report["num_images"] == 10_000
     assert report["entropy_floor"] == pytest.approx(189.86, abs=0.01)
     # 1 epoch of the default recipe: measured 258.2 on validation
-    assert 245 < best["metrics"]["bound"] < 270
-    assert abs(report["bound"]["mean"] - best["metrics"]["bound"]) < 3
+    assert 245 < best.metrics["bound"] < 270
+    assert abs(report["bound"]["mean"] - best.metrics["bound"]) < 3
     for text in ("best configuration", "validation bound", "test bound", "TensorBoard logs"):
         assert text in done.stdout
     assert f"{report['bound']['mean']:.2f} +- " in done.stdout
@@ -111,7 +111,7 @@ def test_a_signal_to_the_beta_comparison_reaches_every_training(tmp_path, small_
         assert process.wait(30) == 75
         assert "the same command goes on" in process.stdout.read()
     for path in files:
-        assert load_ckpt(path)["step"] > 0
+        assert load_ckpt(path).step > 0
 
 
 def test_a_mistake_in_the_beta_comparison_is_one_sentence(tmp_path):

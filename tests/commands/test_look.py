@@ -57,7 +57,7 @@ def test_compare_says_what_differs_and_what_came_of_it(runs, places, capsys):
     assert ["learning_rate", "0.008", "0.001"] in lines
     assert not any(line[:1] == ["latent_dim"] for line in lines)  # the same in both
     content = [load_ckpt(runs / f"checkpoints/{name}/best.pt") for name in ("one", "other")]
-    bounds = [f"{c['metrics']['bound']:.2f}" for c in content]
+    bounds = [f"{c.metrics['bound']:.2f}" for c in content]
     bounds[bounds.index(min(bounds, key=float))] += "*"
     assert ["bound", "(beta", "=", "1)", *bounds] in lines
     with Image.open(picture) as drawn:
@@ -101,10 +101,10 @@ def test_a_run_s_report_has_all_there_is_to_see_and_needs_nothing_else(runs, pla
     assert main(["report", "other", "--out", str(out), *places, *data]) == 0
     page = out.read_text()
     content = load_ckpt(runs / "checkpoints/other/best.pt")
-    for fact in (content["weights"], content["data"]["digest"], "Run other", "kl warmup epochs"):
+    for fact in (content.weights_digest, content.data.digest, "Run other", "kl warmup epochs"):
         assert fact in page
     assert "free bits" not in page  # it is for another objective
-    assert f"{content['metrics']['bound']:.2f}" in page
+    assert f"{content.metrics['bound']:.2f}" in page
     # curves, three validations, reconstructions, samples, traversals
     assert page.count("<img") == page.count('src="data:image/png;base64,') == 1 + 3 + 3
     assert page.count("<img") == page.count('alt="')
@@ -140,7 +140,7 @@ def test_a_search_s_report_says_how_to_search_again_and_where_its_winner_was_tra
     place = Places(run="s", checkpoints_dir=folder / "checkpoints", logs_dir=folder / "logs")
     page = report.report(place)
     winner = load_ckpt(folder / "checkpoints/s/winner.pt")
-    for fact in (winner["weights"], winner["data"]["digest"], winner["environment"]["torch"]):
+    for fact in (winner.weights_digest, winner.data.digest, winner.environment["torch"]):
         assert fact in page
     command = page.split("vae-hyperband search")[1].split("<")[0]
     assert command.split() == [

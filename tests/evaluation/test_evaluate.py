@@ -193,7 +193,7 @@ def test_every_row_of_images_is_what_its_name_says(trained, small_data):
     mu_NZ = encode_split(model, eval_dataloader(test)).mu_NZ
 
     def drawn(name):
-        sampler = get_sampler(name, trained.best, lambda: train, QUICK)
+        sampler = get_sampler(name, load_ckpt(trained.best), lambda: train, QUICK)
         return generate(model, sampler, 40, seed)
 
     for name, images in {
@@ -301,9 +301,8 @@ def test_only_the_parts_asked_for_are_there(trained, small_data):
 
 def test_a_collapsed_model_is_called_that(trained, small_data):
     content = load_ckpt(trained.best)
-    del content["digest"]
     for name in ("encoder.fc_mu.weight", "encoder.fc_logvar.weight"):
-        content["model"][name].zero_()
+        content.model_state[name].zero_()
     save_ckpt(trained.best, content)
     report = evaluate(
         trained.best, "validation", small_data, "cpu", EvaluateOptions(parts=("latents",))

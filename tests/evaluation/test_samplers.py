@@ -161,7 +161,7 @@ def test_a_sampler_is_kept_beside_its_checkpoint_and_read_again(trained, small_d
         return load_split("train", small_data, "custom")
 
     def draw(config=QUICK):
-        sampler = get_sampler(name, trained.best, load_train, config, said.append)
+        sampler = get_sampler(name, load_ckpt(trained.best), load_train, config, said.append)
         return sampler.draw(20, generator(0, "test"))
 
     first = draw()
@@ -176,8 +176,7 @@ def test_a_sampler_is_kept_beside_its_checkpoint_and_read_again(trained, small_d
     draw()
     assert len(loads) == 3
     content = load_ckpt(trained.best)
-    del content["digest"]
-    content["model"]["encoder.fc_mu.bias"] += 1
+    content.model_state["encoder.fc_mu.bias"] += 1
     save_ckpt(trained.best, content)
     assert not torch.equal(draw(), first)
     assert len(loads) == 4
@@ -190,7 +189,7 @@ def test_a_damaged_sampler_is_fitted_anew(trained, small_data, damage):
     def get():
         return get_sampler(
             "mixture",
-            trained.best,
+            load_ckpt(trained.best),
             lambda: load_split("train", small_data, "custom"),
             QUICK,
             said.append,
@@ -216,7 +215,9 @@ def test_a_damaged_sampler_is_fitted_anew(trained, small_data, damage):
 def test_other_training_images_are_refused(trained, tmp_path):
     other = write_idx_folder(tmp_path / "other", num_train=420)
     with pytest.raises(CheckpointError, match="was trained on other images than these"):
-        get_sampler("flow", trained.best, lambda: load_split("train", other, "custom"), QUICK)
+        get_sampler(
+            "flow", load_ckpt(trained.best), lambda: load_split("train", other, "custom"), QUICK
+        )
     assert not sampler_file(trained.best, "flow").exists()
 
 
@@ -227,10 +228,10 @@ def test_a_sampler_that_cannot_be_kept_is_used_all_the_same(trained, small_data,
     said = []
     load_train = functools.partial(load_split, "train", small_data, "custom")
     monkeypatch.setattr(samplers, "save_pt", full_disk)
-    once = get_sampler("mixture", trained.best, load_train, QUICK, said.append)
+    once = get_sampler("mixture", load_ckpt(trained.best), load_train, QUICK, said.append)
     assert "the mixture is not kept" in said[-1]
     monkeypatch.undo()
-    again = get_sampler("mixture", trained.best, load_train, QUICK)
+    again = get_sampler("mixture", load_ckpt(trained.best), load_train, QUICK)
     assert torch.equal(once.means_LKZ, again.means_LKZ)
 
 
@@ -240,8 +241,8 @@ def test_models_of_bits_have_samplers_of_bits(options, small_config, small_data)
     trained = fit(config, options(), quiet=True)
     train = load_split("train", small_data, "custom")
     one = dataclasses.replace(QUICK, components=1)
-    mixture = get_sampler("mixture", trained.best, lambda: train, one)
-    loader = eval_dataloader(as_trained(train, config.to_dict()))
+    mixture = get_sampler("mixture", load_ckpt(trained.best), lambda: train, one)
+    loader = eval_dataloader(as_trained(train, config))
     z_PZ = encode_split(load_model(trained.best), loader).draw(config.seed).double()
     for label in range(10):
         expected = z_PZ[train.labels_N == label].mean(dim=0)
@@ -276,5 +277,7 @@ def test_custom_data_with_few_images_of_a_label(tmp_path, options, small_config)
     """Fewer images than components: as many components as there are images."""
     folder = write_idx_folder(tmp_path / "few", num_train=60, num_test=20)
     trained = fit(small_config, options(run="few", data_dir=folder), quiet=True)
-    sampler = get_sampler("mixture", trained.best, lambda: load_split("train", folder, "custom"))
+    sampler = get_sampler(
+        "mixture", load_ckpt(trained.best), lambda: load_split("train", folder, "custom")
+    )
     assert sampler.draw(10, generator(0, "test")).isfinite().all()

@@ -1,5 +1,6 @@
 """What ``export`` writes computes what the checkpoint's model does, and is read back."""
 
+import dataclasses
 import json
 import math
 import resource
@@ -137,8 +138,8 @@ def test_onnx_files_say_which_weights_they_are_of(ckpt, tmp_path, capsys):
     session = onnxruntime.InferenceSession(out / "decoder.onnx")
     facts = session.get_modelmeta().custom_metadata_map
     content = load_ckpt(ckpt)
-    assert facts["weights"] == content["weights"]
-    assert json.loads(facts["config"]) == content["config"]
+    assert facts["weights"] == content.weights_digest
+    assert json.loads(facts["config"]) == content.config.to_dict()
 
 
 def test_the_sampler_that_is_kept_is_the_page_s(ckpt, tmp_path, small_data):
@@ -213,10 +214,10 @@ def test_the_card_tells_data_metrics_licence_and_weights(ckpt, tmp_path, small_d
     assert main([*command, "--evaluation", str(report), "--license", "cc-by-4.0"]) == 0
     card, content = (out / "README.md").read_text(), load_ckpt(ckpt)
     assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: vae-hyperband\n")
-    assert f"`{content['data']['digest']}`" in card
+    assert f"`{content.data.digest}`" in card
     assert '"objective": "elbo"' in card
     assert "capacity" not in card  # no setting of this objective
-    assert f"`{content['weights']}`" in card
+    assert f"`{content.weights_digest}`" in card
     assert "test split, 60 images" in card
     bound = json.loads(report.read_text())["bound"]["mean"]
     assert math.isfinite(bound)
@@ -299,19 +300,17 @@ def test_a_damaged_folder_is_one_sentence(hub, damage):
 
 def test_other_libraries_read_the_weights_without_us(ckpt, hub):
     tensors = safetensors.torch.load_file(hub / "model.safetensors")
-    weight = load_ckpt(ckpt)["model"]["encoder.conv1.weight"]
+    weight = load_ckpt(ckpt).model_state["encoder.conv1.weight"]
     assert torch.equal(tensors["encoder.conv1.weight"], weight)
 
 
 def test_weights_between_validations_are_not_given_another_one_s_losses(ckpt, tmp_path, small_data):
     """A checkpoint's metrics are of the last validation, its weights may be later."""
     content = load_ckpt(ckpt)
-    content.pop("digest")
-    bound = f"{content['metrics']['bound']:.2f}"
+    bound = f"{content.metrics['bound']:.2f}"
     card = "README.md"
-    for name, step in (("of them", content["step"]), ("earlier", content["step"] + 3)):
-        content["step"] = step
-        save_ckpt(tmp_path / f"{name}.pt", content)
+    for name, step in (("of them", content.step), ("earlier", content.step + 3)):
+        save_ckpt(tmp_path / f"{name}.pt", dataclasses.replace(content, step=step))
         argv = ["export", str(tmp_path / f"{name}.pt"), "--out", str(tmp_path / name)]
         assert main([*argv, "--format", "safetensors"]) == 0
         assert main([*argv, "--format", "web", "--data-dir", str(small_data)]) == 0
@@ -330,9 +329,8 @@ def test_a_disk_that_fills_up_leaves_the_older_export_whole(ckpt, tmp_path, form
     assert main([*argv, str(ckpt)]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     content = load_ckpt(ckpt)
-    content.pop("digest")
-    content["model"] = {name: 1.01 * x for name, x in content["model"].items()}
-    save_ckpt(tmp_path / "other.pt", content)
+    other = {name: 1.01 * x for name, x in content.model_state.items()}
+    save_ckpt(tmp_path / "other.pt", dataclasses.replace(content, model_state=other))
     largest = max(map(len, before.values()))
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))  # Python ignores SIGXFSZ

@@ -73,7 +73,7 @@ def test_a_file_of_each_version_loads_and_goes_on(version, tmp_path):
     path = GOLDEN / f"checkpoint-{version}.pt"
     content = load_ckpt(path)
     assert torch.load(path, weights_only=True)["version"] == version
-    assert content["weights"] == WEIGHTS[version] == tree_digest(content["model"])
+    assert content.weights_digest == WEIGHTS[version] == tree_digest(content.model_state)
     assert load_model(path).latent_dim == 2
     small = write_idx_folder(tmp_path / "data", num_train=72, num_test=6, size=4)
     shutil.copy(path, tmp_path / "given.pt")
@@ -81,11 +81,11 @@ def test_a_file_of_each_version_loads_and_goes_on(version, tmp_path):
         run="a", device="cpu", num_threads=1, data_dir=small, resume_ckpt=tmp_path / "given.pt",
         checkpoints_dir=tmp_path / "c", logs_dir=tmp_path / "l",
     )  # fmt: skip
-    result = fit(TrainConfig.from_dict(content["config"], "golden"), options, quiet=True)
+    result = fit(content.config, options, quiet=True)
     assert result.finished
-    assert (content["step"], result.state.step) == (4, 6)
+    assert (content.step, result.state.step) == (4, 6)
     assert torch.load(result.latest, weights_only=True)["version"] == max(KEYS)
-    assert load_ckpt(result.latest)["weights"] == result.weights
+    assert load_ckpt(result.latest).weights_digest == result.weights
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def recorded(tmp_path_factory, small_data):
 
     def save(self, content, improved):
         real_save(self, content, improved)
-        changes.append(Change("said", ".", content["step"]))
+        changes.append(Change("said", ".", content.step))
 
     with pytest.MonkeyPatch.context() as patch:
         watch(place, on_change, patch.setattr)
@@ -114,15 +114,13 @@ def violation(changes: list[Change], rows: list, folder: Path, load) -> str | No
             if said:
                 return f"{where}: no checkpoint, but step {said[-1]} was said to be saved"
             continue
-        step = found[1]["step"]
+        step = found.step
         if said and step < said[-1]:
             return f"{where}: step {step}, but {said[-1]} was said to be saved"
         if said and not list((folder / "l/a").glob("events.out.tfevents.*")):
             return f"{where}: no event file"
         best = folder / "c/a/best.pt"
-        if found[1]["best"]["step"] and (
-            not best.exists() or load(best)["step"] < found[1]["best"]["step"]
-        ):
+        if found.best["step"] and (not best.exists() or load(best).step < found.best["step"]):
             return f"{where}: latest.pt names a best checkpoint that is not there"
         kept = _rows_until(folder / "l/a/metrics.jsonl", step).splitlines()
         if len(kept) != sum(row["step"] <= step for row in rows):
@@ -182,7 +180,7 @@ def test_a_process_ended_at_any_change_to_a_file_costs_nothing(tmp_path, small_d
             load_ckpt(path)
         if found:
             with_state += 1
-            steps.add(found[1]["step"])
+            steps.add(found.step)
         if number % 10 == 0:
             assert forks.run(arguments, place) == 0, (place / "said.txt").read_text()
             assert digests(place, "a") == expected
@@ -210,7 +208,7 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path, small_data, forks, 
         kill(child)
         status = forks.wait()
         found = newest_good(place / "checkpoints/a")
-        steps.append(found[1]["step"] if found else 0)
+        steps.append(found.step if found else 0)
         if status == 0:  # it was faster: compare, and begin anew
             assert (digests(place, "a"), scalars(place / "logs/a")) == expected
             shutil.rmtree(place)
@@ -248,8 +246,8 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(options, small_config, mo
     said = capfd.readouterr().err
     assert said.count("cannot be written: No space left on device.") >= 15
     assert "Training goes on, unsaved." in said
-    assert load_ckpt(result.latest)["digest"] == load_ckpt(whole.latest)["digest"]
-    assert load_ckpt(result.best)["digest"] == load_ckpt(whole.best)["digest"]
+    assert load_ckpt(result.latest).digest == load_ckpt(whole.latest).digest
+    assert load_ckpt(result.best).digest == load_ckpt(whole.best).digest
     logs = [run.log_folder / "metrics.jsonl" for run in (whole, result)]
     assert logs[0].read_bytes() == logs[1].read_bytes()
 
@@ -272,8 +270,8 @@ def test_a_best_one_for_which_there_was_no_room_is_saved_as_it_was(
     place = options(run="cut", ckpt_seconds=0)
     result = fit(small_config, place, should_stop=stop_after(18), quiet=True)
     assert count > 14
-    assert load_ckpt(result.best)["step"] == 10
-    assert load_ckpt(result.best)["digest"] == load_ckpt(whole.best)["digest"]
+    assert load_ckpt(result.best).step == 10
+    assert load_ckpt(result.best).digest == load_ckpt(whole.best).digest
 
 
 @pytest.mark.parametrize("room", [100, 3000, 30_000])
@@ -335,7 +333,7 @@ def test_the_folder_of_a_killed_process_is_free(tmp_path, small_data, forks):
     )  # fmt: skip
     while not place.ckpt_folder.exists() or newest_good(place.ckpt_folder) is None:
         time.sleep(0.01)
-    config = TrainConfig.from_dict(newest_good(place.ckpt_folder)[1]["config"], "its checkpoint")
+    config = newest_good(place.ckpt_folder).config
     with pytest.raises(FolderInUseError, match=f"in use by process {child} on "):
         fit(config, place, quiet=True)
     kill(child)

@@ -29,14 +29,14 @@ def cut(options, small_config):
     """A run of 10 steps an epoch, saved after each step, stopped at step 25."""
     place = options(run="cut", ckpt_seconds=0, keep_ckpts=3)
     fit(small_config, place, should_stop=stop_after(27), quiet=True)
-    assert newest_good(place.ckpt_folder)[1]["step"] == 25
+    assert newest_good(place.ckpt_folder).step == 25
     return place
 
 
 def test_the_last_ones_and_the_best_are_kept(cut):
     assert [*earlier_ckpts(cut.ckpt_folder)] == [24, 23, 22]
-    assert load_ckpt(cut.ckpt_folder / "step-00000023.pt")["step"] == 23
-    assert load_ckpt(cut.ckpt_folder / "best.pt")["step"] == 20
+    assert load_ckpt(cut.ckpt_folder / "step-00000023.pt").step == 23
+    assert load_ckpt(cut.ckpt_folder / "best.pt").step == 20
     assert len(list(cut.ckpt_folder.iterdir())) == 5
 
 
@@ -111,7 +111,7 @@ def test_where_the_best_one_is_damaged_for_good_it_is_said(options, small_config
     assert "best.pt is not there. Going on from the newest good one, latest.pt" in (
         capsys.readouterr().err
     )
-    assert load_ckpt(result.best)["step"] == result.state.best["step"] == 30
+    assert load_ckpt(result.best).step == result.state.best["step"] == 30
 
 
 def test_a_lost_latest_is_no_reason_to_begin_anew(cut, small_config, capsys):
@@ -151,8 +151,7 @@ def test_none_are_kept_if_none_are_asked_for(options, small_config):
 def test_what_cannot_be_read_back_takes_nothing_s_place(cut, monkeypatch):
     """A disk that stores something else than it was given."""
     content = load_ckpt(cut.ckpt_folder / "latest.pt")
-    content.pop("digest")
-    content["step"] += 1
+    content = dataclasses.replace(content, step=content.step + 1)
     before = {path: path.read_bytes() for path in cut.ckpt_folder.iterdir()}
     real = os.fsync
 
@@ -173,7 +172,7 @@ def test_what_cannot_be_read_back_takes_nothing_s_place(cut, monkeypatch):
             assert {path: path.read_bytes() for path in before} == before
             assert not list(cut.ckpt_folder.glob(".*"))
     keeper.save(content, improved=True)
-    assert newest_good(cut.ckpt_folder)[1]["step"] == 26
+    assert newest_good(cut.ckpt_folder).step == 26
     assert [*earlier_ckpts(cut.ckpt_folder)] == [25]
 
 
@@ -228,7 +227,7 @@ def test_a_file_that_may_be_good_is_never_replaced_by_an_older_one(
         assert said in str(raised.value) or raised.type is MemoryError
     assert written(cut.ckpt_folder) == before
     if trouble is not of_tomorrow:
-        assert newest_good(cut.ckpt_folder)[1]["step"] == 25
+        assert newest_good(cut.ckpt_folder).step == 25
 
 
 def test_taking_the_latest_one_away_during_a_run_costs_nothing(options, small_config):
@@ -242,8 +241,8 @@ def test_taking_the_latest_one_away_during_a_run_costs_nothing(options, small_co
 
     result = fit(small_config, place, should_stop=take_away)
     assert result.finished
-    assert load_ckpt(place.ckpt_folder / "latest.pt")["step"] == 30
-    assert load_ckpt(place.ckpt_folder / "kept.pt")["step"] < 30
+    assert load_ckpt(place.ckpt_folder / "latest.pt").step == 30
+    assert load_ckpt(place.ckpt_folder / "kept.pt").step < 30
     assert outcome(result) == whole(options, small_config)
 
 

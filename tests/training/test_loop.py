@@ -132,7 +132,7 @@ def test_the_best_checkpoint_is_the_best_by_its_own_objective(
         assert row["total_loss"] == loss(row["recon_loss"], row["KL_divergence"])
     assert best["epoch"] > min(rows, key=lambda row: row["bound"])["epoch"]  # another one
     assert {name: best[name] for name in result.state.best} == result.state.best
-    assert load_ckpt(result.best)["step"] == best["step"]
+    assert load_ckpt(result.best).step == best["step"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 60])
@@ -162,8 +162,7 @@ def test_the_bound_samples_the_posterior_instead_of_decoding_its_mean(state, sma
 
 def final(result):
     content = load_ckpt(result.latest)
-    content.pop("digest")
-    return content["model"], content["optimizer"]
+    return content.model_state, content.optimizer_state
 
 
 def same(a, b):
@@ -239,7 +238,7 @@ def test_divergence_leaves_the_last_checkpoint_finite(options, small_config):
         fit(wild, options(ckpt_seconds=0.0), quiet=True)
     saved = options().ckpt_folder / "latest.pt"
     if saved.exists():
-        assert all(torch.isfinite(t).all() for t in load_ckpt(saved)["model"].values())
+        assert all(torch.isfinite(t).all() for t in load_ckpt(saved).model_state.values())
 
 
 def test_the_environment_says_what_bits_depend_on():
@@ -265,7 +264,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
     """Without it, each of these rounds maps 48 MB anew, page by page."""
     script = (
         "import resource, torch\n"
-        "from vae_hyperband.process import keep_freed_memory\n"
+        "from vae_hyperband.common.process import keep_freed_memory\n"
         "keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "def step():\n"

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command_line
+from conftest import command_line, rewrite_ckpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -51,9 +51,12 @@ def outcome(result) -> dict[str, str]:
     latest, best = load_ckpt(result.latest), load_ckpt(result.best)
     metrics = (result.log_folder / "metrics.jsonl").read_bytes()
     return {
-        **{name: tree_digest(latest[name]) for name in ("model", "optimizer", "sums", "best")},
-        "best.pt": tree_digest(best["model"]),
-        "step": str(latest["step"]),
+        "model": tree_digest(latest.model_state),
+        "optimizer": tree_digest(latest.optimizer_state),
+        "sums": tree_digest(latest.sums),
+        "best": tree_digest(latest.best),
+        "best.pt": tree_digest(best.model_state),
+        "step": str(latest.step),
         "metrics": metrics.decode(),
     }
 
@@ -151,13 +154,12 @@ def test_the_comparison_sees_one_random_number_of_another_step(
 def test_the_comparison_can_fail(options, small_config, uninterrupted, part):
     result = fit(small_config, options(run="cut"), should_stop=stop_after(15), quiet=True)
     content = load_ckpt(result.latest)
-    content.pop("digest")
     if part == "optimizer":
-        content["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1e-3
+        content.optimizer_state["state"][0]["exp_avg"].view(-1)[0] += 1e-3
     elif part == "sums":
-        content["sums"][1, 0] += 1e-3
+        content.sums[1, 0] += 1e-3
     else:
-        content["step"] -= 1
+        content = dataclasses.replace(content, step=content.step - 1)
     save_ckpt(result.latest, content)
     assert outcome(fit(small_config, options(run="cut"), quiet=True)) != uninterrupted
 
@@ -179,8 +181,8 @@ def digests(tmp_path: Path, run: str) -> dict[str, str]:
     best = load_ckpt(tmp_path / "checkpoints" / run / "best.pt")
     metrics = (tmp_path / "logs" / run / "metrics.jsonl").read_text()
     return {
-        "latest": latest["digest"],
-        "best": best["digest"],
+        "latest": latest.digest,
+        "best": best.digest,
         "metrics": metrics,
     }
 
@@ -203,7 +205,7 @@ def test_resume_after_sigkill_gives_the_same_bytes(tmp_path, small_data):
         time.sleep(rng.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-        mid_run += 0 < load_ckpt(latest)["step"] < 12 * 38
+        mid_run += 0 < load_ckpt(latest).step < 12 * 38
     assert kills >= num_kills // 2  # a run may end before its kill
     assert mid_run >= num_kills // 2
     subprocess.run(train_command(tmp_path, small_data, "cut"), cwd=tmp_path, check=True)
@@ -245,7 +247,7 @@ def test_a_signal_saves_says_so_and_the_same_command_goes_on(tmp_path, small_dat
     said, _ = process.communicate(timeout=30)
     assert process.returncode == EXIT_STOPPED
     assert "vae-hyperband train --run cut" in said
-    stopped_at = load_ckpt(latest)["step"]
+    stopped_at = load_ckpt(latest).step
     assert 0 < stopped_at < 12 * 38
     done = subprocess.run(
         train_command(tmp_path, small_data, "cut"), cwd=tmp_path, capture_output=True, text=True
@@ -266,17 +268,17 @@ def test_resume_ckpt_takes_its_configuration_along_and_goes_on_elsewhere(
         status = train_vae.main([*map(str, ["train", *arguments, *common, "--device", "cpu"])])
         return status, "".join(capsys.readouterr())
 
-    step = load_ckpt(cut.latest)["step"]
+    step = load_ckpt(cut.latest).step
     assert step == 12
     for start in (step, 30):  # the second time it does not start over
         status, said = train("--resume_ckpt", cut.latest, "--run", "other")
         assert status == 0
         assert f"resuming other at step {start} of 30" in said
     latest = load_ckpt(tmp_path / "checkpoints/other/latest.pt")
-    assert tree_digest(latest["model"]) == whole["model"]
-    assert tree_digest(latest["optimizer"]) == whole["optimizer"]
+    assert tree_digest(latest.model_state) == whole["model"]
+    assert tree_digest(latest.optimizer_state) == whole["optimizer"]
     best = load_ckpt(tmp_path / "checkpoints/other/best.pt")
-    assert tree_digest(best["model"]) == whole["best.pt"]
+    assert tree_digest(best.model_state) == whole["best.pt"]
     # without --run it goes on in its own folder
     assert f"resuming cut at step {step}" in train("--resume-ckpt", cut.latest)[1]
     status, said = train("--resume_ckpt", cut.best, "--run", "whole")
@@ -303,10 +305,7 @@ def test_a_setting_without_effect_in_a_checkpoint_changes_nothing(
 ):
     """As an earlier version took it; now it is refused where it is given."""
     begun = fit(small_config, options(run="cut"), should_stop=stop_after(5), quiet=True)
-    content = load_ckpt(begun.latest)
-    content.pop("digest")
-    content["config"]["free_bits"] = 0.5
-    save_ckpt(begun.latest, content)
+    rewrite_ckpt(begun.latest, lambda content: content["config"].update(free_bits=0.5))
     assert outcome(fit(small_config, options(run="cut"), quiet=True)) == uninterrupted
 
 
@@ -337,7 +336,7 @@ def test_another_machine_class_is_said_once_and_recorded(options, small_config, 
     fit(small_config, options(num_threads=1), should_stop=stop_after(5))
     result = fit(small_config, options(num_threads=2))
     assert "num_threads: 1 -> 2" in capsys.readouterr().err
-    assert load_ckpt(result.latest)["environment"]["num_threads"] == 2
+    assert load_ckpt(result.latest).environment["num_threads"] == 2
 
 
 def test_two_runs_in_one_folder_the_second_is_told_who_the_first_is(options, small_config):
@@ -391,7 +390,7 @@ def test_a_kill_between_best_and_latest_leaves_no_wrong_best(
                 fit(small_config, options(run="cut"), quiet=True)
     result = fit(small_config, options(run="cut"), quiet=True)
     assert outcome(result) == uninterrupted
-    assert load_ckpt(result.best)["step"] == result.state.best["step"]
+    assert load_ckpt(result.best).step == result.state.best["step"]
 
 
 def test_going_back_in_a_run_s_own_folder_is_refused(options, small_config, tmp_path):
@@ -404,4 +403,4 @@ def test_going_back_in_a_run_s_own_folder_is_refused(options, small_config, tmp_
         fit(small_config, options(resume_ckpt=early), quiet=True)
     assert result.latest.read_bytes() == before
     elsewhere = fit(small_config, options(run="b", resume_ckpt=early), quiet=True)
-    assert tree_digest(load_ckpt(elsewhere.latest)["model"]) == outcome(result)["model"]
+    assert tree_digest(load_ckpt(elsewhere.latest).model_state) == outcome(result)["model"]

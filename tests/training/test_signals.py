@@ -53,7 +53,7 @@ def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(
         if status == EXIT_STOPPED:
             stopped += 1
             assert found
-            assert not before or found[1]["step"] >= before[1]["step"]
+            assert not before or found.step >= before.step
             last_line = (place / "said.txt").read_text().splitlines()[-1]
             assert last_line.startswith("stopped and saved; go on with: ")
         elif status == 0:
@@ -63,7 +63,7 @@ def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(
         else:  # before training began there is nothing to save
             assert status in (-number, 128 + number), (place / "said.txt").read_text()
             assert bool(found) == bool(before)
-            assert not found or found[1]["step"] == before[1]["step"]
+            assert not found or found.step == before.step
     assert forks.run(arguments, place) == 0
     assert (digests(place, "a"), scalars(place / "logs/a")) == expected, f"seed {seed}"
     print(f"seed {seed}: {stopped} of {num_signals} signals came while training")
@@ -74,7 +74,7 @@ def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(
 def test_a_second_signal_ends_at_once(number):
     script = (
         "import os, sys, time\n"
-        "from vae_hyperband.process import stop_flag\n"
+        "from vae_hyperband.common.process import stop_flag\n"
         "with stop_flag() as should_stop:\n"
         f"    os.kill(os.getpid(), {number})\n"
         "    assert should_stop()\n"
@@ -100,7 +100,7 @@ def test_what_nobody_can_read_does_not_cost_the_save(tmp_path, small_data, reade
     while not latest.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.close(end)
-    before = newest_good(latest.parent)[1]["step"]
+    before = newest_good(latest.parent).step
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == EXIT_STOPPED
-    assert newest_good(latest.parent)[1]["step"] > before
+    assert newest_good(latest.parent).step > before

@@ -54,7 +54,7 @@ def test_the_winner_has_the_lowest_validation_bound_at_beta_1(searched):
     assert best["metric"]["value"] == result.best_score
     assert best["config"] == result.best_config.to_dict()
     winner = load_ckpt(folder / "checkpoints/s/winner.pt")
-    assert winner["metrics"]["bound"] == result.best_score
+    assert winner.metrics["bound"] == result.best_score
     assert load_model(folder / "checkpoints/s/winner.pt").latent_dim == best["config"]["latent_dim"]
 
 
@@ -69,8 +69,8 @@ def test_training_best_config_json_alone_gives_the_reported_metric_bit_for_bit(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     alone = load_ckpt(folder / "again/again/best.pt")
-    assert alone["metrics"]["bound"] == best["metric"]["value"]
-    assert alone["metrics"]["epoch"] == best["metric"]["epoch"]
+    assert alone.metrics["bound"] == best["metric"]["value"]
+    assert alone.metrics["epoch"] == best["metric"]["epoch"]
 
 
 def test_every_trial_wrote_tensorboard_and_json_logs(searched):
@@ -110,7 +110,9 @@ def test_all_trials_share_the_settings_that_are_not_searched(tmp_path, small_dat
         "prior": "vamp", "pseudo_inputs": 4, "likelihood": "discretized-logistic",
         "kl_warmup_epochs": 1.0,
     }  # fmt: skip
-    assert load_ckpt(tmp_path / "checkpoints/s/winner.pt")["config"].items() >= shared.items()
+    assert (
+        load_ckpt(tmp_path / "checkpoints/s/winner.pt").config.to_dict().items() >= shared.items()
+    )
     assert read_result(tmp_path / "checkpoints/s").best_config.to_dict().items() >= shared.items()
 
 

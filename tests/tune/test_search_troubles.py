@@ -85,8 +85,8 @@ def test_a_search_by_tpe_on_the_iwae_bound_gives_what_it_says(tmp_path, small_da
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     alone = load_ckpt(tmp_path / "checkpoints/again/best.pt")
-    assert alone["metrics"]["iwae"] == best["metric"]["value"]
-    assert load_ckpt(tmp_path / "checkpoints/s-best/best.pt")["config"]["epochs"] == 2
+    assert alone.metrics["iwae"] == best["metric"]["value"]
+    assert load_ckpt(tmp_path / "checkpoints/s-best/best.pt").config.epochs == 2
     assert (tmp_path / "logs/s-best/samples.png").exists()
 
 
@@ -112,7 +112,7 @@ def test_a_search_goes_on_in_another_place_with_its_trials_behind_a_url(tmp_path
     found = read_result(there / "checkpoints/s")
     assert found.trials == expected.trials
     winners = [load_ckpt(place / "checkpoints/s/winner.pt") for place in (there, calm)]
-    assert winners[0]["digest"] == winners[1]["digest"]
+    assert winners[0].digest == winners[1].digest
 
 
 @pytest.mark.faults

@@ -77,7 +77,7 @@ def test_kills_of_driver_worker_or_everything_change_nothing(
         again = json.loads((storm / "checkpoints/s/best_config.json").read_text())
         assert again == best
         winners = [load_ckpt(place / "checkpoints/s/winner.pt") for place in (storm, calm)]
-        assert winners[0]["digest"] == winners[1]["digest"]  # of every weight and moment
+        assert winners[0].digest == winners[1].digest  # of every weight and moment
         for log in sorted((calm / "logs/s").glob("*/metrics.jsonl")):
             name = f"{log.parent.name}/metrics.jsonl"
             assert (storm / "logs/s" / name).read_bytes() == log.read_bytes()

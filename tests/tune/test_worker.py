@@ -61,13 +61,13 @@ def test_a_paused_trial_says_again_where_it_is_and_goes_on_as_if_it_had_not_been
     second = train()
     assert [row["epoch"] for row in second] == [2, 3]
     assert second[0] == first[1]
-    bits = load_ckpt(train.folder / "latest.pt")["digest"]
+    bits = load_ckpt(train.folder / "latest.pt").digest
     for file in train.folder.iterdir():
         file.unlink()
     whole = train()
     assert [row["epoch"] for row in whole] == [1, 2, 3]
     assert whole == [*first, second[1]]
-    assert load_ckpt(train.folder / "latest.pt")["digest"] == bits
+    assert load_ckpt(train.folder / "latest.pt").digest == bits
 
 
 def test_an_error_is_tried_again_from_the_checkpoint_and_then_reported(train, monkeypatch):
@@ -148,7 +148,7 @@ def test_damaged_checkpoints_cost_a_trial_no_report(train):
     """It goes on from the best one, if that is good, else from its start."""
     whole = train()
     for name, first in (("latest.pt", "best.pt"), ("best.pt", None)):
-        best_epoch = load_ckpt(train.folder / first)["epoch"] if first else 1
+        best_epoch = load_ckpt(train.folder / first).epoch if first else 1
         for path in {train.folder / "latest.pt", train.folder / name}:
             content = bytearray(path.read_bytes())
             content[len(content) // 2] ^= 1

@@ -26,7 +26,7 @@ from vae_hyperband.evaluation.samplers import (
     get_sampler,
 )
 from vae_hyperband.export.hub import DATA_NAMES, write_shared
-from vae_hyperband.model.checkpoint import load_ckpt, model_from_ckpt, own_losses, split_of
+from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.summaries import LABEL_NAMES, say
 
@@ -87,34 +87,37 @@ def export(argv: list[str]) -> int:
         "How a sampler is fitted (--components, --flow-...) is for --sampler mixture or flow: give "
         "that, too.",
     )
-    content = load_ckpt(args.ckpt)
+    checkpoint = load_ckpt(args.ckpt)
     write = {"web": _web, "onnx": _onnx, "safetensors": _safetensors}[args.format]
-    for path in write(args, content):
+    for path in write(args, checkpoint):
         print(path)
     return 0
 
 
-def _safetensors(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+def _safetensors(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     report = read_json(args.evaluation) if args.evaluation else None
-    if report is not None and report.get("checkpoint_digest") != content["digest"]:
+    if report is not None and report.get("checkpoint_digest") != checkpoint.digest:
         raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
-    return write_shared(content, args.out, args.license, report)
+    return write_shared(checkpoint, args.out, args.license, report)
 
 
-def _facts(content: dict[str, Any]) -> dict[str, str]:
-    return {"weights": content["weights"], "config": json.dumps(content["config"])}
+def _facts(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
+        "weights": checkpoint.weights_digest,
+        "config": json.dumps(checkpoint.config.to_dict()),
+    }
 
 
-def _onnx(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+def _onnx(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     with needs_onnx():
         from vae_hyperband.export.onnx_export import (
             decoder_graph,
             encoder_graph,
             largest_difference,
         )
-    model = model_from_ckpt(content, args.ckpt).eval()
+    model = checkpoint.model()
     graphs = {
-        name: make(model, _facts(content)).SerializeToString()
+        name: make(model, _facts(checkpoint)).SerializeToString()
         for name, make in (("encoder.onnx", encoder_graph), ("decoder.onnx", decoder_graph))
     }
     apart = largest_difference(model, graphs["encoder.onnx"], graphs["decoder.onnx"])
@@ -124,12 +127,12 @@ def _onnx(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
     return [args.out / name for name in graphs]
 
 
-def _web(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
+def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     with needs_onnx():
         from vae_hyperband.export.explorer import page
-    config = content["config"]
-    model = model_from_ckpt(content, args.ckpt).eval()
-    split = _first(split_of(content, args.ckpt, args.split, args.data_dir), args.num_images)
+    config = checkpoint.config
+    model = checkpoint.model()
+    split = _first(checkpoint.split(args.split, args.data_dir), args.num_images)
     split = as_trained(split, config)
     out = args.out / "index.html"
     check_place(out)  # a mistake before the work
@@ -138,10 +141,10 @@ def _web(args: ExportArgs, content: dict[str, Any]) -> list[Path]:
         model,
         split,
         posteriors,
-        tuple(LABEL_NAMES.get(config["dataset"], ())),
-        f"A VAE of {DATA_NAMES[config['dataset']]}",
-        _shown(content, model),
-        _fitted(args, config["dataset"]),
+        tuple(LABEL_NAMES.get(config.dataset, ())),
+        f"A VAE of {DATA_NAMES[config.dataset]}",
+        _shown(checkpoint, model),
+        _fitted(args, checkpoint),
     )
     write_text(out, html)
     return [out]
@@ -153,22 +156,22 @@ def _first(split: Split, num: int) -> Split:
     )
 
 
-def _shown(content: dict[str, Any], model: VAE) -> dict[str, str]:
+def _shown(checkpoint: Checkpoint, model: VAE) -> dict[str, str]:
     shown = {
         "latent dimension": str(model.latent_dim),
-        "beta": f"{content['config']['beta']:g}",
-        "epochs": str(content["epoch"]),
+        "beta": f"{checkpoint.config.beta:g}",
+        "epochs": str(checkpoint.epoch),
     }
-    if losses := own_losses(content):
+    if losses := checkpoint.own_losses:
         shown["validation bound"] = f"{losses['bound']:.1f} nats/image"
-    return shown | {"weights": content["weights"][:12]}
+    return shown | {"weights": checkpoint.weights_digest[:12]}
 
 
-def _fitted(args: ExportArgs, dataset: str) -> Mixture | LearnedFlow | None:
+def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow | None:
     sampler = get_sampler(
         args.sampler,
-        args.ckpt,
-        lambda: load_split("train", args.data_dir, dataset),
+        checkpoint,
+        lambda: load_split("train", args.data_dir, checkpoint.config.dataset),
         args.fitting,
         say,
     )

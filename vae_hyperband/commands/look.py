@@ -13,7 +13,7 @@ from vae_hyperband.common.files import check_place
 from vae_hyperband.data.splits import as_trained
 from vae_hyperband.evaluation.bounds import eval_dataloader
 from vae_hyperband.evaluation.latents import encode_split
-from vae_hyperband.model.checkpoint import load_ckpt, model_from_ckpt, split_of
+from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting import animations, figures, runs
 from vae_hyperband.reporting.report import write_report
 from vae_hyperband.reporting.runs import best_ckpt
@@ -125,11 +125,10 @@ def animate(argv: list[str]) -> int:
     if args.kind == "training":
         animations.over_training(place.log_folder, out)
     else:
-        ckpt = best_ckpt(place)
-        content = load_ckpt(ckpt)
-        model = model_from_ckpt(content, ckpt).eval()
-        split = split_of(content, ckpt, "validation", args.data_dir)
-        posteriors = encode_split(model, eval_dataloader(as_trained(split, content["config"])))
+        checkpoint = load_ckpt(best_ckpt(place))
+        model = checkpoint.model()
+        split = as_trained(checkpoint.split("validation", args.data_dir), checkpoint.config)
+        posteriors = encode_split(model, eval_dataloader(split))
         animations.latent_walk(model, posteriors, out, args.seed)
     print(out)
     return 0

@@ -15,7 +15,7 @@ from vae_hyperband.common.files import check_place, replacing
 from vae_hyperband.common.process import pick_device
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.samplers import SamplerConfig, SamplerName, generate, get_sampler
-from vae_hyperband.model.checkpoint import load_ckpt, load_model
+from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.summaries import LABEL_NAMES, say
 
@@ -50,17 +50,18 @@ def sample(argv: list[str]) -> int:
     args = parse_options(SampleArgs, argv, "vae-hyperband sample")
     require_number("num_samples", args.num_samples, 1)
     check_place(args.out, ".png", ".npy")
-    dataset = load_ckpt(args.ckpt)["config"]["dataset"]
+    checkpoint = load_ckpt(args.ckpt)
+    dataset = checkpoint.config.dataset
     names = LABEL_NAMES.get(dataset, ())
     label = label_number(args.label, names)
     sampler = get_sampler(
         args.sampler,
-        args.ckpt,
+        checkpoint,
         lambda: load_split("train", args.data_dir, dataset),
         args.fitting,
         say,
     )
-    model = load_model(args.ckpt, pick_device(args.device))
+    model = checkpoint.model(pick_device(args.device))
     images_NCHW = generate(model, sampler, args.num_samples, args.seed, label)
     if args.out.suffix == ".npy":
         _save_array(images_NCHW, args.out)

@@ -65,7 +65,7 @@ def _train_default(argv: list[str]) -> TrainArgs:
         where = {name: content[name] for name in ("device", "num_threads") if name in content}
         return TrainArgs(recipe, RunOptions(**where))
     if given.resume_ckpt:
-        recipe = TrainConfig.from_dict(load_ckpt(given.resume_ckpt)["config"], "the checkpoint")
+        recipe = load_ckpt(given.resume_ckpt).config
         with contextlib.suppress(ConfigError):  # a folder whose name cannot name a run
             run_name = given.resume_ckpt.resolve().parent.name
             check_run_name(run_name)

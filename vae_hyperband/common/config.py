@@ -233,13 +233,12 @@ def check_run_name(name: str) -> None:
     )
 
 
-def model_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the network that a configuration describes, an older one included."""
-    vamp = config.get("prior", "normal") == "vamp"
+def model_settings(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of the network that a configuration describes."""
     return {
-        "latent_dim": config["latent_dim"],
-        "likelihood": config.get("likelihood", "bernoulli"),
-        "pseudo_inputs": config["pseudo_inputs"] if vamp else 0,
+        "latent_dim": config.latent_dim,
+        "likelihood": config.likelihood,
+        "pseudo_inputs": config.pseudo_inputs if config.prior == "vamp" else 0,
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import Dataset
+from vae_hyperband.common.config import CommonConfig, Dataset
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.idx import read_idx_once
@@ -118,9 +118,9 @@ def binarized(split: Split) -> Split:
     return Split(bits_NCHW, split.labels_N, hashlib.sha256(bits_NCHW.numpy().tobytes()).hexdigest())
 
 
-def as_trained(split: Split, config: dict[str, Any]) -> Split:
-    """The split as models of that configuration take it: grey, or the bits that stand for it."""
-    return binarized(split) if config.get("binarize", "none") != "none" else split
+def as_trained(split: Split, config: CommonConfig) -> Split:
+    """The split as models of that configuration take it: grey, or binarized once."""
+    return binarized(split) if config.binarize != "none" else split
 
 
 def load_split(

@@ -68,7 +68,7 @@ from vae_hyperband.evaluation.samplers import (
     generate,
     get_sampler,
 )
-from vae_hyperband.model.checkpoint import load_ckpt, model_from_ckpt, split_of
+from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.vae import VAE
 
 # ---- Every setting of an evaluation, once. What is looked at, and how closely.
@@ -117,19 +117,22 @@ class Subject:
     """A model and what it is measured with."""
 
     model: VAE
-    ckpt: Path
-    config: TrainConfig
+    checkpoint: Checkpoint
     train: Split
     split: SplitName
     held_out: Split  # as the data set has it
     device: torch.device
 
     @property
+    def config(self) -> TrainConfig:
+        return self.checkpoint.config
+
+    @property
     def seed(self) -> int:
         return self.config.seed
 
     def seen(self, split: Split) -> Split:
-        return as_trained(split, self.config.to_dict())
+        return as_trained(split, self.config)
 
     def posteriors(self, split: Split) -> Posteriors:
         return encode_split(self.model, eval_dataloader(self.seen(split), self.device))
@@ -286,7 +289,7 @@ def generated_images(
     counts = {"real": len(chosen), "reconstructions": len(mu_NZ)}
     for name in options.samplers:
         step(f"images from the {name}")
-        sampler = get_sampler(name, subject.ckpt, lambda: train, options.sampler, say)
+        sampler = get_sampler(name, subject.checkpoint, lambda: train, options.sampler, say)
         rows[name], counts[name] = judge(generate(model, sampler, num, subject.seed)), num
     bits = inception = ""
     if subject.config.binarize != "none":
@@ -330,7 +333,7 @@ REPORT_VERSION = 5
 
 
 def evaluate(
-    ckpt: Path,
+    ckpt: Path | Checkpoint,
     split: SplitName = "validation",
     data_dir: Path | None = None,
     device: str = "auto",
@@ -349,25 +352,26 @@ def evaluate(
             "training images: give --parts likelihood."
         )
     target = pick_device(device)
-    content = load_ckpt(ckpt)
-    config = TrainConfig.from_dict(content["config"], str(ckpt))
-    model = model_from_ckpt(content, ckpt).to(target).eval()
-
-    def load(name: SplitName) -> Split:
-        return split_of(content, ckpt, name, data_dir)
-
-    subject = Subject(model, ckpt, config, load("train"), split, load(split), target)
+    checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_ckpt(ckpt)
+    subject = Subject(
+        checkpoint.model(target),
+        checkpoint,
+        checkpoint.split("train", data_dir),
+        split,
+        checkpoint.split(split, data_dir),
+        target,
+    )
     report: dict[str, Any] = {
         "version": REPORT_VERSION,
-        "checkpoint": str(ckpt),
-        "checkpoint_digest": content["digest"],
+        "checkpoint": str(checkpoint.path),
+        "checkpoint_digest": checkpoint.digest,
         "split": split,
         "options": plain(options),
         "num_images": len(subject.held_out),
         "data_digest": subject.held_out.digest,
-        "epoch": content["epoch"],
-        "step": content["step"],
-        "config": config.to_dict(),
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "config": checkpoint.config.to_dict(),
         "environment": environment(target),
     }
     num_images_steps = 2 + len(options.samplers)
@@ -401,19 +405,19 @@ def evaluate_once(
 
     So a number of the test split is taken once.
     """
-    content = load_ckpt(ckpt)
+    checkpoint = load_ckpt(ckpt)
     asked = {
         "version": REPORT_VERSION,
-        "checkpoint_digest": content["digest"],
+        "checkpoint_digest": checkpoint.digest,
         "split": split,
-        "data_digest": load_split(split, data_dir, content["config"]["dataset"]).digest,
+        "data_digest": load_split(split, data_dir, checkpoint.config.dataset).digest,
         "options": plain(options),
     }
     with contextlib.suppress(ConfigError):  # no such file yet, or a broken one
         report = read_json(path)
         if {name: report.get(name) for name in asked} == asked:
             return report
-    report = evaluate(ckpt, split, data_dir, device, options, say)
+    report = evaluate(checkpoint, split, data_dir, device, options, say)
     write_text(path, json.dumps(report, indent=2) + "\n")
     return report
 

@@ -25,7 +25,7 @@ from vae_hyperband.data.splits import Split, as_trained
 from vae_hyperband.evaluation.bounds import EVAL_BATCH_SIZE, eval_dataloader
 from vae_hyperband.evaluation.flow import Flow, fit_flow
 from vae_hyperband.evaluation.latents import Posteriors, encode_split
-from vae_hyperband.model.checkpoint import load_ckpt, load_pt, model_from_ckpt, save_pt
+from vae_hyperband.model.checkpoint import Checkpoint, load_pt, save_pt
 from vae_hyperband.model.vae import VAE
 
 SamplerName = Literal["prior", "mixture", "flow"]
@@ -153,7 +153,7 @@ def sampler_file(ckpt: Path, name: SamplerName) -> Path:
 
 def get_sampler(
     name: SamplerName,
-    ckpt: Path,
+    checkpoint: Checkpoint,
     load_train: Callable[[], Split],
     config: SamplerConfig | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -164,12 +164,11 @@ def get_sampler(
     is a function of these. ``load_train`` gives the training split, where it is needed.
     """
     config = config or SamplerConfig()
-    content = load_ckpt(ckpt)
-    model = model_from_ckpt(content, ckpt).eval()
+    model = checkpoint.model()
     if name == "prior":
         return Prior(model)
-    path = sampler_file(ckpt, name)
-    facts = {"checkpoint": content["digest"], "sampler": name, "fitted": config.of(name)}
+    path = sampler_file(checkpoint.path, name)
+    facts = {"checkpoint": checkpoint.digest, "sampler": name, "fitted": config.of(name)}
     if path.exists():
         try:
             found = load_pt(path, FORMAT, KEYS)
@@ -180,13 +179,13 @@ def get_sampler(
                 return _from_tensors(name, found["tensors"], config)
     say(f"fitting the {name} to the training split's latents")
     train = load_train()
-    if train.digest != content["data"]["digest"]:
+    if train.digest != checkpoint.data.digest:
         raise CheckpointError(
-            f"{ckpt} was trained on other images than these, to which no {name} can be fitted: "
-            "give the --data-dir it was trained on, or leave the sampler out."
+            f"{checkpoint.path} was trained on other images than these, so no {name} can be fitted "
+            "to them: give the --data-dir it was trained on, or leave the sampler out."
         )
-    posteriors = encode_split(model, eval_dataloader(as_trained(train, content["config"])))
-    seed = content["config"]["seed"]
+    posteriors = encode_split(model, eval_dataloader(as_trained(train, checkpoint.config)))
+    seed = checkpoint.config.seed
     sampler = fit_sampler(name, posteriors, train.labels_N, seed, config, say)
     try:
         save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, KEYS)

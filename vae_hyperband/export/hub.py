@@ -17,8 +17,7 @@ from vae_hyperband.model.checkpoint import (
     SHARED_CONFIG,
     SHARED_FORMAT,
     SHARED_WEIGHTS,
-    model_from_ckpt,
-    own_losses,
+    Checkpoint,
 )
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.summaries import table_of
@@ -89,7 +88,7 @@ SHA-256 of the weights, as `train` prints it: `{weights}`.
 
 
 def write_shared(
-    content: dict[str, Any], folder: Path, license: str, report: dict[str, Any] | None
+    checkpoint: Checkpoint, folder: Path, license: str, report: dict[str, Any] | None
 ) -> list[Path]:
     """Write a loaded checkpoint's model, to be read by :func:`~vae_hyperband.load_model`.
 
@@ -97,20 +96,20 @@ def write_shared(
     """
     if not license or not set(license) <= set(LICENSE_WORDS):
         raise ConfigError(f"--license is {license!r}, but must be a word such as mit or cc-by-4.0.")
-    model = model_from_ckpt(content)
-    tensors = {name: tensor.contiguous() for name, tensor in content["model"].items()}
+    model = checkpoint.model()
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.model_state.items()}
     config = {
         "format": SHARED_FORMAT,
         "version": 1,
         "model": _arguments(model),
-        "weights": content["weights"],
-        "checkpoint": content["digest"],
-        "trained": content["config"],
-        "epoch": content["epoch"],
-        "step": content["step"],
-        "data": content["data"],
-        "environment": content["environment"],
-        "validation": own_losses(content),
+        "weights": checkpoint.weights_digest,
+        "checkpoint": checkpoint.digest,
+        "trained": checkpoint.config.to_dict(),
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "data": {**checkpoint.data._asdict(), "image_shape": list(checkpoint.data.image_shape)},
+        "environment": checkpoint.environment,
+        "validation": checkpoint.own_losses,
         "evaluation": report,
     }
     make_folder(folder)
@@ -118,7 +117,7 @@ def write_shared(
     files = {  # the weights first, so they come last: without them nobody takes it for a model
         folder / SHARED_WEIGHTS: safetensors.torch.save(tensors, about),
         folder / SHARED_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-        folder / "README.md": card(content, model, license, report).encode(),
+        folder / "README.md": card(checkpoint, model, license, report).encode(),
     }
     write_together(files)
     return list(files)
@@ -134,21 +133,21 @@ def _arguments(model: VAE) -> dict[str, Any]:
     }
 
 
-def card(content: dict[str, Any], model: VAE, license: str, report: dict[str, Any] | None) -> str:
+def card(checkpoint: Checkpoint, model: VAE, license: str, report: dict[str, Any] | None) -> str:
     """The model card, in Markdown, with the head that hubs read."""
-    config, size = content["config"], model.image_size
-    known = DATASETS.get(config["dataset"])
+    config, size = checkpoint.config, model.image_size
+    known = DATASETS.get(config.dataset)
     return CARD.format(
         license=license,
         datasets=f"datasets:\n- {known}\n" if known else "",
-        data_name=DATA_NAMES[config["dataset"]],
+        data_name=DATA_NAMES[config.dataset],
         latent_dim=model.latent_dim,
-        beta=config["beta"],
+        beta=config.beta,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         likelihood=model.likelihood,
-        prior=config.get("prior", "normal"),
-        epochs=content["epoch"],
-        step=content["step"],
+        prior=config.prior,
+        epochs=checkpoint.epoch,
+        step=checkpoint.step,
         architecture=ARCHITECTURE.format(
             half=size // 2,
             small=size // 4,
@@ -158,22 +157,22 @@ def card(content: dict[str, Any], model: VAE, license: str, report: dict[str, An
         ),
         size=size,
         channels=model.channels,
-        num_images=content["data"]["num_images"],
-        data_digest=content["data"]["digest"],
-        metrics=_metrics(content, report),
-        config=json.dumps(in_effect(config), indent=2),
-        weights=content["weights"],
+        num_images=checkpoint.data.num_images,
+        data_digest=checkpoint.data.digest,
+        metrics=_metrics(checkpoint, report),
+        config=json.dumps(in_effect(config.to_dict()), indent=2),
+        weights=checkpoint.weights_digest,
     )
 
 
-def _metrics(content: dict[str, Any], report: dict[str, Any] | None) -> str:
+def _metrics(checkpoint: Checkpoint, report: dict[str, Any] | None) -> str:
     """What was measured, and how; an evaluation if there is one."""
     if report is not None:
         return (
             f"By `vae-hyperband evaluate --split {report['split']}`; bounds at beta = 1, in nats "
             f"per image, summed over pixels.\n\n```\n{table_of(report)}\n```"
         )
-    losses = own_losses(content)
+    losses = checkpoint.own_losses
     if not losses:
         return "None: these weights were saved between two validations."
     lines = [f"| {title} | {losses[name]:.2f} |" for name, title in LOSS_NAMES.items()]

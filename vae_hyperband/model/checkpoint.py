@@ -9,13 +9,14 @@ import hashlib
 import io
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import model_settings
+from vae_hyperband.common.config import TrainConfig, model_settings
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DamagedError, RunFolderError
 from vae_hyperband.common.files import write_bytes
 from vae_hyperband.data.splits import Split, SplitName, load_split
@@ -60,12 +61,107 @@ def tree_digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def save_ckpt(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint. See :func:`save_pt`.
+#: The losses that runs are compared by, as a reader is told; nats per image.
+LOSS_NAMES = {
+    "bound": "bound (beta = 1)",
+    "recon_loss": "reconstruction",
+    "KL_divergence": "KL divergence",
+}
 
-    ``content`` is all that the last version of :data:`KEYS` lists; "weights" is computed here.
+
+class DataFacts(NamedTuple):
+    """Which images a run was trained on."""
+
+    digest: str  # SHA-256 of the decompressed image file
+    num_images: int
+    image_shape: tuple[int, int, int]  # channels, height, width
+
+    @classmethod
+    def of(cls, train: Split) -> Self:
+        return cls(train.digest, len(train), train.image_shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at one step: all that it needs to continue, and where that was computed.
+
+    :func:`load_ckpt` verifies it once; it is then handed on. Loaded tensors lie on the CPU.
     """
-    save_pt(path, {**content, "weights": tree_digest(content["model"])}, FORMAT, KEYS)
+
+    config: TrainConfig
+    model_state: dict[str, Tensor]
+    optimizer_state: dict[str, Any]
+    schedule: dict[str, Any]  # name and number of steps, for the reader
+    epoch: int  # completed
+    step: int
+    sums: Tensor  # of the losses since the epoch began and since the last row of the log
+    best: dict[str, Any]  # step, epoch, total_loss and bound of the best validation so far
+    metrics: dict[str, Any]  # step, epoch and losses of the last validation; empty before it
+    data: DataFacts
+    environment: dict[str, Any]  # torch, device, threads: what bit-exactness depends on
+    resumed_from: str | None  # digest of the checkpoint that --resume_ckpt named
+    path: Path = Path("the checkpoint")  # where it was loaded from
+    digest: str = ""  # SHA-256 over all of the file's content; empty before it is saved
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the model's tensors: two runs with equal weights have equal ones."""
+        return tree_digest(self.model_state)
+
+    @property
+    def own_losses(self) -> dict[str, Any]:
+        """The losses of these weights on the validation split.
+
+        Empty if the checkpoint was written after further steps: ``metrics`` is of earlier weights.
+        """
+        return self.metrics if self.metrics and self.metrics["step"] == self.step else {}
+
+    def model(self, device: torch.device | str = "cpu") -> VAE:
+        """The model, in eval mode. Raises :class:`CheckpointError` if the tensors do not fit it."""
+        channels, image_size, _ = self.data.image_shape
+        settings = {"image_size": image_size, "channels": channels}
+        model = _model(settings | model_settings(self.config), self.model_state, self.path)
+        return model.to(device).eval()
+
+    def split(self, name: SplitName, data_dir: Path | None = None) -> Split:
+        """A split of the data that the run was trained on.
+
+        Test images may be others of the same size; those of the training file have to be the same.
+        Raises :class:`CheckpointError` if they are not, and what :func:`load_split` raises.
+        """
+        split = load_split(name, data_dir, self.config.dataset)
+        if split.image_shape != self.data.image_shape:
+            raise CheckpointError(
+                f"{self.path} was trained on images of shape {self.data.image_shape}, but the "
+                f"{name} split has {split.image_shape}: give the --data-dir it was trained on."
+            )
+        from_file = self.config.dataset != "drawn"  # synthetic garments have no file
+        if name != "test" and from_file and split.digest != self.data.digest:
+            raise CheckpointError(
+                f"{self.path} was trained on other images than these: give the --data-dir it was "
+                "trained on."
+            )
+        return split
+
+
+def save_ckpt(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint. See :func:`save_pt`."""
+    content = {
+        "config": checkpoint.config.to_dict(),
+        "model": checkpoint.model_state,
+        "optimizer": checkpoint.optimizer_state,
+        "schedule": checkpoint.schedule,
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "sums": checkpoint.sums,
+        "best": checkpoint.best,
+        "metrics": checkpoint.metrics,
+        "data": {**checkpoint.data._asdict(), "image_shape": list(checkpoint.data.image_shape)},
+        "environment": checkpoint.environment,
+        "resumed_from": checkpoint.resumed_from,
+        "weights": checkpoint.weights_digest,
+    }
+    save_pt(path, content, FORMAT, KEYS)
 
 
 def save_pt(path: Path, content: dict[str, Any], kind: str, keys: Keys) -> None:
@@ -93,16 +189,32 @@ def copy_ckpt(source: Path, target: Path) -> None:
     write_bytes(target, content)
 
 
-def load_ckpt(path: Path | str) -> dict[str, Any]:
-    """The verified content of a checkpoint, tensors on the CPU, plus its "digest".
+def load_ckpt(path: Path | str) -> Checkpoint:
+    """The verified checkpoint in a file, tensors on the CPU.
 
-    Raises :class:`CheckpointError`: missing, not to be read, of a newer version; and
-    :class:`DamagedError`, which is one: damaged, or not ours.
+    Raises :class:`CheckpointError`: missing, unreadable, or of a newer version; its subclass
+    :class:`DamagedError`: damaged, or not a checkpoint of this project.
     """
-    content = load_pt(Path(path), FORMAT, KEYS)
-    if "weights" not in content:
-        content["weights"] = tree_digest(content["model"])
-    return content
+    path = Path(path)
+    content = load_pt(path, FORMAT, KEYS)
+    data = content["data"]
+    return Checkpoint(
+        # a checkpoint of an earlier version lacks the settings that came later: they had defaults
+        config=TrainConfig.from_dict(content["config"], str(path)),
+        model_state=content["model"],
+        optimizer_state=content["optimizer"],
+        schedule=content["schedule"],
+        epoch=content["epoch"],
+        step=content["step"],
+        sums=content["sums"],
+        best=content["best"],
+        metrics=content["metrics"],
+        data=DataFacts(data["digest"], data["num_images"], tuple(data["image_shape"])),
+        environment=content["environment"],
+        resumed_from=content["resumed_from"],
+        path=path,
+        digest=content["digest"],
+    )
 
 
 def load_pt(path: Path, kind: str, keys: Keys) -> dict[str, Any]:
@@ -145,15 +257,6 @@ def load_pt(path: Path, kind: str, keys: Keys) -> dict[str, Any]:
     return {**payload, "digest": content["digest"]}
 
 
-def model_from_ckpt(content: dict[str, Any], source: Path | str = "the checkpoint") -> VAE:
-    """The model of a loaded checkpoint, on the CPU; :class:`CheckpointError` if it does not fit."""
-    channels, image_size, _ = content["data"]["image_shape"]
-    settings = model_settings(content["config"])
-    return _model(
-        {"image_size": image_size, "channels": channels, **settings}, content["model"], source
-    )
-
-
 def _model(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path | str) -> VAE:
     with torch.device("meta"):
         model = VAE(**settings)
@@ -171,8 +274,9 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> VAE:
     Raises :class:`CheckpointError`.
     """
     path = Path(path)
-    model = load_shared(path) if path.is_dir() else model_from_ckpt(load_ckpt(path), path)
-    return model.to(device).eval()
+    if path.is_dir():
+        return load_shared(path).to(device).eval()
+    return load_ckpt(path).model(device)
 
 
 # ---- a model to be handed on: weights alone, in a format that other libraries read, too
@@ -217,41 +321,3 @@ def load_shared(folder: Path) -> VAE:
     if not described or tree_digest(dict(model.state_dict())) != config.get("weights"):
         raise CheckpointError(f"{path} is damaged: {SHARED_CONFIG} is of other weights.")
     return model
-
-
-#: The losses that runs are compared by, as a reader is told; nats per image.
-LOSS_NAMES = {
-    "bound": "bound (beta = 1)",
-    "recon_loss": "reconstruction",
-    "KL_divergence": "KL divergence",
-}
-
-
-def split_of(content: dict[str, Any], ckpt: Path, name: SplitName, data_dir: Path | None) -> Split:
-    """A split of the data that a checkpoint was trained on.
-
-    Test images may be others of the same size; those of the training file have to be the same ones.
-    Raises :class:`CheckpointError` where they are not, and what :func:`load_split` raises.
-    """
-    config, trained_on = content["config"], content["data"]
-    split = load_split(name, data_dir, config["dataset"])
-    if list(split.image_shape) != list(trained_on["image_shape"]):
-        raise CheckpointError(
-            f"{ckpt} was trained on images of shape {tuple(trained_on['image_shape'])}, but the "
-            f"{name} split has {split.image_shape}: give the --data-dir it was trained on."
-        )
-    # garments that are drawn have no file
-    if name != "test" and config["dataset"] != "drawn" and split.digest != trained_on["digest"]:
-        raise CheckpointError(
-            f"{ckpt} was trained on other images than these: give the --data-dir it was trained on."
-        )
-    return split
-
-
-def own_losses(content: dict[str, Any]) -> dict[str, Any]:
-    """The losses of a checkpoint's own weights on the validation split.
-
-    Empty where it was written after further steps: those in it are of earlier weights.
-    """
-    metrics = content["metrics"]
-    return metrics if metrics and metrics["step"] == content["step"] else {}

@@ -6,17 +6,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vae_hyperband.common.config import Places, TrainConfig, changed_options, in_effect, read_json
+from vae_hyperband.common.config import Places, changed_options, in_effect, read_json
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text
 from vae_hyperband.data.splits import as_trained
-from vae_hyperband.model.checkpoint import (
-    LOSS_NAMES,
-    load_ckpt,
-    model_from_ckpt,
-    own_losses,
-    split_of,
-)
+from vae_hyperband.model.checkpoint import LOSS_NAMES, Checkpoint, load_ckpt
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.animations import logged_samples
 from vae_hyperband.reporting.page import (
@@ -61,20 +55,18 @@ def run_report(place: Places) -> str:
 
     Raises :class:`CheckpointError` if it has no best.pt, :class:`DataError` without its data.
     """
-    ckpt = best_ckpt(place)
-    content = load_ckpt(ckpt)
-    config, model = content["config"], model_from_ckpt(content, ckpt).eval()
-    train_config = TrainConfig.from_dict(config, str(ckpt))
-    split = as_trained(split_of(content, ckpt, "validation", place.data_dir), config)
+    checkpoint = load_ckpt(best_ckpt(place))
+    config, model = checkpoint.config, checkpoint.model()
+    split = as_trained(checkpoint.split("validation", place.data_dir), config)
     images = split.pixels(slice(1000))
-    best = content["best"]
+    best = checkpoint.best
     head = (
-        f"{config['dataset']}, latent dimension {config['latent_dim']}, beta {config['beta']:g}. "
+        f"{config.dataset}, latent dimension {config.latent_dim}, beta {config.beta:g}. "
         f"Best after epoch {best['epoch']}: validation bound {best['bound']:.2f} nats/image "
         "(beta = 1; lower is better)."
     )
     parts = [
-        section("Metrics", _metrics(content, ckpt, place)),
+        section("Metrics", _metrics(checkpoint, place)),
         section("Curves", _curves(place.log_folder)),
         section("Samples over training", _over_training(place.log_folder)),
         section(
@@ -97,18 +89,18 @@ def run_report(place: Places) -> str:
         ),
         facts_section(
             "Configuration",
-            {"command": train_command(train_config, place.run), **in_effect(config)},
+            {"command": train_command(config, place.run), **in_effect(config.to_dict())},
         ),
-        facts_section("Environment", _environment(content)),
+        facts_section("Environment", _environment(checkpoint)),
     ]
     return page(f"Run {place.run}", head, parts)
 
 
-def _environment(content: dict[str, Any]) -> dict[str, Any]:
+def _environment(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        **content["environment"],
-        "data (SHA-256)": content["data"]["digest"],
-        "weights (SHA-256)": content["weights"],
+        **checkpoint.environment,
+        "data (SHA-256)": checkpoint.data.digest,
+        "weights (SHA-256)": checkpoint.weights_digest,
     }
 
 
@@ -116,20 +108,20 @@ def _environment(content: dict[str, Any]) -> dict[str, Any]:
 EVALUATIONS = ("evaluation.json", "evaluation-validation.json", "evaluation-test.json")
 
 
-def _metrics(content: dict[str, Any], ckpt: Path, place: Places) -> str:
+def _metrics(checkpoint: Checkpoint, place: Places) -> str:
     """The evaluations beside the logs that are of this checkpoint; else the last validation."""
     found, stale = [], ""
     for path in (place.log_folder / name for name in EVALUATIONS):
         if path.exists():
             evaluation = read_json(path)
-            if evaluation.get("checkpoint_digest") == content["digest"]:
+            if evaluation.get("checkpoint_digest") == checkpoint.digest:
                 found.append(_evaluation(evaluation))
             else:
                 stale += f"{path} is of other weights. "
     if found:
         return "".join(found)
-    losses = own_losses(content)
-    words = ["vae-hyperband", "evaluate", str(ckpt)]
+    losses = checkpoint.own_losses
+    words = ["vae-hyperband", "evaluate", str(checkpoint.path)]
     words += ["--json", str(place.log_folder / EVALUATIONS[0])]
     if place.data_dir:
         words += ["--data-dir", str(place.data_dir)]

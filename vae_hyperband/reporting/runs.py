@@ -8,7 +8,7 @@ from typing import Any
 
 from vae_hyperband.common.config import Places, in_effect
 from vae_hyperband.common.errors import CheckpointError, ConfigError
-from vae_hyperband.model.checkpoint import BEST, LATEST, LOSS_NAMES, load_ckpt, own_losses
+from vae_hyperband.model.checkpoint import BEST, LATEST, LOSS_NAMES, load_ckpt
 from vae_hyperband.search.trials import ASKED, RESULT
 from vae_hyperband.training.tracker import read_rows
 
@@ -34,18 +34,18 @@ class Run:
 def read_run(name: str, places: Places) -> Run:
     """Raises :class:`CheckpointError` if there is no best checkpoint of that name."""
     place = dataclasses.replace(places, run=name)
-    content = load_ckpt(best_ckpt(place))
+    checkpoint = load_ckpt(best_ckpt(place))
     speeds = [
         row["images_per_second"]
         for row in read_rows(place.log_folder / "timing.jsonl", ("images_per_second",))
     ]
     return Run(
         name,
-        in_effect(content["config"]),
-        content["data"]["digest"],
-        content["weights"],
-        content["epoch"],
-        {loss: own_losses(content)[loss] for loss in LOSS_NAMES},
+        in_effect(checkpoint.config.to_dict()),
+        checkpoint.data.digest,
+        checkpoint.weights_digest,
+        checkpoint.epoch,
+        {loss: checkpoint.own_losses[loss] for loss in LOSS_NAMES},
         read_rows(place.log_folder / "metrics.jsonl", ("split", *LOSS_NAMES)),
         statistics.median(speeds) if speeds else None,
     )

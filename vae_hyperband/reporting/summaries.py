@@ -203,7 +203,7 @@ def with_error(value: dict[str, float], digits: int = 2) -> str:
 def draw_run(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> list[Path]:
     """The pictures of a trained run, beside its logs; made from validation images."""
     folder, model = trained.log_folder, load_model(trained.best)
-    split = as_trained(load_split("validation", data_dir, config.dataset), config.to_dict())
+    split = as_trained(load_split("validation", data_dir, config.dataset), config)
     images = split.pixels(slice(1000))
     draw: dict[str, Callable[[Path], Path]] = {
         "curves.png": lambda path: figures.curves(folder, path),

@@ -57,7 +57,7 @@ def steps_and_done(config: TrainConfig, options: RunOptions, train: Split) -> tu
     """
     found, _ = ckpt_to_resume(config, options, train)
     num_steps = config.epochs * math.ceil(len(train) / config.batch_size)
-    return num_steps, found[1]["step"] if found else 0
+    return num_steps, found.step if found else 0
 
 
 def _command(config: TrainConfig, options: RunOptions) -> str:

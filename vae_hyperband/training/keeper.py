@@ -14,7 +14,7 @@ from typing import Any
 
 from vae_hyperband.common.errors import DamagedError, RunFolderError
 from vae_hyperband.common.files import remove_leftovers
-from vae_hyperband.model.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt, save_ckpt
+from vae_hyperband.model.checkpoint import BEST, LATEST, Checkpoint, copy_ckpt, load_ckpt, save_ckpt
 
 
 def earlier_ckpts(folder: Path) -> dict[int, Path]:
@@ -27,7 +27,7 @@ def earlier_ckpts(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_good(folder: Path) -> Checkpoint | None:
     """The checkpoint to go on from and its content; None if the run has none yet.
 
     It is latest.pt, as long as that is good and so is the best.pt that it speaks of; else the
@@ -36,7 +36,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     well be good.
     """
     latest, best = folder / LATEST, folder / BEST
-    good: dict[Path, dict[str, Any]] = {}
+    good: dict[Path, Checkpoint] = {}
     damage: list[DamagedError] = []
 
     def read(*paths: Path) -> None:
@@ -49,7 +49,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     read(latest, best)
     if latest in good and not _lacks_best(good[latest], good.get(best)):
-        return latest, good[latest]
+        return good[latest]
     read(*earlier_ckpts(folder).values())
     whole = [path for path in good if not _lacks_best(good[path], good.get(best))]
     if not whole and (damage or not good):
@@ -59,16 +59,16 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 "train anew" + (f", or {best} to go on without it." if good else ".")
             )
         return None
-    path = max(whole or good, key=lambda path: (good[path]["step"], path == latest))
+    path = max(whole or good, key=lambda path: (good[path].step, path == latest))
     if path != latest or not whole:
-        _note(damage, latest if not latest.exists() else best, path, good[path]["step"])
-    return path, good[path]
+        _note(damage, latest if not latest.exists() else best, path, good[path].step)
+    return good[path]
 
 
-def _lacks_best(content: dict[str, Any], best: dict[str, Any] | None) -> bool:
+def _lacks_best(checkpoint: Checkpoint, best: Checkpoint | None) -> bool:
     """Whether a checkpoint speaks of a best one that is neither there nor itself."""
-    wanted = content["best"].get("step", 0)
-    return wanted not in (0, content["step"]) and (best is None or best["step"] < wanted)
+    wanted = checkpoint.best.get("step", 0)
+    return wanted not in (0, checkpoint.step) and (best is None or best.step < wanted)
 
 
 def _note(damage: list[DamagedError], missing: Path, used: Path, step: int) -> None:
@@ -80,23 +80,22 @@ def _note(damage: list[DamagedError], missing: Path, used: Path, step: int) -> N
     )
 
 
-def restore(folder: Path, used: Path, content: dict[str, Any]) -> dict[str, Any]:
+def restore(folder: Path, used: Checkpoint) -> dict[str, Any]:
     """Have the files as they were when ``used`` was the latest one; the best one's step and losses.
 
     Where the best one is lost and ``used`` has just been validated, that is the best from now on.
     """
     latest, best_file = folder / LATEST, folder / BEST
-    best, metrics = content["best"], content["metrics"]
+    best = used.best
     found = None
     with contextlib.suppress(DamagedError):
         found = load_ckpt(best_file) if best_file.exists() else None
-    if _lacks_best(content, found):
-        validated = metrics and metrics["step"] == content["step"]
-        best = {name: metrics[name] for name in best} if validated else {}
-    if best.get("step") == content["step"] and (found is None or found["step"] < best["step"]):
-        copy_ckpt(used, best_file)
-    if used.resolve() != latest.resolve():  # there is a good latest.pt from the first step on
-        copy_ckpt(used, latest)
+    if _lacks_best(used, found):
+        best = {name: used.own_losses[name] for name in best} if used.own_losses else {}
+    if best.get("step") == used.step and (found is None or found.step < best["step"]):
+        copy_ckpt(used.path, best_file)
+    if used.path.resolve() != latest.resolve():  # there is a good latest.pt from the first step on
+        copy_ckpt(used.path, latest)
     return best
 
 
@@ -122,17 +121,17 @@ class Keeper:
         self._last_step: int | None = None  # of a latest.pt that is good
         if self.latest.exists():
             with contextlib.suppress(DamagedError):
-                self._last_step = load_ckpt(self.latest)["step"]
-        self._unsaved_best: dict[str, Any] | None = None
+                self._last_step = load_ckpt(self.latest).step
+        self._unsaved_best: Checkpoint | None = None
 
-    def save(self, content: dict[str, Any], improved: bool) -> None:
-        """Save what a checkpoint holds as the latest, and as the best if it ``improved``.
+    def save(self, checkpoint: Checkpoint, improved: bool) -> None:
+        """Save a checkpoint as the latest, and as the best if it ``improved``.
 
         Raises :class:`RunFolderError` if there is no room. Then no file has lost anything, and a
         best one is kept in memory, for the next save to write.
         """
         if improved:
-            self._unsaved_best = content
+            self._unsaved_best = checkpoint
         try:
             self._flush_logs()
             # best.pt first: a kill between the two costs work, but latest.pt never names a best
@@ -140,16 +139,16 @@ class Keeper:
             if self._unsaved_best is not None:
                 save_ckpt(self.best, self._unsaved_best)
                 self._unsaved_best = None
-            self._keep_previous(content["step"])
+            self._keep_previous(checkpoint.step)
             if improved:
                 copy_ckpt(self.best, self.latest)
             else:
-                save_ckpt(self.latest, content)
+                save_ckpt(self.latest, checkpoint)
         except RunFolderError:
-            if self._unsaved_best is content:
-                self._unsaved_best = copy.deepcopy(content)  # the weights go on changing
+            if self._unsaved_best is checkpoint:
+                self._unsaved_best = copy.deepcopy(checkpoint)  # the weights go on changing
             raise
-        self._last_step = content["step"]
+        self._last_step = checkpoint.step
         self._remove_superfluous()
 
     def _keep_previous(self, step: int) -> None:

@@ -38,7 +38,7 @@ from vae_hyperband.model.checkpoint import tree_digest
 from vae_hyperband.model.objective import held_out_weights, nats_by_dimension
 from vae_hyperband.model.schedules import knobs_at
 from vae_hyperband.training.keeper import Keeper
-from vae_hyperband.training.state import NO_BEST, TrainState, ckpt_content, first_state
+from vae_hyperband.training.state import NO_BEST, TrainState, first_state, snapshot
 from vae_hyperband.training.step import averages, batch_size_that_fits, take_step
 from vae_hyperband.training.tracker import Progress, Tracker
 
@@ -123,7 +123,7 @@ def fit(
         train_loader = get_dataloader(
             train, config.batch_size, seed=config.seed, shuffle=True, device=device
         )
-        held_out = as_trained(held_out, config.to_dict())
+        held_out = as_trained(held_out, config)
         validation_loader = eval_dataloader(held_out, device)
         where = environment(device)
         state = first_state(config, options, train, device, where, quiet)
@@ -132,7 +132,7 @@ def fit(
         def save(improved: bool = False, required: bool = False) -> None:
             nonlocal last_saved
             try:
-                keeper.save(ckpt_content(state, train, where), improved)
+                keeper.save(snapshot(state, train, where), improved)
             except RunFolderError as error:
                 if required:
                     raise

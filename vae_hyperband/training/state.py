@@ -24,7 +24,7 @@ from vae_hyperband.common.config import (
 )
 from vae_hyperband.common.errors import CheckpointError, ResumeError
 from vae_hyperband.data.splits import Split
-from vae_hyperband.model.checkpoint import BEST, copy_ckpt, load_ckpt, model_from_ckpt
+from vae_hyperband.model.checkpoint import BEST, Checkpoint, DataFacts, copy_ckpt, load_ckpt
 from vae_hyperband.model.vae import VAE, initialized_vae
 from vae_hyperband.training.keeper import newest_good, restore
 
@@ -76,7 +76,7 @@ def new_state(
         image_size=image_size,
         channels=channels,
         seed=config.seed,
-        **model_settings(config.to_dict()),
+        **model_settings(config),
     ).to(device)
     return _state_of(config, model, math.ceil(num_images / config.batch_size))
 
@@ -90,36 +90,28 @@ def _state_of(config: TrainConfig, model: VAE, steps_per_epoch: int) -> TrainSta
     return state
 
 
-def ckpt_content(state: TrainState, train: Split, where: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds; ``where`` is the environment that computes the run."""
+def snapshot(state: TrainState, train: Split, environment: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of a state; ``environment`` is the one that computes the run."""
     config = state.config
-    return {
-        "config": config.to_dict(),
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "schedule": {"name": config.schedule, "num_steps": state.num_steps},
-        "epoch": state.epoch,
-        "step": state.step,
-        "sums": state.sums,
-        "best": state.best,
-        "metrics": state.metrics,
-        "data": _data_facts(train),
-        "environment": where,
-        "resumed_from": state.resumed_from,
-    }
+    return Checkpoint(
+        config=config,
+        model_state=state.model.state_dict(),
+        optimizer_state=state.optimizer.state_dict(),
+        schedule={"name": config.schedule, "num_steps": state.num_steps},
+        epoch=state.epoch,
+        step=state.step,
+        sums=state.sums,
+        best=state.best,
+        metrics=state.metrics,
+        data=DataFacts.of(train),
+        environment=environment,
+        resumed_from=state.resumed_from,
+    )
 
 
-def _data_facts(train: Split) -> dict[str, Any]:
-    return {
-        "digest": train.digest,
-        "num_images": len(train),
-        "image_shape": list(train.image_shape),  # channels, height, width
-    }
-
-
-def _named(facts: dict[str, Any]) -> dict[str, Any]:
+def _named(facts: DataFacts) -> dict[str, Any]:
     """Facts of the data, as a message says them."""
-    return {f"data's {name}": value for name, value in facts.items()}
+    return {f"data's {name}": value for name, value in facts._asdict().items()}
 
 
 def first_state(
@@ -137,24 +129,21 @@ def first_state(
     found, given = ckpt_to_resume(config, options, train)
     if found is None:
         return new_state(config, train.image_shape, len(train), device)
-    path, content = found
-    state = _state_of(
-        config, model_from_ckpt(content, path).to(device), math.ceil(len(train) / config.batch_size)
-    )
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.step, state.sums = content["step"], content["sums"].to(device)
-    state.metrics = content["metrics"]
-    state.resumed_from = content["digest"] if given else content["resumed_from"]
+    state = _state_of(config, found.model(device), math.ceil(len(train) / config.batch_size))
+    state.optimizer.load_state_dict(found.optimizer_state)
+    state.step, state.sums = found.step, found.sums.to(device)
+    state.metrics = found.metrics
+    state.resumed_from = found.digest if given else found.resumed_from
     if given:
-        _bring_best_along(content, path, options.ckpt_folder)
-    state.best = NO_BEST | restore(options.ckpt_folder, path, content)
+        _bring_best_along(found, options.ckpt_folder)
+    state.best = NO_BEST | restore(options.ckpt_folder, found)
     if not quiet:
         print(
             f"resuming {options.run} at step {state.step} of {state.num_steps} "
-            f"(epoch {state.step / state.steps_per_epoch:.2f}) from {path}",
+            f"(epoch {state.step / state.steps_per_epoch:.2f}) from {found.path}",
             flush=True,
         )
-        changed = differences(content["environment"], where)
+        changed = differences(found.environment, where)
         if changed:
             print(
                 "note: not the machine class it was started on, so the result is the same only "
@@ -166,65 +155,61 @@ def first_state(
 
 def ckpt_to_resume(
     config: TrainConfig, options: RunOptions, train: Split
-) -> tuple[tuple[Path, dict[str, Any]] | None, bool]:
+) -> tuple[Checkpoint | None, bool]:
     """The checkpoint that a run has to go on from, and whether --resume_ckpt gave it.
 
     Raises :class:`ResumeError` if it is of another run than this one, or of more epochs.
     """
     found, given = _ckpt_found(options)
     if found:
-        path, content = found
-        _check_same_run(config, content, train, path)
-        epochs = content["step"] / math.ceil(len(train) / config.batch_size)
+        _check_same_run(config, found, train)
+        epochs = found.step / math.ceil(len(train) / config.batch_size)
         if epochs > config.epochs:
             raise ResumeError(
-                f"{path} was trained for {epochs:.2f} epochs already, more than --epochs "
+                f"{found.path} was trained for {epochs:.2f} epochs already, more than --epochs "
                 f"{config.epochs}: give more epochs, or choose another --run."
             )
     return found, given
 
 
-def _ckpt_found(options: RunOptions) -> tuple[tuple[Path, dict[str, Any]] | None, bool]:
+def _ckpt_found(options: RunOptions) -> tuple[Checkpoint | None, bool]:
     given = options.resume_ckpt
     asked = load_ckpt(given) if given else None
     found = newest_good(options.ckpt_folder)
     if given is None or asked is None:
         return found, False
     if found:
-        path, there = found
-        if there["resumed_from"] == asked["digest"]:
+        if found.resumed_from == asked.digest:
             return found, False  # the same command a second time: go on, do not start over
-        if there["digest"] != asked["digest"]:
+        if found.digest != asked.digest:
             raise ResumeError(
-                f"{path} (step {there['step']}) would be lost by going on from {given} (step "
-                f"{asked['step']}): choose another --run to keep both, or leave out --resume_ckpt "
+                f"{found.path} (step {found.step}) would be lost by going on from {given} (step "
+                f"{asked.step}): choose another --run to keep both, or leave out --resume_ckpt "
                 "to go on with the former."
             )
-    return (given, asked), True
+    return asked, True
 
 
-def _check_same_run(config: TrainConfig, content: dict[str, Any], train: Split, path: Path) -> None:
-    # a checkpoint of an earlier version lacks the settings that came later: they had their defaults
-    config_then = TrainConfig.from_dict(content["config"], str(path))
-    old = {**config_then.to_dict(), **_named(content["data"])}
-    new = {**config.to_dict(), **_named(_data_facts(train))}
+def _check_same_run(config: TrainConfig, found: Checkpoint, train: Split) -> None:
+    old = {**found.config.to_dict(), **_named(found.data)}
+    new = {**config.to_dict(), **_named(DataFacts.of(train))}
     for name in RESUME_MAY_CHANGE:
         old.pop(name), new.pop(name)
     if changed := differences(old, new):
         raise ResumeError(
-            f"{path} was trained with other settings ({'; '.join(changed)}): give the same ones to "
-            "go on, or choose another --run to start anew."
+            f"{found.path} was trained with other settings ({'; '.join(changed)}): give the same "
+            "ones to continue, or choose another --run to start over."
         )
 
 
-def _bring_best_along(content: dict[str, Any], given: Path, folder: Path) -> None:
+def _bring_best_along(given: Checkpoint, folder: Path) -> None:
     """A run continued in a new folder keeps its best checkpoint so far, if that can be found."""
-    best = given.parent / BEST
-    step = content["best"].get("step", 0)
-    if given.parent.resolve() == folder.resolve() or step in (0, content["step"]):
+    source = given.path.parent
+    best, step = source / BEST, given.best.get("step", 0)
+    if source.resolve() == folder.resolve() or step in (0, given.step):
         return
     with contextlib.suppress(CheckpointError):
-        if load_ckpt(best)["step"] == step:
+        if load_ckpt(best).step == step:
             copy_ckpt(best, folder / BEST)
             return
     print(

@@ -242,14 +242,14 @@ def _write_result(board: Board, options: SearchOptions, store: TrialStore) -> No
     store.fetch(winner.name, BEST, folder / "winner.tmp")
     copy_ckpt(folder / "winner.tmp", folder / WINNER)
     (folder / "winner.tmp").unlink()
-    content = load_ckpt(folder / WINNER)
-    if content["metrics"] != winner.best_row:
+    checkpoint = load_ckpt(folder / WINNER)
+    if checkpoint.metrics != winner.best_row:
         raise SearchError(
             f"{BEST} of {winner.name} is not the model that the decision log has (epoch "
-            f"{content['metrics'].get('epoch')}, not {winner.best_row['epoch']}): start anew with "
+            f"{checkpoint.metrics.get('epoch')}, not {winner.best_row['epoch']}): start anew with "
             "--fresh."
         )
-    where = content["environment"]  # of the machine that trained it, which need not be this one
+    where = checkpoint.environment  # of the machine that trained it, which need not be this one
     best = {
         "config": result.best_config.to_dict(),
         "device": "cpu" if where["device"] == "cpu" else "cuda",

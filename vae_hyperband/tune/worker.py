@@ -170,7 +170,7 @@ def _progress(folder: Path) -> tuple[int, dict[str, Any]]:
     """Step and last validation of the checkpoint to go on from; -1 and nothing without one."""
     with contextlib.suppress(CheckpointError):
         if found := newest_good(folder):
-            return found[1]["step"], dict(found[1]["metrics"])
+            return found.step, dict(found.metrics)
     return -1, {}
 
 
