@@ -3,7 +3,7 @@
 
     python benchmarks/default_recipe.py        # 6 to 12 minutes on 2 cores; goes on after a stop
 
-Writes benchmarks/default_recipe.json, which README.md quotes; tests/test_docs.py compares the two.
+Writes benchmarks/default_recipe.json; tests/test_docs.py compares the pages with it.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""The tables of README.md and docs/, and their pictures, from docs/results.json.
+"""Write the tables of README.md and docs/, and their figures, from docs/results.json.
 
-reproduce.py writes results.json and calls this; run it alone to write the pages again:
+reproduce.py writes results.json and calls this. To write the pages again without training:
 python benchmarks/results_pages.py. A table stands between two comments with its name.
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results.json"
 Results = dict[str, Any]
 
-#: What all of docs/results.json was trained with; the default has become another one since.
+#: What all models of docs/results.json were trained with; the default is 0.008 today.
 COMMON = {"learning_rate": 4e-3}
 COMMON_OPTION = "--learning-rate 0.004"
 
@@ -29,10 +29,11 @@ BOUND = ("bound", 2, "test bound")
 KL = ("KL_divergence", 1, "KL")
 ACTIVE = ("active_units", 0, "active units")
 LINEAR = ("linear_probe", 3, "linear probe")
-RECONSTRUCTIONS = ("fid_reconstructions", 2, "FID recon.")
-PRIOR = ("fid_prior", 2, "FID prior")
-MIXTURE = ("fid_mixture", 2, "FID mixture")
-FLOW = ("fid_flow", 2, "FID flow")
+FID = "FID (Fashion-MNIST features)"  # never comparable with an FID in Inception's features
+RECONSTRUCTIONS = ("fid_reconstructions", 2, f"{FID} of reconstructions")
+PRIOR = ("fid_prior", 2, f"{FID}, z from the prior")
+MIXTURE = ("fid_mixture", 2, f"{FID}, z from the mixture")
+FLOW = ("fid_flow", 2, f"{FID}, z from the flow")
 MIG, DCI = ("mig", 3, "MIG"), ("dci", 3, "DCI disentanglement")
 FACTOR_VAE = ("factor_vae_score", 3, "FactorVAE score")
 Column = tuple[str, int, str]
@@ -41,15 +42,35 @@ Column = tuple[str, int, str]
 def models(results: Results) -> str:
     """VAE and beta-VAE by latent size and beta, then the best bound and the best images."""
     columns = [BOUND, LINEAR, RECONSTRUCTIONS, PRIOR, MIXTURE, FLOW]
+    groups = grouped(rows_of(results, "table") + rows_of(results, "sweep"))
+    return markdown("model", columns, lines_of(groups, columns) + best_lines(results, columns))
+
+
+def highlights(results: Results) -> str:
+    """The README's four rows: VAE, beta-VAE, best bound, best images."""
+    columns = [BOUND, LINEAR, PRIOR, MIXTURE]
+    table = [row for row in rows_of(results, "table") if row["config"]["latent_dim"] == 32]
+    lines = lines_of(grouped(table), columns) + best_lines(results, columns)
+    return markdown("model", columns, lines)
+
+
+def lines_of(groups: list[list[Row]], columns: list[Column]) -> list[list[str]]:
+    """One line per group of seeds, named by beta and latent size."""
     lines = []
-    for group in grouped(rows_of(results, "table") + rows_of(results, "sweep")):
+    for group in groups:
         config = group[0]["config"]
         kind = "VAE" if config["beta"] == 1 else f"beta-VAE, beta {config['beta']:g}"
         lines.append([f"{kind}, latent {config['latent_dim']}", *cells(group, columns)])
-    for part, what in (("bound", "best bound"), ("sharp", "best images")):
-        for row in rows_of(results, part):
-            lines.append([f"{what}: `{options_of(row)}`", *cells([row], columns)])
-    return markdown("model", columns, lines)
+    return lines
+
+
+def best_lines(results: Results, columns: list[Column]) -> list[list[str]]:
+    """The models with the best bound and the best images, named by their options."""
+    return [
+        [f"{what}: `{options_of(row)}`", *cells([row], columns)]
+        for part, what in (("bound", "best bound"), ("sharp", "best images"))
+        for row in rows_of(results, part)
+    ]
 
 
 def variants(results: Results) -> str:
@@ -79,7 +100,7 @@ def bits(results: Results) -> str:
 
 
 def disentanglement(results: Results) -> str:
-    """Drawn garments: how cleanly factors are separated, by beta."""
+    """Synthetic garments: how well the latent dimensions separate their factors, by beta."""
     columns = [MIG, DCI, FACTOR_VAE, ACTIVE, BOUND]
     groups = grouped(rows_of(results, "drawn"))
     return markdown(
@@ -91,11 +112,12 @@ def disentanglement(results: Results) -> str:
 
 #: The pages, and the tables on each.
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
-    "README.md": {"models": models},
+    "README.md": {"highlights": highlights},
+    "docs/results.md": {"models": models},
     "docs/objectives.md": {"variants": variants},
     "docs/evaluation.md": {"bits": bits, "disentanglement": disentanglement},
 }
-#: Single numbers of the README between <!--name--> and <!--/-->: part, measure, digits.
+#: Single numbers of docs/results.md between <!--name--> and <!--/-->: part, measure, digits.
 NUMBERS = {"raw_probe": ("sharp", "raw_linear_probe", 3), "real_fid": ("sharp", "fid_real", 2)}
 
 
@@ -105,7 +127,7 @@ def rows_of(results: Results, part: str) -> list[Row]:
 
 
 def betas(results: Results) -> list[Row]:
-    """All models of latent size 32 that differ in beta and seed alone."""
+    """All models of latent size 32 that differ only in beta and seed."""
     table = [row for row in rows_of(results, "table") if row["config"]["latent_dim"] == 32]
     return table + rows_of(results, "sweep")
 
@@ -117,7 +139,7 @@ PICTURES: dict[str, Callable[[Results], list[Row]]] = {
 
 
 def options_of(row: Row) -> str:
-    """How the run's configuration differs from the others' and the default, as options."""
+    """The settings that differ from the default and from :data:`COMMON`, as options."""
     default = TrainConfig().to_dict() | COMMON
     changed = {name: value for name, value in row["config"].items() if value != default[name]}
     return " ".join(
@@ -151,7 +173,7 @@ def filled(page: str, text: str, results: Results) -> str:
         start, end = f"<!--{name}-->\n", f"<!--/{name}-->"
         before, rest = text.split(start)
         text = before + start + table(results) + "\n" + end + rest.split(end)[1]
-    for name, (part, measure, digits) in NUMBERS.items() if page == "README.md" else ():
+    for name, (part, measure, digits) in NUMBERS.items() if page == "docs/results.md" else ():
         [number] = cells(rows_of(results, part), [(measure, digits, "")])
         before, rest = text.split(f"<!--{name}-->")
         text = f"{before}<!--{name}-->{number}<!--/-->{rest.split('<!--/-->', 1)[1]}"

@@ -1,4 +1,4 @@
-"""The README says what was measured, and names only what exists."""
+"""The documentation states what was measured, and names only what exists."""
 
 import importlib
 import json
@@ -10,40 +10,48 @@ from types import SimpleNamespace
 
 import pytest
 
-import vae_hyperband
 from vae_hyperband import train_vae
 from vae_hyperband.commands import COMMANDS, options, train
 from vae_hyperband.common.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vae_hyperband"
 README = (ROOT / "README.md").read_text()
-
-
-def quoted(name: str) -> str:
-    """The number between <!--name--> and <!--/--> in the README."""
-    [value] = re.findall(rf"<!--{name}-->(.*?)<!--/-->", README)
-    return value
-
-
-def test_results_in_the_readme_are_those_of_the_raw_files():
-    recipe = json.loads((ROOT / "benchmarks/default_recipe.json").read_text())
-    main_job = json.loads((ROOT / "benchmarks/main_job_evaluation.json").read_text())
-    assert quoted("mean") == f"{recipe['test_bound_mean']:.2f}"
-    assert quoted("sd") == f"{recipe['test_bound_sd_over_seeds']:.2f}"
-    assert quoted("recon") == f"{recipe['test_recon_loss_mean']:.2f}"
-    assert quoted("kl") == f"{recipe['test_KL_divergence_mean']:.2f}"
-    assert quoted("run") == f"{main_job['bound']['mean']:.2f}"
-    assert quoted("run_se") == f"{main_job['bound']['standard_error']:.2f}"
-    assert quoted("run_recon") == f"{main_job['recon_loss']['mean']:.2f}"
-    assert quoted("run_kl") == f"{main_job['KL_divergence']['mean']:.2f}"
-    assert main_job["split"] == "test"
-
-
-def test_the_speeds_in_the_readme_are_those_of_the_raw_files():
-    training, quality, searched, generation = (
-        json.loads((ROOT / f"benchmarks/{name}.json").read_text())
-        for name in ("training_speed", "time_to_quality", "search_overhead", "generation_speed")
+GUIDE = (ROOT / "docs/guide.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+#: Every page of the documentation, by its path.
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (
+        *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "PROMISES", "CHANGELOG")),
+        ROOT / "benchmarks/RECORDS.md",
+        *sorted((ROOT / "docs").glob("*.md")),
     )
+}
+
+
+def raw(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/{name}.json").read_text())
+
+
+def measured() -> dict[str, str]:
+    """The numbers that stand between <!--name--> and <!--/--> in the pages, from the raw files."""
+    recipe, main_job, training = (
+        raw(name) for name in ("default_recipe", "main_job_evaluation", "training_speed")
+    )
+    assert main_job["split"] == "test"
+    numbers = {
+        "mean": f"{recipe['test_bound_mean']:.2f}",
+        "sd": f"{recipe['test_bound_sd_over_seeds']:.2f}",
+        "recon": f"{recipe['test_recon_loss_mean']:.2f}",
+        "kl": f"{recipe['test_KL_divergence_mean']:.2f}",
+        "run": f"{main_job['bound']['mean']:.2f}",
+        "run_se": f"{main_job['bound']['standard_error']:.2f}",
+        "run_recon": f"{main_job['recon_loss']['mean']:.2f}",
+        "run_kl": f"{main_job['KL_divergence']['mean']:.2f}",
+        "floor": f"{main_job['entropy_floor']:.2f}",
+        "mean_image": f"{main_job['mean_image']:.2f}",
+    }
     contenders = {
         "ours": "ours", "reference": "reference", "pythae": "pythae", "products": "matrix products"
     }  # fmt: skip
@@ -51,14 +59,37 @@ def test_the_speeds_in_the_readme_are_those_of_the_raw_files():
         for threads, part in ((2, "all_threads"), (1, "one_thread")):
             assert training[part]["threads"] == threads
             median = training[part]["images_per_second"][name]["median"]
-            assert quoted(f"{mark}_{threads}") == f"{median:,.0f}"
-    assert quoted("quality_share") == f"{quality['share_of_time_median']['5']:.2f}"
-    assert quoted("search_share") == f"{100 * searched['share_in_training_steps']:.0f}"
-    assert quoted("sample") == f"{generation['images_per_second']['sample']['median']:,.0f}"
+            numbers[f"{mark}_{threads}"] = f"{median:,.0f}"
+    share = raw("time_to_quality")["share_of_time_median"]["5"]
+    numbers["quality_share"] = f"{share:.2f}"
+    numbers["search_share"] = f"{100 * raw('search_overhead')['share_in_training_steps']:.0f}"
+    sampled = raw("generation_speed")["images_per_second"]["sample"]["median"]
+    numbers["sample"] = f"{sampled:,.0f}"
+    saving = raw("safety_cost")["saving"]["share_of_training"]["median"]
+    numbers["saving"] = f"{100 * saving:.1f}"
+    return numbers
+
+
+def marked(page: str) -> list[tuple[str, str]]:
+    """Names and values of the numbers that a page has between <!--name--> and <!--/-->."""
+    return re.findall(r"<!--(\w+)-->(.*?)<!--/-->", PAGES[page])
+
+
+def test_marked_numbers_are_those_of_the_raw_files(scripts):
+    _, pages = scripts
+    expected = measured()
+    for page in ("README.md", "docs/results.md"):
+        for name, value in marked(page):
+            if name not in pages.NUMBERS:  # those are of docs/results.json, and compared below
+                assert value == expected[name], f"{page}: {name}"
+    assert set(dict(marked("docs/results.md"))) == {*expected, *pages.NUMBERS}
+    assert len(marked("README.md")) >= 9
+    for page, text in PAGES.items():  # Markdown takes such a line for HTML and breaks the paragraph
+        assert not re.search(r"^ *<!--[^/].*?<!--/-->", text, re.MULTILINE), page
 
 
 def test_the_speeds_keep_their_claims():
-    training = json.loads((ROOT / "benchmarks/training_speed.json").read_text())
+    training = raw("training_speed")
     ratios = {name: value["median"] for name, value in training["all_threads"]["ours_to"].items()}
     assert ratios["matrix products"] > 0.5
     assert ratios["reference"] > 1.9
@@ -68,15 +99,15 @@ def test_the_speeds_keep_their_claims():
 
 
 def test_the_default_recipe_keeps_its_promise():
-    recipe = json.loads((ROOT / "benchmarks/default_recipe.json").read_text())
+    recipe = raw("default_recipe")
     assert recipe["n"] == len(recipe["runs"]) == 3
     assert max(run["test_bound"] for run in recipe["runs"]) <= 245
     assert TrainConfig.from_dict(recipe["config"]) == TrainConfig()
 
 
 def test_the_numbers_of_the_search_page_are_those_of_the_raw_files():
-    page = (ROOT / "docs/search.md").read_text()
-    worth = json.loads((ROOT / "benchmarks/scheduler_worth.json").read_text())
+    page = PAGES["docs/search.md"]
+    worth = raw("scheduler_worth")
     markers = re.findall(r"<!--([^/]+?) (\d+|median)-->(.*?)<!--/-->", page)
     assert len(markers) == 6 * len(worth["methods"])
     for method, budget, value in markers:
@@ -85,15 +116,13 @@ def test_the_numbers_of_the_search_page_are_those_of_the_raw_files():
             assert value == f"{found['median_epochs_to_within_0.5']:.0f}"
         else:
             assert value == f"{found['regret'][budget]['mean']:.2f}"
-    stock = json.loads((ROOT / "benchmarks/stock_ray_tune.json").read_text())
-    for run in stock["runs"]:
+    for run in raw("stock_ray_tune")["runs"]:
         assert " ".join(map(str, run["last_epochs"])) in page
 
 
 def test_the_numbers_of_the_evaluation_page_are_those_of_the_raw_files():
-    page = (ROOT / "docs/evaluation.md").read_text()
-    net = json.loads((ROOT / "benchmarks/feature_net.json").read_text())
-    assert f"<!--feature_accuracy-->{net['test_accuracy']:.3f}<!--/-->" in page
+    accuracy = raw("feature_net")["test_accuracy"]
+    assert f"<!--feature_accuracy-->{accuracy:.3f}<!--/-->" in PAGES["docs/evaluation.md"]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +165,11 @@ def test_tables_have_means_and_intervals_over_seeds(scripts):
     )  # fmt: skip
     assert lines[-1].startswith("| best images: `--beta 0.02` | 353.00 | 0.500 |")
     assert lines[-2].startswith("| best bound: `--prior vamp --epochs 40` | 236.00 | 0.500 |")
+    # the README's four: latent 32 at beta 1 and at a low beta, the best bound, the best images
+    _, _, *rows = pages.highlights(results).splitlines()
+    assert [row.split("|")[1].split(":")[0].strip() for row in rows] == [
+        "VAE, latent 32", "beta-VAE, beta 0.05, latent 32", "best bound", "best images"
+    ]  # fmt: skip
     _, _, default, first, *_ = pages.variants(results).splitlines()
     assert default.startswith("| nothing else | 240.00 |  |")  # a KL that was not measured
     assert first.startswith("| `--kl-warmup-epochs 3` | 241.00 |")
@@ -143,7 +177,7 @@ def test_tables_have_means_and_intervals_over_seeds(scripts):
         "head\n<!--models-->\nold\n<!--/models-->\nraw <!--raw_probe-->old<!--/-->, "
         "real <!--real_fid-->old<!--/-->, more <!--else-->old<!--/-->\n"
     )
-    lines = pages.filled("README.md", page, results).splitlines()
+    lines = pages.filled("docs/results.md", page, results).splitlines()
     assert "\n".join(lines[2:-2]) == pages.models(results)
     assert lines[-1] == (
         "raw <!--raw_probe-->0.845<!--/-->, real <!--real_fid-->0.10<!--/-->, "
@@ -164,19 +198,20 @@ def test_the_pages_tables_are_what_was_measured(scripts):
     results = json.loads(pages.RESULTS.read_text())
     assert set(results) == {"table", "sweep", "variants", "drawn", "bound", "bits", "sharp"}
     for page in pages.PAGES:
-        text = (ROOT / page).read_text()
-        assert pages.filled(page, text, results) == text
+        assert pages.filled(page, PAGES[page], results) == PAGES[page]
 
 
 def commands() -> list[str]:
-    text = README + (ROOT / "docs" / "guide.md").read_text()
+    """The commands of README and guide: of their blocks, and within their text and tables."""
+    text = README + GUIDE
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    inline = re.findall(r"`((?:vae-hyperband (?!completion)|make |python -m )[^`]+)`", text)
+    return list(dict.fromkeys(line for line in [*lines, *inline] if line))
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_of_the_readme_exists(line, monkeypatch):
+def test_every_command_of_readme_and_guide_is_valid(line, monkeypatch):
     """The options are read by the real parser; what they start is tested elsewhere."""
     words = shlex.split(line)
     if words[0] == "make":
@@ -198,6 +233,9 @@ def test_every_command_of_the_readme_exists(line, monkeypatch):
         monkeypatch.setattr(train, "read_json", lambda path: {"config": config.to_dict()})
         train_vae.main(words[1:])
         assert len(parsed) == 1
+    elif words[0] == "source":
+        assert words[1] == ".venv/bin/activate"
+        assert "\nVENV ?= .venv\n" in (ROOT / "Makefile").read_text()
     elif words[0] == "sbatch":
         assert any((ROOT / word).is_file() for word in words)
     else:
@@ -207,22 +245,19 @@ def test_every_command_of_the_readme_exists(line, monkeypatch):
 
 
 @pytest.mark.faults
-def test_the_python_of_the_readme_runs(fashion_mnist, tmp_path, monkeypatch, options):
+def test_the_python_of_the_readme_runs(fashion_mnist, tmp_path, monkeypatch):
     [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    fashion = vae_hyperband.TrainConfig(epochs=1, batch_size=1000)
-    vae_hyperband.fit(fashion, vae_hyperband.RunOptions(run="fashion-best"), quiet=True)
     names: dict[str, object] = {}
     exec(code, names)
+    assert names["images"].shape == (64, 1, 28, 28)
     assert names["report"]["num_images"] == 10_000
     # by hand and by fit: the same loop, the same noise, the same images
     assert names["losses"]["bound"] == pytest.approx(names["report"]["bound"]["mean"], abs=1e-3)
 
 
 def test_the_guide_s_way_to_idx_files_is_one(tmp_path, monkeypatch, capsys):
-    [block] = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), flags=re.DOTALL
-    )
+    [block] = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "guide.md", "exec"), {})
     assert train_vae.main(["data", "--dataset", "custom", "--data-dir", "."]) == 0
@@ -231,14 +266,75 @@ def test_the_guide_s_way_to_idx_files_is_one(tmp_path, monkeypatch, capsys):
         assert re.search(rf"{split} +{number} images \(1, 32, 32\)", said)
 
 
-def test_every_file_that_the_guide_links_exists():
-    text = (ROOT / "docs" / "guide.md").read_text()
-    targets = re.findall(r"\]\((?!http)([^)#]+)", text)
-    assert len(targets) > 10
-    for target in targets:
-        assert (ROOT / "docs" / target).is_file(), target
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    for line in lines:
+        shown = re.sub(r"<!--.*?-->", "", line)  # the marks of numbers are not shown
+        assert len(shown) <= 100 or line.startswith("|") or "](" in line, line
 
 
-def test_every_file_and_picture_that_the_readme_links_exists():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target
+def anchors(page: str) -> set[str]:
+    """The names by which a page's headings are linked, made as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_to_a_file_and_heading(page):
+    targets = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", PAGES[page])
+    for file, anchor in targets:
+        path = ROOT / page if not file else (ROOT / page).parent / file
+        assert path.is_file(), file
+        if anchor:
+            assert anchor in anchors(path.read_text()), f"{file}#{anchor}"
+
+
+def test_every_page_but_the_readme_is_linked_from_the_readme():
+    linked = re.findall(r"\]\((?!http)([^)#]+)", README)
+    records = "benchmarks/RECORDS.md"  # linked from docs/results.md
+    assert set(PAGES) - {"README.md", records} <= set(linked)
+    assert "(../benchmarks/RECORDS.md)" in PAGES["docs/results.md"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_every_script_that_a_page_names_exists(page):
+    """Also outside of links; modules are named from the package's folder, as model/vae.py is."""
+    text = re.sub(r"\]\([^)]*\)", "]", PAGES[page])  # the links have their own test
+    for name in re.findall(r"[\w/]+\.(?:py|sh)\b", text):
+        assert any((folder / name).is_file() for folder in (ROOT, PACKAGE)), name
+
+
+def test_the_map_has_every_module():
+    modules: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.stem != "__init__":
+            wing = path.parent.relative_to(PACKAGE).as_posix()
+            modules.setdefault(wing, set()).add(path.stem)
+    the_map = CONTRIBUTING.split("## The map")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`\w+/`|package root) \| .+ \| (.+) \|$", the_map, re.MULTILINE)
+    named = {}
+    for wing, files in rows:
+        outside = re.sub(r"\([^)]*\)", "", files)  # in brackets: what a module has
+        named["." if wing == "package root" else wing.strip("`/")] = set(
+            re.findall(r"`(\w+)`", outside)
+        )
+    assert named == modules
+    assert [wing for wing in named if wing != "."] == architecture_wings()
+
+
+def architecture_wings() -> list[str]:
+    from test_architecture import WINGS
+
+    return WINGS
+
+
+def test_the_map_s_rows_of_changes_name_what_exists():
+    table = CONTRIBUTING.split("## Where to begin with a change")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| \w.+$", table, re.MULTILINE)[1:]
+    assert len(rows) >= 8
+    for row in rows:
+        files = [PACKAGE / name for name in re.findall(r"`([\w/]+\.py)`", row)]
+        code = "".join(path.read_text() for path in files if path.is_file())
+        for name in re.findall(r"`(\w+)`", row):
+            assert re.search(rf"\b{name}\b", code), f"{row}: {name}"
