@@ -46,9 +46,7 @@ EXCEPTIONS = {
     "evaluation/evaluate.evaluate_once": "to be cured",
     "evaluation/flow.fit_flow": "to be cured",
     "export/explorer.page": "to be cured",
-    "model/objective.batch_losses": "to be cured",
     "reporting/animations.latent_walk": "to be cured",
-    "training/loop.fit": "to be cured",
     "tune/worker._attempts": "to be cured",
 }
 

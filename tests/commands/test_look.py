@@ -16,7 +16,7 @@ from vae_hyperband.common.config import Places, RunOptions, TrainConfig
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.evaluation.latents import Posteriors
 from vae_hyperband.model.checkpoint import load_ckpt
-from vae_hyperband.model.vae import initialized_vae
+from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.reporting import figures, report
 from vae_hyperband.reporting.animations import latent_walk, logged_pictures, logged_samples
 from vae_hyperband.search.config import SearchConfig

@@ -8,7 +8,7 @@ import torch
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch, iwae_nats, split_nats
-from vae_hyperband.model.vae import initialized_vae
+from vae_hyperband.model.initialization import initialized_vae
 
 
 @pytest.fixture

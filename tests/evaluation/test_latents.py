@@ -19,7 +19,7 @@ from vae_hyperband.evaluation.latents import (
     linear_probe,
     mutual_information,
 )
-from vae_hyperband.model.vae import initialized_vae
+from vae_hyperband.model.initialization import initialized_vae
 
 
 def random_posteriors(num=50, dim=3, seed=0):

@@ -18,7 +18,8 @@ from vae_hyperband.evaluation.latents import encode_split
 from vae_hyperband.evaluation.samplers import LearnedFlow, Mixture
 from vae_hyperband.export import explorer
 from vae_hyperband.export.explorer import page
-from vae_hyperband.model.vae import VAE, draw_weights, initialized_vae
+from vae_hyperband.model.initialization import initialize, initialized_vae
+from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting import figures
 from vae_hyperband.train_vae import main
 from vae_hyperband.training.loop import fit
@@ -147,7 +148,7 @@ def test_a_colour_model_with_a_vamp_prior_runs_too(chromium, tmp_path):
     decoded = computed(watched.page, "decode", z_BZ).view(9, 3, 16, 16)
     torch.testing.assert_close(decoded, model.decode_images(z_BZ), rtol=0, atol=1e-4)
     assert watched.page.title() == "T & <b>"
-    z_NZ, expected = drawn(watched.page, 4000, "prior", -1), model.draw_prior(4000, stream)
+    z_NZ, expected = drawn(watched.page, 4000, "prior", -1), model.sample_prior(4000, stream)
     torch.testing.assert_close(z_NZ.mean(0), expected.mean(0), rtol=0, atol=0.1)
     torch.testing.assert_close(z_NZ.std(0), expected.std(0), rtol=0.05, atol=0)
     assert watched.troubles == []
@@ -281,7 +282,7 @@ def test_the_flow_goes_where_pytorch_s_goes(chromium, tmp_path):
     images = torch.randint(256, (24, 1, 8, 8), dtype=torch.uint8, generator=stream)
     split = Split(images, torch.arange(24) % 3, "0")
     posteriors = encode_split(model, eval_dataloader(split))
-    flow = draw_weights(Flow(5, num_labels=3, width=24, depth=2), stream)
+    flow = initialize(Flow(5, num_labels=3, width=24, depth=2), stream)
     flow.mean_Z, flow.std_Z = torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5)
     shares_L = torch.tensor([0.0, 0.75, 0.25])
     sampler = LearnedFlow(shares_L, flow)

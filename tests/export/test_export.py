@@ -22,8 +22,8 @@ from vae_hyperband.export.onnx_export import (
     velocity_graph,
 )
 from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.model.initialization import initialize, initialized_vae
 from vae_hyperband.model.likelihoods import pixel_means
-from vae_hyperband.model.vae import draw_weights, initialized_vae
 from vae_hyperband.train_vae import main
 from vae_hyperband.training.loop import fit
 
@@ -91,7 +91,7 @@ def test_onnx_runtime_computes_what_pytorch_does(settings):
 @torch.no_grad()
 def test_onnx_runtime_computes_a_flow_s_velocity():
     stream = torch.Generator().manual_seed(1)
-    net = draw_weights(VelocityNet(5, num_labels=3, width=24, depth=2), stream)
+    net = initialize(VelocityNet(5, num_labels=3, width=24, depth=2), stream)
     for block in net.blocks:
         torch.nn.init.normal_(block.norm.weight, 1, 0.3, generator=stream)
         torch.nn.init.normal_(block.norm.bias, 0, 0.3, generator=stream)

@@ -18,6 +18,7 @@ from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.bounds import entropy_floor, eval_dataloader, iwae_nats
+from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.model.likelihoods import reconstruction_nats
 from vae_hyperband.model.objective import (
     Nats,
@@ -31,8 +32,8 @@ from vae_hyperband.model.objective import (
     total_correlation,
     training_total,
 )
-from vae_hyperband.model.schedules import beta_at, knobs_at
-from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE, initialized_vae
+from vae_hyperband.model.schedules import StepSettings, beta_at, settings_at
+from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_gradients_equal_finite_differences():
 
     def bound(*parameters):
         named = dict(zip(names, parameters, strict=True))
-        logits, mu, logvar = torch.func.functional_call(model, named, (x, noise))
+        logits, mu, logvar, _ = torch.func.functional_call(model, named, (x, noise))
         return (reconstruction_nats(logits, x) + kl_to_standard_normal(mu, logvar)).mean()
 
     names = [name for name, _ in model.named_parameters() if "fc" in name or "conv_t2" in name]
@@ -118,7 +119,7 @@ def test_the_bound_is_not_below_the_iwae_bound_of_the_same_model():
     weights = []
     for k in range(500):
         noise = torch.randn(4, 3, generator=generator(0, "iwae", k), dtype=torch.float64)
-        logits, mu, logvar = model(x, noise)
+        logits, mu, logvar, _ = model(x, noise)
         z = mu + (logvar / 2).exp() * noise
         log_q = Normal(mu, (logvar / 2).exp()).log_prob(z).sum(dim=1)
         log_p = Normal(torch.zeros_like(mu), torch.ones_like(mu)).log_prob(z).sum(dim=1)
@@ -147,6 +148,11 @@ def test_no_reconstruction_is_below_the_entropy_floor():
     assert entropy_floor(torch.zeros(2, 1, 4, 4)) == 0
 
 
+def weigh(beta, capacity=0.0):
+    """The settings of a step with that weight of the KL."""
+    return StepSettings(learning_rate=0.0, beta=beta, capacity=capacity)
+
+
 def random_pass(num=300, dim=2, seed=0):
     stream = generator(seed, "test")
     mu, logvar = (torch.randn(num, dim, generator=stream).double() for _ in range(2))
@@ -158,7 +164,7 @@ def random_pass(num=300, dim=2, seed=0):
 def test_the_beta_weighted_bound_is_the_default():
     passed = random_pass()
     expected = (passed.nats.recon_B + 4 * passed.nats.kl_B).mean()
-    assert torch.equal(training_total(TrainConfig(), passed, 4.0, 300), expected)
+    assert torch.equal(training_total(TrainConfig(), passed, weigh(4.0), 300), expected)
 
 
 def test_free_bits_do_not_pay_for_what_is_free():
@@ -167,14 +173,14 @@ def test_free_bits_do_not_pay_for_what_is_free():
     logvar = torch.zeros(2, 2)
     nats = Nats(torch.tensor([5.0, 7.0]), kl_to_standard_normal(mu, logvar))
     passed = Pass(nats, mu, logvar, mu)
-    total = training_total(TrainConfig(objective="free-bits", free_bits=0.1), passed, 3.0, 2)
+    total = training_total(TrainConfig(objective="free-bits", free_bits=0.1), passed, weigh(3.0), 2)
     assert total.item() == pytest.approx(6 + 3 * (0.1 + 2.0))
     total.backward()
     assert mu.grad[:, 0].tolist() == [0, 0]
     assert mu.grad[:, 1].abs().min() > 0
     none_free = TrainConfig(objective="free-bits", free_bits=0.0)
-    plain = training_total(TrainConfig(), passed, 3.0, 2)
-    assert training_total(none_free, passed, 3.0, 2).item() == pytest.approx(plain.item())
+    plain = training_total(TrainConfig(), passed, weigh(3.0), 2)
+    assert training_total(none_free, passed, weigh(3.0), 2).item() == pytest.approx(plain.item())
 
 
 @pytest.mark.parametrize(("share", "allowed"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 4)])
@@ -183,8 +189,8 @@ def test_capacity_pulls_the_kl_to_a_rising_aim(share, allowed):
     config = TrainConfig(objective="capacity", capacity=4.0)
     kl = passed.nats.kl_B.mean().item()
     expected = passed.nats.recon_B.mean().item() + 10 * abs(kl - allowed)
-    aim = knobs_at(config, step=round(share * 1000), steps_per_epoch=100).capacity
-    assert training_total(config, passed, 10.0, 300, aim).item() == pytest.approx(expected)
+    aim = settings_at(config, step=round(share * 1000), steps_per_epoch=100).capacity
+    assert training_total(config, passed, weigh(10.0, aim), 300).item() == pytest.approx(expected)
 
 
 def gaussian_pass(correlation, num, seed=0):
@@ -221,8 +227,8 @@ def test_beta_tc_weighs_the_total_correlation_alone():
     passed = random_pass()
     config = TrainConfig(objective="beta-tc", beta=3.0)
     bound = sum(part.mean() for part in passed.nats)
-    assert training_total(config, passed, 1.0, 1000).item() == pytest.approx(bound.item())
-    more = training_total(config, passed, 3.0, 1000)
+    assert training_total(config, passed, weigh(1.0), 1000).item() == pytest.approx(bound.item())
+    more = training_total(config, passed, weigh(3.0), 1000)
     expected = bound + 2 * total_correlation(passed, 1000)
     assert more.item() == pytest.approx(expected.item())
     single = Pass(*(x[:1] if isinstance(x, torch.Tensor) else x for x in passed))
@@ -247,7 +253,7 @@ def test_the_vamp_prior_is_the_mixture_of_its_posteriors():
         Categorical(torch.ones(5).double()), Independent(Normal(mu, (0.5 * logvar).exp()), 1)
     )
     torch.testing.assert_close(model.log_prior(z), mixture.log_prob(z))
-    drawn = model.float().draw_prior(40_000, generator(1, "test"))
+    drawn = model.float().sample_prior(40_000, generator(1, "test"))
     torch.testing.assert_close(drawn.mean(dim=0), mixture.mean.float(), atol=0.03, rtol=0)
     torch.testing.assert_close(drawn.var(dim=0), mixture.variance.float(), atol=0.05, rtol=0)
 

@@ -1,12 +1,15 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from vae_hyperband.common.errors import ConfigError
-from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE, initialized_vae, reparameterize
+from vae_hyperband.model.initialization import initialized_vae
+from vae_hyperband.model.priors import reparameterize
+from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE
 
 
-def test_the_network_is_the_table_of_the_readme():
+def test_the_network_is_the_table_of_the_mission():
     model = VAE()
     layers = [
         m for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
@@ -28,9 +31,18 @@ def test_the_network_is_the_table_of_the_readme():
         (32, 1, 3, 3),
     ]
     assert all(layer.stride == (2, 2) for layer in layers if hasattr(layer, "stride"))
-    assert [getattr(layer, "relu", None) for layer in layers] == [
-        True, True, None, None, None, True, False,
-    ]  # fmt: skip
+    encoder, decoder = model.encoder, model.decoder
+    x, z = torch.rand(2, 1, 28, 28), torch.randn(2, 32)
+    h = F.conv2d(x, encoder.conv1.weight, encoder.conv1.bias, stride=2, padding=1).relu()
+    h = F.conv2d(h, encoder.conv2.weight, encoder.conv2.bias, stride=2, padding=1).relu()
+    h = h.flatten(1)
+    expected = (F.linear(h, fc.weight, fc.bias) for fc in (encoder.fc_mu, encoder.fc_logvar))
+    torch.testing.assert_close(model.encode(x), tuple(expected))
+    h = F.linear(z, decoder.fc.weight, decoder.fc.bias).view(2, 64, 7, 7)
+    wide = {"stride": 2, "padding": 1, "output_padding": 1}
+    h = F.conv_transpose2d(h, decoder.conv_t1.weight, decoder.conv_t1.bias, **wide).relu()
+    logits = F.conv_transpose2d(h, decoder.conv_t2.weight, decoder.conv_t2.bias, **wide)
+    torch.testing.assert_close(model.decode_images(z), logits.sigmoid())
 
 
 @pytest.mark.parametrize(("size", "channels", "latent"), [(28, 1, 32), (32, 3, 16), (8, 1, 2)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vae_hyperband.common.config import TrainConfig
-from vae_hyperband.common.errors import DivergedError
+from vae_hyperband.common.errors import DeviceError, DivergedError
 from vae_hyperband.common.process import environment
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import Split, load_split
@@ -276,3 +276,28 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert int(done.stdout) < 1000
+
+
+# torch.compile itself imports deprecated parts of torch.jit
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+@pytest.mark.faults
+def test_a_compiled_run_has_the_losses_of_a_plain_one(options, small_config):
+    """Rounding differs, so the rate is low; batches of one size, since each size is compiled."""
+    config = dataclasses.replace(small_config, learning_rate=1e-3, batch_size=60)
+    plain = fit(config, options(run="plain"), quiet=True)
+    compiled = fit(config, options(run="compiled", compile=True), quiet=True)
+    rows = [read_rows(run.log_folder / "metrics.jsonl") for run in (plain, compiled)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for ours, theirs in zip(*rows, strict=True):
+        for name in ("recon_loss", "KL_divergence", "total_loss", "bound"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert load_ckpt(compiled.latest).environment["compiled"] is True
+
+
+def test_where_nothing_can_be_compiled_compile_is_refused(options, small_config, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("Failed to find C++ compiler.\nPlease specify one.")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(DeviceError, match=r"--compile cannot be used on cpu here \(Failed to find"):
+        fit(small_config, options(compile=True), quiet=True)

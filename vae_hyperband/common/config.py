@@ -213,6 +213,8 @@ class RunOptions(Places):
     """Keep this many earlier checkpoints beside latest.pt and best.pt, should those be damaged."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    compile: bool = False
+    """Hand the losses of a step to torch.compile (mode "reduce-overhead": CUDA graphs on a GPU)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

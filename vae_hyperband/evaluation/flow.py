@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vae_hyperband.common.randomness import generator
+from vae_hyperband.model.initialization import initialize
 from vae_hyperband.model.schedules import learning_rate_at
-from vae_hyperband.model.vae import draw_weights
 
 TIME_FEATURES = 32
 BATCH_SIZE = 512
@@ -117,7 +117,7 @@ def fit_flow(
     first_PZ = draw_z(0)
     with torch.device("meta"):
         flow = Flow(first_PZ.shape[1], num_labels, width, depth)
-    flow = draw_weights(flow, generator(seed, "flow init"))
+    flow = initialize(flow, generator(seed, "flow init"))
     flow.std_Z, flow.mean_Z = torch.std_mean(first_PZ, dim=0)
     flow.std_Z.clamp_(min=1e-6)
     kept = copy.deepcopy(flow)

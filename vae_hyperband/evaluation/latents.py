@@ -15,7 +15,8 @@ from torch import Tensor
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.image_quality import Measured, mean_and_error, nearest
 from vae_hyperband.model.objective import kl_per_dimension
-from vae_hyperband.model.vae import VAE, reparameterize
+from vae_hyperband.model.priors import reparameterize
+from vae_hyperband.model.vae import VAE
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression

@@ -70,7 +70,7 @@ class Prior:
     def draw(self, num: int, stream: torch.Generator, label: int | None = None) -> Tensor:
         if label is not None:
             raise ConfigError("The prior knows no labels: use --sampler mixture or flow.")
-        return self.model.draw_prior(num, stream)
+        return self.model.sample_prior(num, stream)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,23 @@ import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Likelihood = Literal["bernoulli", "continuous-bernoulli", "discretized-logistic"]
 LIKELIHOODS: tuple[Likelihood, ...] = get_args(Likelihood)
 
 LEVELS = 255  # a pixel is one of 256 levels, 1/255 apart
+
+#: The discretized logistic's scale at first: 0.1 of the way from black to white.
+FIRST_LOG_SCALE = math.log(0.1)
+
+
+def learned_log_scale(likelihood: Likelihood) -> nn.Parameter | None:
+    """The discretized logistic's log scale, one for all pixels; the others have none."""
+    if likelihood != "discretized-logistic":
+        return None
+    return nn.Parameter(torch.full((), FIRST_LOG_SCALE))
 
 
 def reconstruction_nats(

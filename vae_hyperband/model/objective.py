@@ -1,4 +1,4 @@
-"""The loss and its schedules. Nats per image: sums over pixels and latent dimensions.
+"""The loss. Nats per image: sums over pixels and latent dimensions.
 
     bound = reconstruction + KL          what models are compared by (the negative ELBO, beta = 1)
     total = reconstruction + beta * KL   what is minimised (Higgins et al. 2017, equation 4)
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from vae_hyperband.common.config import TrainConfig
 from vae_hyperband.model.likelihoods import reconstruction_nats
-from vae_hyperband.model.vae import VAE, log_normal, reparameterize
+from vae_hyperband.model.priors import log_normal, reparameterize
+from vae_hyperband.model.schedules import StepSettings
+from vae_hyperband.model.vae import VAE
 
 
 class Nats(NamedTuple):
@@ -23,6 +25,40 @@ class Nats(NamedTuple):
 
     recon_B: Tensor
     kl_B: Tensor
+
+
+class Pass(NamedTuple):
+    """One pass of images through a model, and all that an objective may need of it."""
+
+    nats: Nats
+    mu_BZ: Tensor
+    logvar_BZ: Tensor
+    z_BZ: Tensor
+
+
+def forward_pass(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Pass:
+    """The two terms of the negative ELBO, one z per image (Kingma & Welling 2014, equation 7).
+
+    The KL is exact for the standard normal prior (appendix B). The VampPrior's has no closed form:
+    there it is log q(z|x) - log p(z) at the sampled z, which is right on average.
+    """
+    logits_BCHW, mu_BZ, logvar_BZ, z_BZ = model(x_BCHW, noise_BZ)
+    recon_B = reconstruction_nats(logits_BCHW, x_BCHW, model.likelihood, model.log_scale)
+    if model.vamp is None:
+        kl_B = kl_to_standard_normal(mu_BZ, logvar_BZ)
+    else:
+        kl_B = log_normal(z_BZ, mu_BZ, logvar_BZ) - model.log_prior(z_BZ)
+    return Pass(Nats(recon_B, kl_B), mu_BZ, logvar_BZ, z_BZ)
+
+
+def nats_per_image(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Nats:
+    """The bound's two parts with one posterior sample per image, made with the given noise."""
+    return forward_pass(model, x_BCHW, noise_BZ).nats
+
+
+def kl_to_standard_normal(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, one value per image, shape (B,)."""
+    return kl_per_dimension(mu_BZ, logvar_BZ).sum(dim=1)
 
 
 def kl_per_dimension(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
@@ -33,75 +69,50 @@ def kl_per_dimension(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
     return 0.5 * (mu_BZ.square() + logvar_BZ.exp() - 1 - logvar_BZ)
 
 
-def nats_by_dimension(model: VAE, mu_NZ: Tensor, logvar_NZ: Tensor) -> Tensor:
-    """How much each dimension says about the images, on average, in nats, shape (Z,).
+def batch_losses(
+    config: TrainConfig,
+    model: VAE,
+    x_BCHW: Tensor,
+    noise_SZ: Tensor,
+    settings: StepSettings,
+    num_images: int,
+) -> tuple[Nats, Tensor]:
+    """A training batch's nats per image, and what the step minimises.
 
-    Under the standard normal prior, the KL that the bound charges for it. A VampPrior's KL is not a
-    sum over dimensions: there it is the KL to the Gaussian that has the mean and the variance of
-    all the images' z together, which is 0, too, for a dimension that is the same for every image.
+    ``noise_SZ`` has a row for each image and sample of it, all images of the first sample first.
+    ``num_images`` is the size of the training split.
     """
-    if model.vamp is None:
-        return kl_per_dimension(mu_NZ, logvar_NZ).mean(dim=0)
-    return 0.5 * (aggregate(mu_NZ, logvar_NZ)[1].log() - logvar_NZ.mean(dim=0))
+    if config.objective == "iwae":
+        return _iwae_losses(model, x_BCHW, noise_SZ)
+    passed = forward_pass(model, x_BCHW, noise_SZ)
+    return passed.nats, training_total(config, passed, settings, num_images)
 
 
-def aggregate(mu_NZ: Tensor, logvar_NZ: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of z over all of the images' posteriors together, shape (Z,) each."""
-    return mu_NZ.mean(dim=0), logvar_NZ.exp().mean(dim=0) + mu_NZ.var(dim=0, correction=0)
+# ---- variants of the objective (docs/objectives.md)
 
 
-def kl_to_standard_normal(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, one value per image, shape (B,)."""
-    return kl_per_dimension(mu_BZ, logvar_BZ).sum(dim=1)
+def training_total(
+    config: TrainConfig, passed: Pass, settings: StepSettings, num_images: int
+) -> Tensor:
+    """What is minimised, in nats, mean over the batch, by ``config.objective``.
 
-
-class Pass(NamedTuple):
-    """One pass of images through a model, and what an objective may look at."""
-
-    nats: Nats
-    mu_BZ: Tensor
-    logvar_BZ: Tensor
-    z_BZ: Tensor
-
-
-def forward_pass(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Pass:
-    """Encode, draw one z per image with the given noise, decode.
-
-    The KL is exact for the standard normal prior; for the VampPrior it is log q(z|x) - log p(z) at
-    the z drawn, right on average.
+    - elbo: reconstruction + beta * KL (Higgins et al. 2017, equation 4).
+    - free-bits: each dimension's KL counts as at least ``free_bits`` (Kingma et al. 2016, equation
+      15, with the batch's mean).
+    - capacity: reconstruction + beta * |KL - C| with this step's C (Burgess et al. 2018, eq. 8).
+    - beta-tc: reconstruction + KL + (beta - 1) * total correlation (Chen et al. 2018, equation 5
+      with alpha = gamma = 1).
     """
-    logits_BCHW, mu_BZ, logvar_BZ = model(x_BCHW, noise_BZ)
-    z_BZ = reparameterize(mu_BZ, logvar_BZ, noise_BZ)
-    if model.vamp is None:
-        kl_B = kl_to_standard_normal(mu_BZ, logvar_BZ)
-    else:
-        kl_B = log_normal(z_BZ, mu_BZ, logvar_BZ) - model.log_prior(z_BZ)
-    recon_B = reconstruction_nats(logits_BCHW, x_BCHW, model.likelihood, model.log_scale)
-    return Pass(Nats(recon_B, kl_B), mu_BZ, logvar_BZ, z_BZ)
-
-
-def nats_per_image(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Nats:
-    """The bound's two parts with one posterior sample per image, drawn with the given noise."""
-    return forward_pass(model, x_BCHW, noise_BZ).nats
-
-
-def log_weights(
-    model: VAE, x_BCHW: Tensor, mu_BZ: Tensor, logvar_BZ: Tensor, noise_KBZ: Tensor
-) -> tuple[Tensor, Pass]:
-    """log p(x, z) - log q(z|x) for K samples of z per image, shape (K, B), and the pass.
-
-    Burda, Grosse & Salakhutdinov 2016, section 3: the importance weights. ``mu_BZ`` and
-    ``logvar_BZ`` are the images' posteriors, which every sample shares.
-    """
-    z_KBZ = reparameterize(mu_BZ, logvar_BZ, noise_KBZ)
-    logits = model.decode(z_KBZ.flatten(0, 1))
-    x = x_BCHW.repeat(len(noise_KBZ), 1, 1, 1)
-    recon = reconstruction_nats(logits, x, model.likelihood, model.log_scale)
-    recon_KB = recon.view(len(noise_KBZ), -1)
-    log_prior_KB = model.log_prior(z_KBZ.flatten(0, 1)).view_as(recon_KB)
-    kl_KB = log_normal(z_KBZ, mu_BZ, logvar_BZ) - log_prior_KB
-    nats = Nats(recon_KB.mean(dim=0), kl_KB.mean(dim=0))
-    return -recon_KB - kl_KB, Pass(nats, mu_BZ, logvar_BZ, z_KBZ[0])
+    (recon_B, kl_B), beta = passed.nats, settings.beta
+    if config.objective == "free-bits":
+        kl_Z = kl_per_dimension(passed.mu_BZ, passed.logvar_BZ).mean(dim=0)
+        return recon_B.mean() + beta * kl_Z.clamp(min=config.free_bits).sum()
+    if config.objective == "capacity":
+        return recon_B.mean() + beta * (kl_B.mean() - settings.capacity).abs()
+    if config.objective == "beta-tc":
+        correlation = total_correlation(passed, num_images)
+        return (recon_B + kl_B).mean() + (beta - 1) * correlation
+    return (recon_B + beta * kl_B).mean()
 
 
 def total_correlation(passed: Pass, num_images: int) -> Tensor:
@@ -125,53 +136,35 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
     return (joint_B - marginals_BZ.sum(dim=1)).mean()
 
 
-def training_total(
-    config: TrainConfig, passed: Pass, beta: float, num_images: int, capacity: float = 0.0
-) -> Tensor:
-    """What is minimised, in nats, mean over the batch, by ``config.objective``.
+def _iwae_losses(model: VAE, x_BCHW: Tensor, noise_SZ: Tensor) -> tuple[Nats, Tensor]:
+    """The IWAE bound, with the sign of a loss (Burda et al. 2016, equation 8)."""
+    noise_KBZ = noise_SZ.unflatten(0, (-1, len(x_BCHW)))
+    log_weights_KB, passed = log_weights(model, x_BCHW, *model.encode(x_BCHW), noise_KBZ)
+    return passed.nats, math.log(len(noise_KBZ)) - log_weights_KB.logsumexp(dim=0).mean()
 
-    elbo: reconstruction + beta * KL (Higgins et al. 2017, equation 4). free-bits: each dimension's
-    KL counts as at least ``free_bits`` (Kingma et al. 2016, equation 15, with the batch's mean).
-    capacity: reconstruction + beta * |KL - C|, where C is the ``capacity`` of this step (Burgess et
-    al. 2018, equation 8). beta-tc: reconstruction + KL + (beta - 1) * total correlation (Chen et
-    al. 2018, equation 5 with alpha = gamma = 1).
+
+def log_weights(
+    model: VAE, x_BCHW: Tensor, mu_BZ: Tensor, logvar_BZ: Tensor, noise_KBZ: Tensor
+) -> tuple[Tensor, Pass]:
+    """log p(x, z) - log q(z|x) for K samples of z per image, shape (K, B), and the pass.
+
+    Burda, Grosse & Salakhutdinov 2016, section 3: the importance weights. ``mu_BZ`` and
+    ``logvar_BZ`` are the images' posteriors, which every sample shares.
     """
-    recon_B, kl_B = passed.nats
-    if config.objective == "free-bits":
-        kl_Z = kl_per_dimension(passed.mu_BZ, passed.logvar_BZ).mean(dim=0)
-        return recon_B.mean() + beta * kl_Z.clamp(min=config.free_bits).sum()
-    if config.objective == "capacity":
-        return recon_B.mean() + beta * (kl_B.mean() - capacity).abs()
-    if config.objective == "beta-tc":
-        return (recon_B + kl_B).mean() + (beta - 1) * total_correlation(passed, num_images)
-    return (recon_B + beta * kl_B).mean()
+    z_KBZ = reparameterize(mu_BZ, logvar_BZ, noise_KBZ)
+    logits = model.decode(z_KBZ.flatten(0, 1))
+    x = x_BCHW.repeat(len(noise_KBZ), 1, 1, 1)
+    recon = reconstruction_nats(logits, x, model.likelihood, model.log_scale)
+    recon_KB = recon.view(len(noise_KBZ), -1)
+    log_prior_KB = model.log_prior(z_KBZ.flatten(0, 1)).view_as(recon_KB)
+    kl_KB = log_normal(z_KBZ, mu_BZ, logvar_BZ) - log_prior_KB
+    nats = Nats(recon_KB.mean(dim=0), kl_KB.mean(dim=0))
+    return -recon_KB - kl_KB, Pass(nats, mu_BZ, logvar_BZ, z_KBZ[0])
 
 
 def noise_per_image(config: TrainConfig) -> int:
     """How many samples of z a training step draws per image."""
     return config.train_samples if config.objective == "iwae" else 1
-
-
-def batch_losses(
-    config: TrainConfig,
-    model: VAE,
-    x_BCHW: Tensor,
-    noise_SZ: Tensor,
-    beta: float,
-    capacity: float,
-    num_images: int,
-) -> tuple[Nats, Tensor]:
-    """A training batch's nats per image, and what the step minimises.
-
-    ``noise_SZ`` has a row for each image and sample of it, all images of the first sample first.
-    For iwae what is minimised is the IWAE bound (Burda et al. 2016, equation 8).
-    """
-    if config.objective != "iwae":
-        passed = forward_pass(model, x_BCHW, noise_SZ)
-        return passed.nats, training_total(config, passed, beta, num_images, capacity)
-    noise_KBZ = noise_SZ.unflatten(0, (-1, len(x_BCHW)))
-    log_weights_KB, passed = log_weights(model, x_BCHW, *model.encode(x_BCHW), noise_KBZ)
-    return passed.nats, math.log(len(noise_KBZ)) - log_weights_KB.logsumexp(dim=0).mean()
 
 
 def held_out_weights(config: TrainConfig) -> tuple[float, float]:
@@ -183,3 +176,20 @@ def held_out_weights(config: TrainConfig) -> tuple[float, float]:
     if config.objective == "beta-tc":
         return 1.0, 0.0
     return config.beta, config.capacity if config.objective == "capacity" else 0.0
+
+
+def nats_by_dimension(model: VAE, mu_NZ: Tensor, logvar_NZ: Tensor) -> Tensor:
+    """How much each dimension says about the images, on average, in nats, shape (Z,).
+
+    Under the standard normal prior, the KL that the bound charges for it. A VampPrior's KL is not a
+    sum over dimensions: there it is the KL to the Gaussian that has the mean and the variance of
+    all the images' z together, which is 0, too, for a dimension that is the same for every image.
+    """
+    if model.vamp is None:
+        return kl_per_dimension(mu_NZ, logvar_NZ).mean(dim=0)
+    return 0.5 * (aggregate(mu_NZ, logvar_NZ)[1].log() - logvar_NZ.mean(dim=0))
+
+
+def aggregate(mu_NZ: Tensor, logvar_NZ: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of z over all of the images' posteriors together, shape (Z,) each."""
+    return mu_NZ.mean(dim=0), logvar_NZ.exp().mean(dim=0) + mu_NZ.var(dim=0, correction=0)

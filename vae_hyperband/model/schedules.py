@@ -35,19 +35,19 @@ def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str) -> f
     return low + (high - low) * (1 - math.cos(math.pi * share)) / 2
 
 
-class Knobs(NamedTuple):
-    """What the schedules say about one step."""
+class StepSettings(NamedTuple):
+    """The values that the schedules give to one step."""
 
     learning_rate: float
     beta: float
     capacity: float  # nats of KL that objective "capacity" aims at
 
 
-def knobs_at(config: TrainConfig, step: int, steps_per_epoch: int) -> Knobs:
+def settings_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepSettings:
     """The capacity rises to its end over the first half of the training (Burgess et al. 2018)."""
     num_steps = config.epochs * steps_per_epoch
     warmup_steps = config.kl_warmup_epochs * steps_per_epoch
-    return Knobs(
+    return StepSettings(
         learning_rate_at(step, num_steps, config.learning_rate, config.schedule),
         beta_at(step, config.beta, warmup_steps, num_steps, config.kl_cycles),
         config.capacity * min(1.0, 2 * step / num_steps),

@@ -25,7 +25,8 @@ from vae_hyperband.common.config import (
 from vae_hyperband.common.errors import CheckpointError, ResumeError
 from vae_hyperband.data.splits import Split
 from vae_hyperband.model.checkpoint import BEST, Checkpoint, DataFacts, copy_ckpt, load_ckpt
-from vae_hyperband.model.vae import VAE, initialized_vae
+from vae_hyperband.model.initialization import initialized_vae
+from vae_hyperband.model.vae import VAE
 from vae_hyperband.training.keeper import newest_good, restore
 
 ADAM_BETAS = (0.9, 0.99)  # 0.99, not 0.999: under 4,000 steps a longer memory lags the schedule

@@ -1,68 +1,75 @@
-"""One training step of one run, and the sums of its losses that the logs are made of.
+"""One training step, and the sums of its losses that the logs are made of.
 
-Shape suffixes: B images of a batch, C channels, H height, W width.
+Shape suffixes: B images of a batch, C channels, H height, W width, S samples of z in a batch.
 """
 
 import gc
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vae_hyperband.common.config import TrainConfig
-from vae_hyperband.common.errors import DivergedError
+from vae_hyperband.common.errors import DeviceError, DivergedError
 from vae_hyperband.common.process import lacks_memory
 from vae_hyperband.common.randomness import generator, standard_normal
 from vae_hyperband.data.batches import EpochOrder
 from vae_hyperband.evaluation.bounds import Losses
 from vae_hyperband.model.objective import Nats, batch_losses, noise_per_image
-from vae_hyperband.model.schedules import knobs_at
+from vae_hyperband.model.schedules import StepSettings, settings_at
+from vae_hyperband.model.vae import VAE
 from vae_hyperband.training.state import TrainState
 
+#: What :func:`~vae_hyperband.model.objective.batch_losses` is, compiled or not.
+BatchLosses = Callable[..., tuple[Nats, Tensor]]
 
-def take_step(state: TrainState, x_BCHW: Tensor, order: EpochOrder) -> None:
+
+def take_step(
+    state: TrainState, x_BCHW: Tensor, order: EpochOrder, losses: BatchLosses = batch_losses
+) -> None:
     """Train on one batch, or raise :class:`DivergedError` with the state as it was."""
     config, model, optimizer = state.config, state.model, state.optimizer
-    knobs = knobs_at(config, state.step, state.steps_per_epoch)
+    settings = settings_at(config, state.step, state.steps_per_epoch)
     for group in optimizer.param_groups:
-        group["lr"] = knobs.learning_rate
-    x_BCHW = as_drawn(config, x_BCHW, state.step)
-    num = len(x_BCHW) * noise_per_image(config)
-    noise = standard_normal(config.seed, "noise", state.step, num, model.latent_dim, x_BCHW.device)
-    nats, total = batch_losses(
-        config, model, x_BCHW, noise, knobs.beta, knobs.capacity, order.num_images
+        group["lr"] = settings.learning_rate
+
+    x_BCHW = _as_trained(config, x_BCHW, state.step)
+    num_samples = len(x_BCHW) * noise_per_image(config)
+    # the noise of this step depends on (seed, step) alone, so a resumed run sees the same
+    noise_SZ = standard_normal(
+        config.seed, "noise", state.step, num_samples, model.latent_dim, x_BCHW.device
     )
+    nats, total = losses(config, model, x_BCHW, noise_SZ, settings, order.num_images)
+
     optimizer.zero_grad(set_to_none=True)
     total.backward()
+    # before the weights change: afterwards nothing could be saved
     _refuse_non_finite(state, total, nats, order)
     optimizer.step()
-    count_step(state, loss_sums(nats, total.detach()))
+    _count_step(state, nats, total.detach(), settings.beta)
 
 
-def as_drawn(config: TrainConfig, x_BCHW: Tensor, step: int) -> Tensor:
-    """The images as the step sees them: grey, or the bits that it draws."""
+def _as_trained(config: TrainConfig, x_BCHW: Tensor, step: int) -> Tensor:
+    """The images as this step sees them: grey, or binarized with this step's random numbers."""
     if config.binarize == "none":
         return x_BCHW
-    stream = generator(config.seed, "bits", step, x_BCHW.device)
-    return torch.bernoulli(x_BCHW, generator=stream)
+    return torch.bernoulli(x_BCHW, generator=generator(config.seed, "bits", step, x_BCHW.device))
 
 
-def loss_sums(nats: Nats, total: Tensor) -> Tensor:
-    """Sums over a batch: reconstruction, KL, what was minimised, images; float64."""
+def _count_step(state: TrainState, nats: Nats, total: Tensor, beta: float) -> None:
+    """Add the batch's losses to the sums, which are float64 and stay on the model's device.
+
+    Nothing here asks a GPU for a value: the host would wait for it in every step.
+    """
     recon, kl = (part.detach().sum(dtype=torch.float64) for part in nats)
     count = torch.full_like(recon, len(nats.kl_B))
-    return torch.stack((recon, kl, total * count, count))
-
-
-def count_step(state: TrainState, sums: Tensor) -> None:
-    """Note that the step under way was taken, with those losses."""
-    if state.config.objective == "elbo":  # the same as was minimised, but in float64
-        beta = knobs_at(state.config, state.step, state.steps_per_epoch).beta
-        recon, kl, _, count = sums
-        sums = torch.stack((recon, kl, recon + beta * kl, count))
+    # the plain objective again, in float64: a mean of float32 times a count would round it
+    objective = recon + beta * kl if state.config.objective == "elbo" else total * count
     if state.step % state.steps_per_epoch == 0:
         state.sums[0] = 0
-    state.sums += sums.to(state.sums.device)
+    state.sums += torch.stack((recon, kl, objective, count))
     state.step += 1
 
 
@@ -77,14 +84,47 @@ def averages(sums: Tensor) -> Losses:
     }
 
 
+def compiled_losses(device: torch.device) -> BatchLosses:
+    """:func:`batch_losses` under torch.compile in mode "reduce-overhead" (CUDA graphs on a GPU).
+
+    Raises :class:`DeviceError` if that does not work here, such as without a C++ compiler.
+    """
+    try:
+        probe = torch.compile(lambda x: x * 2, mode="reduce-overhead")
+        probe(torch.ones(2, device=device))
+    # torch.compile raises whatever its back ends do: a missing compiler, Triton or header
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DeviceError(
+            f"--compile cannot be used on {device} here ({why}): leave it out."
+        ) from error
+    compiled = torch.compile(batch_losses, mode="reduce-overhead", dynamic=False)
+
+    def losses(
+        config: TrainConfig,
+        model: VAE,
+        x_BCHW: Tensor,
+        noise_SZ: Tensor,
+        settings: StepSettings,
+        num_images: int,
+    ) -> tuple[Nats, Tensor]:
+        # as tensors: a Python number that changes would be compiled again in every step
+        values: Any = [torch.tensor(value, device=device) for value in settings]
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(config, model, x_BCHW, noise_SZ, StepSettings(*values), num_images)
+
+    return losses
+
+
 def batch_size_that_fits(
     state: TrainState, image_shape: tuple[int, int, int], device: torch.device
 ) -> int:
     """The largest half, quarter ... of the run's batch size whose step fits in memory; 0 if none.
 
-    Tried out on the state of a run that is lost: its gradients are overwritten.
+    Tried on the state of a run that has failed: its gradients are overwritten.
     """
     config, size = state.config, state.config.batch_size // 2
+    settings = StepSettings(0.0, 1.0, 0.0)
     while size:
         gc.collect()
         if device.type == "cuda":
@@ -92,7 +132,7 @@ def batch_size_that_fits(
         noise = torch.zeros(size * noise_per_image(config), state.model.latent_dim, device=device)
         try:
             x_BCHW = torch.zeros(size, *image_shape, device=device)
-            batch_losses(config, state.model, x_BCHW, noise, 1.0, 0.0, size)[1].backward()
+            batch_losses(config, state.model, x_BCHW, noise, settings, size)[1].backward()
             return size
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
