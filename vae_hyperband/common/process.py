@@ -127,7 +127,11 @@ def lacks_memory(error: BaseException) -> bool:
     return memory or "allocate memory" in said or "not enough memory" in said
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+#: torch, device, threads ...: what the last bits of a run depend on, as plain data.
+Environment = dict[str, str | int | bool]
+
+
+def environment(device: torch.device) -> Environment:
     """What bit-exactness depends on besides configuration and data: one machine class."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {

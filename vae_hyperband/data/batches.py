@@ -32,6 +32,10 @@ class SplitBatches(TorchDataset[tuple[Tensor, Tensor]]):
         return self.split.pixels(index_B), self.split.labels_N[index_B]
 
 
+#: Batches of (images, labels).
+Batches = DataLoader[tuple[Tensor, Tensor]]
+
+
 def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
     """The numbers of all images in the order in which an epoch takes them."""
     return torch.randperm(num_images, generator=generator(seed, "order", epoch))
@@ -78,7 +82,7 @@ def get_dataloader(
     data_dir: Path | None = None,
     dataset: str = "fashion-mnist",
     device: torch.device | str = "cpu",
-) -> DataLoader:
+) -> Batches:
     """Batches ``(x_BCHW in [0, 1], labels_B)`` of a split, held in memory on ``device``.
 
     Shuffled anew in each epoch for the name "train", in file order otherwise (also for a

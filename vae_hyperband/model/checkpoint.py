@@ -19,6 +19,7 @@ from torch import Tensor
 from vae_hyperband.common.config import TrainConfig, model_settings
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DamagedError, RunFolderError
 from vae_hyperband.common.files import write_bytes
+from vae_hyperband.common.process import Environment
 from vae_hyperband.data.splits import Split, SplitName, load_split
 from vae_hyperband.model.vae import VAE
 
@@ -27,6 +28,7 @@ LATEST, BEST = "latest.pt", "best.pt"
 
 HEAD = ("format", "version", "digest")  # the digest is of all the rest
 Keys = dict[int, frozenset[str]]  # what a file of each version of a format holds
+Content = dict[str, Any]  # tensors and plain values by these names
 
 _KEYS_1 = frozenset(
     {"config", "model", "optimizer", "schedule", "epoch", "step", "sums"}
@@ -69,6 +71,10 @@ LOSS_NAMES = {
 }
 
 
+#: The losses of a validation in nats per image, with its step and epoch.
+Metrics = dict[str, float]
+
+
 class DataFacts(NamedTuple):
     """Which images a run was trained on."""
 
@@ -91,14 +97,14 @@ class Checkpoint:
     config: TrainConfig
     model_state: dict[str, Tensor]
     optimizer_state: dict[str, Any]
-    schedule: dict[str, Any]  # name and number of steps, for the reader
+    schedule: dict[str, str | int]  # name and number of steps, for the reader
     epoch: int  # completed
     step: int
     sums: Tensor  # of the losses since the epoch began and since the last row of the log
-    best: dict[str, Any]  # step, epoch, total_loss and bound of the best validation so far
-    metrics: dict[str, Any]  # step, epoch and losses of the last validation; empty before it
+    best: Metrics  # step, epoch, total_loss and bound of the best validation so far
+    metrics: Metrics  # step, epoch and losses of the last validation; empty before it
     data: DataFacts
-    environment: dict[str, Any]  # torch, device, threads: what bit-exactness depends on
+    environment: Environment  # what bit-exactness depends on
     resumed_from: str | None  # digest of the checkpoint that --resume_ckpt named
     path: Path = Path("the checkpoint")  # where it was loaded from
     digest: str = ""  # SHA-256 over all of the file's content; empty before it is saved
@@ -109,7 +115,7 @@ class Checkpoint:
         return tree_digest(self.model_state)
 
     @property
-    def own_losses(self) -> dict[str, Any]:
+    def own_losses(self) -> Metrics:
         """The losses of these weights on the validation split.
 
         Empty if the checkpoint was written after further steps: ``metrics`` is of earlier weights.
@@ -164,7 +170,7 @@ def save_ckpt(path: Path, checkpoint: Checkpoint) -> None:
     save_pt(path, content, FORMAT, KEYS)
 
 
-def save_pt(path: Path, content: dict[str, Any], kind: str, keys: Keys) -> None:
+def save_pt(path: Path, content: Content, kind: str, keys: Keys) -> None:
     """Write a file so that the path holds either the old or the new one, whatever happens.
 
     See :func:`vae_hyperband.common.files.write_bytes`.
@@ -217,7 +223,7 @@ def load_ckpt(path: Path | str) -> Checkpoint:
     )
 
 
-def load_pt(path: Path, kind: str, keys: Keys) -> dict[str, Any]:
+def load_pt(path: Path, kind: str, keys: Keys) -> Content:
     """The verified content of a file of :func:`save_pt`, of any version of its format."""
     what = kind.removeprefix("vae-hyperband ")
     if not path.is_file():

@@ -37,7 +37,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not _is_ours(self, x):
             return super().forward(x)
-        return _Convolution.apply(x, self.weight, self.bias, True)
+        return _apply(_Convolution, x, self.weight, self.bias, True)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -49,7 +49,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None or self.output_padding != (1, 1) or not _is_ours(self, x):
             return super().forward(x, output_size)
-        return _Convolution.apply(x, self.weight, self.bias, False)
+        return _apply(_Convolution, x, self.weight, self.bias, False)
 
 
 class Flatten(nn.Flatten):
@@ -62,7 +62,7 @@ class Flatten(nn.Flatten):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.is_contiguous() or torch.compiler.is_compiling():
             return super().forward(x)
-        return _Flatten.apply(x)
+        return _apply(_Flatten, x)
 
 
 def _is_ours(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
@@ -75,6 +75,11 @@ def _is_ours(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
         and x.shape[2] % 2 == x.shape[3] % 2 == 0
         and not torch.compiler.is_compiling()
     )
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    y: Tensor = function.apply(*args)
+    return y
 
 
 class _Flatten(torch.autograd.Function):
@@ -149,10 +154,11 @@ def weight_gradient(big: Tensor, small: Tensor, weight: Tensor) -> Tensor:
     """Of the sum of ``down(big, weight) * small``, which is that of ``up(small, weight) * big``."""
     if _by_patches(weight):
         return (_patches(big).mT @ _to_rows(small)).mT.reshape(weight.shape)
-    return torch.ops.aten.convolution_backward(
+    gradients: list[Tensor] = torch.ops.aten.convolution_backward(
         _channels_last(small), _channels_last(big), _channels_last(weight),
         None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False],
-    )[1]  # fmt: skip
+    )  # fmt: skip
+    return gradients[1]
 
 
 def _by_patches(weight: Tensor) -> bool:

@@ -57,7 +57,8 @@ class Decoder(nn.Module):
     def forward(self, z_BZ: Tensor) -> Tensor:
         h = self.fc(z_BZ).unflatten(1, (64, self.small, self.small))  # (B, 64, H/4, W/4)
         h = relu(self.conv_t1(h))  # (B, 32, H/2, W/2)
-        return self.conv_t2(h)  # (B, C, H, W)
+        logits_BCHW: Tensor = self.conv_t2(h)
+        return logits_BCHW
 
 
 class VAE(nn.Module):
@@ -93,11 +94,13 @@ class VAE(nn.Module):
 
     def encode(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Images in [0, 1] -> ``(mu_BZ, logvar_BZ)`` of q(z|x)."""
-        return self.encoder(x_BCHW)
+        posterior: tuple[Tensor, Tensor] = self.encoder(x_BCHW)
+        return posterior
 
     def decode(self, z_BZ: Tensor) -> Tensor:
         """Latents -> logits, shape (B, C, H, W)."""
-        return self.decoder(z_BZ)
+        logits_BCHW: Tensor = self.decoder(z_BZ)
+        return logits_BCHW
 
     def decode_images(self, z_BZ: Tensor) -> Tensor:
         """Latents -> the mean of each pixel: images in [0, 1], shape (B, C, H, W)."""

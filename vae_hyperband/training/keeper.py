@@ -10,11 +10,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from vae_hyperband.common.errors import DamagedError, RunFolderError
 from vae_hyperband.common.files import remove_leftovers
-from vae_hyperband.model.checkpoint import BEST, LATEST, Checkpoint, copy_ckpt, load_ckpt, save_ckpt
+from vae_hyperband.model.checkpoint import (
+    BEST,
+    LATEST,
+    Checkpoint,
+    Metrics,
+    copy_ckpt,
+    load_ckpt,
+    save_ckpt,
+)
 
 
 def earlier_ckpts(folder: Path) -> dict[int, Path]:
@@ -80,7 +87,7 @@ def _note(damage: list[DamagedError], missing: Path, used: Path, step: int) -> N
     )
 
 
-def restore(folder: Path, used: Checkpoint) -> dict[str, Any]:
+def restore(folder: Path, used: Checkpoint) -> Metrics:
     """Have the files as they were when ``used`` was the latest one; the best one's step and losses.
 
     Where the best one is lost and ``used`` has just been validated, that is the best from now on.

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from torch.utils.data import DataLoader
 
 from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, counted, in_effect
 from vae_hyperband.common.errors import DivergedError, OutOfMemoryError, RunFolderError
 from vae_hyperband.common.process import (
+    Environment,
     cpu_threads,
     environment,
     keep_freed_memory,
@@ -31,7 +31,7 @@ from vae_hyperband.common.process import (
     pick_device,
 )
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.batches import EpochOrder, SplitBatches, get_dataloader
+from vae_hyperband.data.batches import Batches, EpochOrder, SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Split, as_trained, load_split
 from vae_hyperband.evaluation.bounds import Losses, eval_dataloader, eval_epoch
 from vae_hyperband.model.checkpoint import tree_digest
@@ -69,7 +69,7 @@ class FitResult:
 
 def train_epoch(
     state: TrainState,
-    loader: DataLoader,
+    loader: Batches,
     after_step: Callable[[TrainState], bool] = lambda state: False,
     losses: BatchLosses = batch_losses,
 ) -> Losses | None:
@@ -172,7 +172,7 @@ class Trainer:
         state: TrainState,
         options: RunOptions,
         train: Split,
-        environment: dict[str, Any],
+        environment: Environment,
         quiet: bool,
     ) -> None:
         self.state, self._options, self._train = state, options, train
@@ -238,7 +238,7 @@ class Trainer:
             print(f"warning: {error} Training continues, unsaved.", file=sys.stderr, flush=True)
         self._last_saved = time.monotonic()
 
-    def validate(self, loader: DataLoader, required: bool) -> None:
+    def validate(self, loader: Batches, required: bool) -> None:
         """Evaluate, log and save.
 
         The best model is the one with the lowest total_loss, which for beta = 1 is the bound. With
@@ -281,7 +281,7 @@ class Trainer:
         self.tracker.scalars("train", state.step, epoch, losses | {"learning_rate": rate})
         self.progress.logged(losses["bound"])
 
-    def _log_validation(self, losses: Losses, loader: DataLoader) -> None:
+    def _log_validation(self, losses: Losses, loader: Batches) -> None:
         state, tracker = self.state, self.tracker
         tracker.scalars("validation", state.step, state.epoch, losses)
         images_BCHW = cast(SplitBatches, loader.dataset).split.pixels(slice(NUM_PICTURES))

@@ -10,7 +10,6 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +22,16 @@ from vae_hyperband.common.config import (
     model_settings,
 )
 from vae_hyperband.common.errors import CheckpointError, ResumeError
+from vae_hyperband.common.process import Environment
 from vae_hyperband.data.splits import Split
-from vae_hyperband.model.checkpoint import BEST, Checkpoint, DataFacts, copy_ckpt, load_ckpt
+from vae_hyperband.model.checkpoint import (
+    BEST,
+    Checkpoint,
+    DataFacts,
+    Metrics,
+    copy_ckpt,
+    load_ckpt,
+)
 from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.training.keeper import newest_good, restore
@@ -46,8 +53,8 @@ class TrainState:
     #: Running sums of (reconstruction, KL, total, images): row 0 since the epoch began, row 1 since
     #: the last row of the log. float64, on the model's device.
     sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
-    best: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(NO_BEST))
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the last validation
+    best: Metrics = dataclasses.field(default_factory=lambda: dict(NO_BEST))
+    metrics: Metrics = dataclasses.field(default_factory=dict)  # of the last validation
     resumed_from: str | None = None  # digest of the checkpoint given by --resume_ckpt
 
     @property
@@ -91,7 +98,7 @@ def _state_of(config: TrainConfig, model: VAE, steps_per_epoch: int) -> TrainSta
     return state
 
 
-def snapshot(state: TrainState, train: Split, environment: dict[str, Any]) -> Checkpoint:
+def snapshot(state: TrainState, train: Split, environment: Environment) -> Checkpoint:
     """The checkpoint of a state; ``environment`` is the one that computes the run."""
     config = state.config
     return Checkpoint(
@@ -110,7 +117,7 @@ def snapshot(state: TrainState, train: Split, environment: dict[str, Any]) -> Ch
     )
 
 
-def _named(facts: DataFacts) -> dict[str, Any]:
+def _named(facts: DataFacts) -> dict[str, object]:
     """Facts of the data, as a message says them."""
     return {f"data's {name}": value for name, value in facts._asdict().items()}
 
@@ -120,7 +127,7 @@ def first_state(
     options: RunOptions,
     train: Split,
     device: torch.device,
-    where: dict[str, Any],
+    where: Environment,
     quiet: bool,
 ) -> TrainState:
     """A new state, or the one in the checkpoint that this run has to go on from.

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,6 +51,10 @@ def image_grid(
         top, left = margin + i // columns * cell_h, margin + i % columns * cell_w
         grid[:, top : top + height, left : left + width] = image_CHW
     return grid
+
+
+#: A row of metrics.jsonl or timing.jsonl: step, epoch, split and values by name.
+LogRow = dict[str, Any]
 
 
 class Tracker:
@@ -105,7 +109,7 @@ class Tracker:
                 grid = image_grid(images, COLUMNS)
                 self._show(image(f"images/{name}", grid, dataformats="CHW"), step)
 
-    def configuration(self, command: str, config: dict[str, Any]) -> None:
+    def configuration(self, command: str, config: Mapping[str, Any]) -> None:
         """What the run is, as text: the command that repeats it, and a table."""
         rows = "".join(f"| {name} | {value} |\n" for name, value in config.items())
         said = f"`{command}`\n\n| setting | value |\n|---|---|\n{rows}"
@@ -115,7 +119,9 @@ class Tracker:
         """A histogram over the latent dimensions: those near 0 nats say nothing."""
         self._show(histogram("KL_per_dimension", kl_Z.cpu().numpy(), bins=30), step)
 
-    def hyperparameters(self, config: dict[str, Any], metrics: dict[str, float], step: int) -> None:
+    def hyperparameters(
+        self, config: Mapping[str, Any], metrics: dict[str, float], step: int
+    ) -> None:
         """The row of this run in TensorBoard's HParams table."""
         for summary in hparams(config, metrics):
             self._show(summary, 0)
@@ -158,7 +164,7 @@ class EventFile:
         self._records.write(Event(wall_time=time.time(), **what).SerializeToString())
 
 
-def read_rows(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def read_rows(path: Path, needed: tuple[str, ...] = ()) -> list[LogRow]:
     """The rows of a JSON-lines file; a line torn by a kill, or damaged, is left out.
 
     So is one without a finite number in a column that is ``needed``, or without a text as "split".
@@ -170,7 +176,7 @@ def read_rows(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
-    rows: list[dict[str, Any]] = []
+    rows: list[LogRow] = []
     for line in lines:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
@@ -186,7 +192,7 @@ def _usable(name: str, value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def _line(row: LogRow) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
@@ -266,7 +272,12 @@ class Progress:
         return self._images_per_second
 
     def validated(
-        self, step: int, epoch: int, epochs: int, train: dict[str, float], held_out: dict[str, Any]
+        self,
+        step: int,
+        epoch: int,
+        epochs: int,
+        train: dict[str, float],
+        held_out: dict[str, float],
     ) -> None:
         if self._quiet:
             return
