@@ -54,7 +54,6 @@ from vae_hyperband.evaluation.latents import (
     dci_disentanglement,
     encode_split,
     factor_vae_score,
-    kl_by_dimension,
     knn_probe,
     linear_probe,
     mutual_information,
@@ -69,6 +68,7 @@ from vae_hyperband.evaluation.samplers import (
     get_sampler,
 )
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
+from vae_hyperband.model.objective import kl_per_dimension
 from vae_hyperband.model.vae import VAE
 
 # ---- Every setting of an evaluation, once. What is looked at, and how closely.
@@ -203,6 +203,7 @@ def latent_space(subject: Subject) -> dict[str, Any]:
     train, held_out = subject.train, subject.held_out
     posteriors = subject.posteriors(held_out)
     active = active_units(posteriors)
+    kl_NZ = kl_per_dimension(posteriors.mu_NZ.double(), posteriors.logvar_NZ.double())
     several = len(train.labels_N.unique()) > 1  # of one class there is nothing to tell apart
     probes = (
         "probes trained on all images of the training split: logistic regression on standardised "
@@ -215,7 +216,7 @@ def latent_space(subject: Subject) -> dict[str, Any]:
         "latent_dim": subject.model.latent_dim,
         "active_units": active,
         "collapsed": active == 0,
-        "kl_by_dimension": [kl._asdict() for kl in kl_by_dimension(posteriors)],
+        "kl_by_dimension": [mean_and_error(kl_N)._asdict() for kl_N in kl_NZ.unbind(dim=1)],
         "mutual_information": mutual_information(
             posteriors, posteriors.draw(subject.seed)
         )._asdict(),

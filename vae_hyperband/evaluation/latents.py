@@ -62,10 +62,24 @@ def active_units(posteriors: Posteriors) -> int:
     return int((posteriors.mu_NZ.double().var(dim=0) > ACTIVE_VARIANCE).sum())
 
 
-def kl_by_dimension(posteriors: Posteriors) -> list[Measured]:
-    """Mean KL to the standard normal in nats, one per dimension, each with its standard error."""
-    kl_NZ = kl_per_dimension(posteriors.mu_NZ.double(), posteriors.logvar_NZ.double())
-    return [mean_and_error(kl_N) for kl_N in kl_NZ.unbind(dim=1)]
+def information_per_dimension(model: VAE, posteriors: Posteriors) -> Tensor:
+    """Nats about the image that each dimension carries, mean over images, shape (Z,).
+
+    Under the standard normal prior, the dimension's KL. A VampPrior's KL is not a sum over
+    dimensions: there it is the KL to the Gaussian that has the mean and the variance of all images'
+    z together, which is 0 for a dimension whose posterior is the same for every image.
+    """
+    mu_NZ, logvar_NZ = posteriors
+    if model.vamp is None:
+        return kl_per_dimension(mu_NZ, logvar_NZ).mean(dim=0)
+    _, variance_Z = aggregate(posteriors)
+    return 0.5 * (variance_Z.log() - logvar_NZ.mean(dim=0))
+
+
+def aggregate(posteriors: Posteriors) -> tuple[Tensor, Tensor]:
+    """Mean and variance of z over all images' posteriors together, shape (Z,) each."""
+    mu_NZ, logvar_NZ = posteriors
+    return mu_NZ.mean(dim=0), logvar_NZ.exp().mean(dim=0) + mu_NZ.var(dim=0, correction=0)
 
 
 def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Measured:

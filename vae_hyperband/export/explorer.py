@@ -23,10 +23,9 @@ from torch import Tensor
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.data.splits import Split
 from vae_hyperband.evaluation.flow import NUM_STEPS
-from vae_hyperband.evaluation.latents import Posteriors
+from vae_hyperband.evaluation.latents import Posteriors, aggregate, information_per_dimension
 from vae_hyperband.evaluation.samplers import LearnedFlow, Mixture
 from vae_hyperband.export.onnx_export import decoder_graph, encoder_graph, velocity_graph
-from vae_hyperband.model.objective import aggregate, nats_by_dimension
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.page import csp_digest, style
 
@@ -136,9 +135,9 @@ def _data(
 ) -> tuple[dict[str, Any], float]:
     """What the scripts read, and which share of the variance the map shows."""
     mu_NZ = posteriors.mu_NZ
-    codes = mu_NZ.double(), posteriors.logvar_NZ.double()
-    nats_Z = nats_by_dimension(model, *codes)
-    mean_Z, variance_Z = aggregate(*codes)
+    exact = Posteriors(mu_NZ.double(), posteriors.logvar_NZ.double())
+    nats_Z = information_per_dimension(model, exact)
+    mean_Z, variance_Z = aggregate(exact)
     far_Z = 4 * variance_Z.sqrt()
     map_facts, share = _map(mu_NZ)
     data = {

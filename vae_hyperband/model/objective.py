@@ -33,23 +33,6 @@ def kl_per_dimension(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
     return 0.5 * (mu_BZ.square() + logvar_BZ.exp() - 1 - logvar_BZ)
 
 
-def nats_by_dimension(model: VAE, mu_NZ: Tensor, logvar_NZ: Tensor) -> Tensor:
-    """How much each dimension says about the images, on average, in nats, shape (Z,).
-
-    Under the standard normal prior, the KL that the bound charges for it. A VampPrior's KL is not a
-    sum over dimensions: there it is the KL to the Gaussian that has the mean and the variance of
-    all the images' z together, which is 0, too, for a dimension that is the same for every image.
-    """
-    if model.vamp is None:
-        return kl_per_dimension(mu_NZ, logvar_NZ).mean(dim=0)
-    return 0.5 * (aggregate(mu_NZ, logvar_NZ)[1].log() - logvar_NZ.mean(dim=0))
-
-
-def aggregate(mu_NZ: Tensor, logvar_NZ: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of z over all of the images' posteriors together, shape (Z,) each."""
-    return mu_NZ.mean(dim=0), logvar_NZ.exp().mean(dim=0) + mu_NZ.var(dim=0, correction=0)
-
-
 def kl_to_standard_normal(mu_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats, one value per image, shape (B,)."""
     return kl_per_dimension(mu_BZ, logvar_BZ).sum(dim=1)

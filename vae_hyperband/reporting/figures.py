@@ -15,8 +15,7 @@ from torch import Tensor
 
 from vae_hyperband.common.files import make_folder, write_bytes
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.evaluation.latents import encode_images
-from vae_hyperband.model.objective import aggregate, nats_by_dimension
+from vae_hyperband.evaluation.latents import aggregate, encode_images, information_per_dimension
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.trials import SearchResult, TrialRecord
@@ -171,9 +170,9 @@ def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) ->
     that the standard normal prior fits is -3 to 3. The most used dimensions come first.
     """
     posteriors = encode_images(model, images_NCHW)
-    nats_Z = nats_by_dimension(model, *posteriors)
+    nats_Z = information_per_dimension(model, posteriors)
     dims = nats_Z.argsort(descending=True)[:num_dims].tolist()
-    mean_Z, variance_Z = aggregate(*posteriors)
+    mean_Z, variance_Z = aggregate(posteriors)
     steps = torch.linspace(-3, 3, 11)
     device = next(model.parameters()).device
     figure = Figure(figsize=(8, 0.62 * len(dims) + 0.6))
