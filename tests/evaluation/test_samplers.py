@@ -267,7 +267,7 @@ def test_generated_images_are_bytes_of_the_decoder_s_means(trained):
 
 def test_flow_labels_are_an_input(two_rings):
     posteriors, label_P = two_rings
-    flow = fit_flow(posteriors.draw, label_P, 2, 0, epochs=1, width=16, depth=1)
+    flow = fit_flow(Flow(2, 2, width=16, depth=1), posteriors.draw, label_P, 0, epochs=1)
     sampler = LearnedFlow(torch.tensor([0.5, 0.5]), flow)
     draws = [sampler.draw(10, generator(0, "test"), label) for label in (0, 1)]
     assert not torch.equal(*draws)

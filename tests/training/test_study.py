@@ -16,6 +16,14 @@ from vae_hyperband import train_vae
 from vae_hyperband.commands.study import StudyArgs, table
 from vae_hyperband.common.config import CommonConfig, Places, TrainConfig
 from vae_hyperband.evaluation.evaluate import EvaluateOptions
+from vae_hyperband.evaluation.results import (
+    Estimate,
+    Evaluation,
+    Factors,
+    ImportanceBound,
+    LatentSpace,
+    Likelihood,
+)
 from vae_hyperband.evaluation.samplers import SamplerConfig
 from vae_hyperband.reporting import figures
 from vae_hyperband.training.study import grouped, over_seeds, row_of, run_study, value_of
@@ -134,12 +142,16 @@ def test_means_over_seeds_have_student_s_interval():
 
 
 def test_a_row_takes_what_the_report_has():
-    report = {
-        "config": {"beta": 1.0},
-        "bound": {"mean": 1.0, "standard_error": 0.1},
-        "iwae": {"mean": 0.9, "standard_error": 0.1, "num_samples": 5},
-        "latents": {"active_units": 7, "factors": {"mig": 0.2, "dci": {"disentanglement": 0.4}}},
-    }
+    dci = {"disentanglement": 0.4}
+    bound = Estimate(1.0, 0.1)
+    report = Evaluation(
+        checkpoint="best.pt", checkpoint_digest="", split="validation", options={}, num_images=9,
+        data_digest="", epoch=1, step=1, config={"beta": 1.0}, environment={},
+        likelihood=Likelihood(
+            "nats", "", bound, bound, bound, iwae=ImportanceBound(0.9, 0.1, 5, 9, bound)
+        ),
+        latents=LatentSpace("", 8, 7, False, [], bound, factors=Factors([], 0.2, 0.3, dci)),
+    )  # fmt: skip
     row = row_of("r", report)
     assert row["iwae"] == {"mean": 0.9, "standard_error": 0.1}
     assert (row["active_units"], row["mig"], row["dci"]) == (7, 0.2, 0.4)

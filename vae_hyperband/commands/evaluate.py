@@ -1,6 +1,5 @@
 """The command ``evaluate``: what a checkpoint is worth."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,8 @@ from vae_hyperband.common.config import RunOptions
 from vae_hyperband.common.files import check_place, write_text
 from vae_hyperband.common.process import cpu_threads
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
-from vae_hyperband.reporting.summaries import say, table_of
+from vae_hyperband.reporting.summaries import print_progress
+from vae_hyperband.reporting.tables import evaluation_text
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,10 @@ def evaluate_command(argv: list[str]) -> int:
     if args.json and not stdout:
         check_place(args.json, ".json", option="--json")  # a mistake before the work
     with cpu_threads(args.num_threads):
-        report = evaluate(args.ckpt, args.split, args.data_dir, args.device, args.evaluation, say)
+        found = evaluate(
+            args.ckpt, args.split, args.data_dir, args.device, args.evaluation, print_progress
+        )
     if args.json and not stdout:
-        write_text(args.json, json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2) if stdout else table_of(report))
+        write_text(args.json, found.to_json())
+    print(found.to_json(), end="") if stdout else print(evaluation_text(found))
     return 0

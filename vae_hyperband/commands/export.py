@@ -15,8 +15,7 @@ from vae_hyperband.common.config import flag, read_json, require, require_number
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text, write_together
 from vae_hyperband.data.splits import Split, as_trained, load_split
-from vae_hyperband.evaluation.bounds import eval_dataloader
-from vae_hyperband.evaluation.latents import encode_split
+from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.evaluation.samplers import (
     LearnedFlow,
     Mixture,
@@ -28,7 +27,7 @@ from vae_hyperband.evaluation.samplers import (
 from vae_hyperband.export.hub import DATA_NAMES, write_shared
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.vae import VAE
-from vae_hyperband.reporting.summaries import LABEL_NAMES, say
+from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,12 @@ def export(argv: list[str]) -> int:
 
 
 def _safetensors(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
-    report = read_json(args.evaluation) if args.evaluation else None
-    if report is not None and report.get("checkpoint_digest") != checkpoint.digest:
-        raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
-    return write_shared(checkpoint, args.out, args.license, report)
+    evaluation = None
+    if args.evaluation:
+        evaluation = Evaluation.from_dict(read_json(args.evaluation), str(args.evaluation))
+        if evaluation.checkpoint_digest != checkpoint.digest:
+            raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
+    return write_shared(checkpoint, args.out, args.license, evaluation)
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:
@@ -121,7 +122,7 @@ def _onnx(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
         for name, make in (("encoder.onnx", encoder_graph), ("decoder.onnx", decoder_graph))
     }
     apart = largest_difference(model, graphs["encoder.onnx"], graphs["decoder.onnx"])
-    say(f"ONNX Runtime and PyTorch differ by at most {apart:.1e}")
+    print_progress(f"ONNX Runtime and PyTorch differ by at most {apart:.1e}")
     make_folder(args.out)
     write_together({args.out / name: graph for name, graph in graphs.items()})
     return [args.out / name for name in graphs]
@@ -136,11 +137,9 @@ def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     split = as_trained(split, config)
     out = args.out / "index.html"
     check_place(out)  # a mistake before the work
-    posteriors = encode_split(model, eval_dataloader(split))
     html = page(
         model,
         split,
-        posteriors,
         tuple(LABEL_NAMES.get(config.dataset, ())),
         f"A VAE of {DATA_NAMES[config.dataset]}",
         _shown(checkpoint, model),
@@ -173,7 +172,7 @@ def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow |
         checkpoint,
         lambda: load_split("train", args.data_dir, checkpoint.config.dataset),
         args.fitting,
-        say,
+        print_progress,
     )
     return None if isinstance(sampler, Prior) else sampler
 

@@ -11,7 +11,6 @@ Shape suffixes: B images of a batch, N images of a split, C channels, H height, 
 
 import functools
 import hashlib
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, per_split
+from vae_hyperband.evaluation.results import Estimate, mean_and_error
 
 WEIGHTS = Path(__file__).with_name("feature_net.safetensors")
 
@@ -149,20 +149,6 @@ NEAREST = 5  # neighbours that span a set's manifold, as in Naeem et al. 2020
 DISTANCE_ROWS = 1000  # rows of a distance matrix at a time
 
 
-class Measured(NamedTuple):
-    """An estimate and its standard error."""
-
-    mean: float
-    standard_error: float
-
-
-def mean_and_error(values_N: Tensor) -> Measured:
-    """Mean and the standard error of that mean, the values being independent draws."""
-    values_N = values_N.double()
-    spread = values_N.std().item() if len(values_N) > 1 else math.nan
-    return Measured(values_N.mean().item(), spread / math.sqrt(len(values_N)))
-
-
 class Moments(NamedTuple):
     """Mean and covariance of a set of vectors, float64."""
 
@@ -189,7 +175,7 @@ def frechet(one: Moments, other: Moments) -> float:
     return ((one.mean_F - other.mean_F).square().sum() + traces).clamp(min=0).item()
 
 
-def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) -> Measured:
+def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) -> Estimate:
     """FID of the two sets, with a bootstrap standard error.
 
     Both sets are drawn anew, with replacement, 50 times; the error is the standard deviation of the
@@ -205,7 +191,7 @@ def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) 
             for x in (reference_NF, generated_MF)
         )
         again.append(frechet(*sets))
-    return Measured(mean, torch.tensor(again).std().item())
+    return Estimate(mean, torch.tensor(again).std().item())
 
 
 def _distances(from_NF: Tensor, to_MF: Tensor) -> Iterator[Tensor]:
@@ -221,7 +207,7 @@ def nearest(from_NF: Tensor, to_MF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
-def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, Measured]:
+def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, Estimate]:
     """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020).
 
     A set's manifold is the union of balls around its vectors, each up to its 5th nearest neighbour
@@ -251,7 +237,7 @@ def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, M
     }
 
 
-def copying(generated_M: Tensor, held_out_N: Tensor) -> dict[str, Measured]:
+def copying(generated_M: Tensor, held_out_N: Tensor) -> dict[str, Estimate]:
     """Whether generated images lie closer to training images than unseen real ones do.
 
     Takes the distance of each to its nearest training image.
@@ -267,7 +253,7 @@ def copying(generated_M: Tensor, held_out_N: Tensor) -> dict[str, Measured]:
     }
 
 
-def _probability_less(one_M: Tensor, other_N: Tensor) -> Measured:
+def _probability_less(one_M: Tensor, other_N: Tensor) -> Estimate:
     """P(one < other), ties counting one half, from placement values."""
     one_M, other_N = one_M.sort().values, other_N.sort().values
 
@@ -277,4 +263,4 @@ def _probability_less(one_M: Tensor, other_N: Tensor) -> Measured:
 
     above_M, below_N = share_above(one_M, other_N), 1 - share_above(other_N, one_M)
     variance = above_M.var() / len(one_M) + below_N.var() / len(other_N)
-    return Measured(above_M.mean().item(), variance.sqrt().item())
+    return Estimate(above_M.mean().item(), variance.sqrt().item())

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.evaluation.image_quality import Measured, mean_and_error, nearest
+from vae_hyperband.evaluation.image_quality import nearest
+from vae_hyperband.evaluation.results import Estimate, mean_and_error
 from vae_hyperband.model.objective import kl_per_dimension
 from vae_hyperband.model.vae import VAE, reparameterize
 
@@ -82,7 +83,7 @@ def aggregate(posteriors: Posteriors) -> tuple[Tensor, Tensor]:
     return mu_NZ.mean(dim=0), logvar_NZ.exp().mean(dim=0) + mu_NZ.var(dim=0, correction=0)
 
 
-def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Measured:
+def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Estimate:
     """Nats that z says about which image it is of: mean log q(z|x) - log (1/N sum_i q(z|x_i)).
 
     Hoffman & Johnson 2016's index-code mutual information. It cannot exceed log N, 9.21 nats for
@@ -105,7 +106,7 @@ def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Measured:
 
 def linear_probe(
     train_PF: Tensor, labels_P: Tensor, held_out_NF: Tensor, labels_N: Tensor
-) -> Measured:
+) -> Estimate:
     """Accuracy of a logistic regression on standardised features, trained on the training split.
 
     200 rounds of L-BFGS. How strong its ridge is (scikit-learn's C, 0.01 or 1) is chosen on a
@@ -145,7 +146,7 @@ def _fitted(features_PF: Tensor, labels_P: Tensor, ridge: float) -> "LogisticReg
 
 def knn_probe(
     train_PF: Tensor, labels_P: Tensor, held_out_NF: Tensor, labels_N: Tensor
-) -> Measured:
+) -> Estimate:
     """Accuracy of the most frequent label of the ten nearest training images (Euclidean)."""
     found_N = labels_P[nearest(held_out_NF, train_PF, NEIGHBOURS)[1]].mode(dim=1).values
     return mean_and_error(found_N == labels_N)

@@ -212,16 +212,20 @@ def fit_sampler(
             say(f"flow epoch {epoch + 1}/{config.flow_epochs}, loss {loss:.4f}")
 
     flow = fit_flow(
+        _meta_flow(posteriors.mu_NZ.shape[1], len(shares_L), config),
         lambda epoch: posteriors.draw(seed, epoch),
         label_P,
-        len(shares_L),
         seed,
         config.flow_epochs,
-        config.flow_width,
-        config.flow_depth,
         on_epoch,
     )
     return LearnedFlow(shares_L, flow)
+
+
+def _meta_flow(latent_dim: int, num_labels: int, config: SamplerConfig) -> Flow:
+    """A flow without weights."""
+    with torch.device("meta"):
+        return Flow(latent_dim, num_labels, config.flow_width, config.flow_depth)
 
 
 def _to_tensors(sampler: Mixture | LearnedFlow) -> dict[str, Tensor]:
@@ -234,9 +238,7 @@ def _from_tensors(name: str, tensors: dict[str, Tensor], config: SamplerConfig) 
     if name == "mixture":
         return Mixture(**tensors)
     shares_L = tensors.pop("shares_L")
-    with torch.device("meta"):
-        latent_dim = len(tensors["mean_Z"])
-        flow = Flow(latent_dim, len(shares_L), config.flow_width, config.flow_depth)
+    flow = _meta_flow(len(tensors["mean_Z"]), len(shares_L), config)
     flow.load_state_dict(tensors, assign=True)
     return LearnedFlow(shares_L, flow.eval().requires_grad_(False))
 

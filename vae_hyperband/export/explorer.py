@@ -22,8 +22,14 @@ from torch import Tensor
 
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.data.splits import Split
+from vae_hyperband.evaluation.bounds import eval_dataloader
 from vae_hyperband.evaluation.flow import NUM_STEPS
-from vae_hyperband.evaluation.latents import Posteriors, aggregate, information_per_dimension
+from vae_hyperband.evaluation.latents import (
+    Posteriors,
+    aggregate,
+    encode_split,
+    information_per_dimension,
+)
 from vae_hyperband.evaluation.samplers import LearnedFlow, Mixture
 from vae_hyperband.export.onnx_export import decoder_graph, encoder_graph, velocity_graph
 from vae_hyperband.model.vae import VAE
@@ -53,20 +59,19 @@ def _runtime(name: str) -> bytes:
 def page(
     model: VAE,
     split: Split,
-    posteriors: Posteriors,
     names: tuple[str, ...],
     title: str,
     facts: dict[str, str],
     sampler: Mixture | LearnedFlow | None = None,
 ) -> str:
-    """The whole page. ``posteriors`` are those of the split's images, which are its map.
+    """The whole page, with the split's images on its map, as the model takes them.
 
-    ``facts`` are shown below the title. Raises :class:`ConfigError` where images have neither one
-    channel nor three.
+    ``names`` are those of the labels, ``facts`` are shown below the title. Raises
+    :class:`ConfigError` where images have neither one channel nor three.
     """
     if model.channels not in (1, 3):
         raise ConfigError(f"Images of {model.channels} channels cannot be shown: 1 or 3 can.")
-    data, share = _data(model, split, posteriors, names)
+    data, share = _data(model, split, names)
     data |= {
         "mixture": _mixture(sampler) if isinstance(sampler, Mixture) else None,
         "flow": _flow(sampler) if isinstance(sampler, LearnedFlow) else None,
@@ -130,12 +135,11 @@ def _policy(script: str, css: str) -> str:
 def _data(
     model: VAE,
     split: Split,
-    posteriors: Posteriors,
     names: tuple[str, ...],
 ) -> tuple[dict[str, Any], float]:
     """What the scripts read, and which share of the variance the map shows."""
-    mu_NZ = posteriors.mu_NZ
-    exact = Posteriors(mu_NZ.double(), posteriors.logvar_NZ.double())
+    mu_NZ, logvar_NZ = encode_split(model, eval_dataloader(split))
+    exact = Posteriors(mu_NZ.double(), logvar_NZ.double())
     nats_Z = information_per_dimension(model, exact)
     mean_Z, variance_Z = aggregate(exact)
     far_Z = 4 * variance_Z.sqrt()

@@ -61,14 +61,6 @@ def tree_digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-#: The losses that runs are compared by, as a reader is told; nats per image.
-LOSS_NAMES = {
-    "bound": "bound (beta = 1)",
-    "recon_loss": "reconstruction",
-    "KL_divergence": "KL divergence",
-}
-
-
 class DataFacts(NamedTuple):
     """Which images a run was trained on."""
 

@@ -5,6 +5,7 @@ Shape suffixes: K images on the way, W walkers side by side, Z latent dimensions
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -86,24 +87,29 @@ def _with_progress(picture: Image.Image, share: float) -> Image.Image:
     return frame
 
 
+@dataclass(frozen=True)
+class Walk:
+    """The size of a walk through the latent space."""
+
+    walkers: int = 16  # side by side
+    num_stops: int = 5  # images that each walker visits
+    frames_per_leg: int = 12
+
+
 def latent_walk(
-    model: VAE,
-    posteriors: Posteriors,
-    path: Path,
-    seed: int = 0,
-    num_stops: int = 5,
-    frames_per_leg: int = 12,
-    walkers: int = 16,
+    model: VAE, posteriors: Posteriors, path: Path, seed: int = 0, walk: Walk | None = None
 ) -> Path:
     """Walkers that go from the mean of one image to that of the next, and back to their first.
 
-    Straight lines in z, slow at their ends. The same seed takes the same images.
+    Straight lines in z, slow at their ends. The seed chooses the images.
     """
+    walk = walk or Walk()
+    num_stops, walkers = walk.num_stops, walk.walkers
     order = torch.randperm(len(posteriors.mu_NZ), generator=generator(seed, "walk"))
     if len(order) < num_stops * walkers:
         raise ConfigError(f"A walk needs {num_stops * walkers} images, but there are {len(order)}.")
     stops_KWZ = posteriors.mu_NZ[order[: num_stops * walkers]].view(num_stops, walkers, -1)
-    frames = [_frame(images) for images in _decoded(model, stops_KWZ, frames_per_leg)]
+    frames = [_frame(images) for images in _decoded(model, stops_KWZ, walk.frames_per_leg)]
     return _save(frames, [60] * len(frames), path)
 
 

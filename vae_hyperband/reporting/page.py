@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vae_hyperband.reporting.summaries import Table
+from vae_hyperband.reporting.tables import Table
 
 WEB = Path(__file__).with_name("web")
 

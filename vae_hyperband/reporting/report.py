@@ -10,7 +10,8 @@ from vae_hyperband.common.config import Places, changed_options, in_effect, read
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text
 from vae_hyperband.data.splits import as_trained
-from vae_hyperband.model.checkpoint import LOSS_NAMES, Checkpoint, load_ckpt
+from vae_hyperband.evaluation.results import Evaluation
+from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.animations import logged_samples
 from vae_hyperband.reporting.page import (
@@ -26,7 +27,8 @@ from vae_hyperband.reporting.page import (
     wide,
 )
 from vae_hyperband.reporting.runs import best_ckpt
-from vae_hyperband.reporting.summaries import headline, summary_of, tables_of
+from vae_hyperband.reporting.summaries import summary_of
+from vae_hyperband.reporting.tables import LOSS_NAMES, evaluation_tables, headline
 from vae_hyperband.search.config import METRICS, SearchConfig
 from vae_hyperband.search.trials import RESULT, WINNER, SearchResult, TrialRecord, read_result
 from vae_hyperband.training.loop import train_command
@@ -113,8 +115,8 @@ def _metrics(checkpoint: Checkpoint, place: Places) -> str:
     found, stale = [], ""
     for path in (place.log_folder / name for name in EVALUATIONS):
         if path.exists():
-            evaluation = read_json(path)
-            if evaluation.get("checkpoint_digest") == checkpoint.digest:
+            evaluation = Evaluation.from_dict(read_json(path), str(path))
+            if evaluation.checkpoint_digest == checkpoint.digest:
                 found.append(_evaluation(evaluation))
             else:
                 stale += f"{path} is of other weights. "
@@ -134,9 +136,9 @@ def _metrics(checkpoint: Checkpoint, place: Places) -> str:
     return facts("Losses", rows) + note
 
 
-def _evaluation(evaluation: dict[str, Any]) -> str:
+def _evaluation(evaluation: Evaluation) -> str:
     return quiet(headline(evaluation)) + "".join(
-        f"<h3>{escape(part.title)}</h3>{table(part)}" for part in tables_of(evaluation)
+        f"<h3>{escape(part.title)}</h3>{table(part)}" for part in evaluation_tables(evaluation)
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from vae_hyperband.common.config import Places, in_effect
 from vae_hyperband.common.errors import CheckpointError, ConfigError
-from vae_hyperband.model.checkpoint import BEST, LATEST, LOSS_NAMES, load_ckpt
+from vae_hyperband.model.checkpoint import BEST, LATEST, load_ckpt
+from vae_hyperband.reporting.tables import LOSS_NAMES, Table
 from vae_hyperband.search.trials import ASKED, RESULT
 from vae_hyperband.training.tracker import read_rows
 
@@ -85,7 +86,7 @@ def table(runs: list[Run]) -> str:
     """The comparison as lines of text; the lowest bound has a star, if they can be compared."""
     if len({run.name for run in runs}) < max(len(runs), 2):
         raise ConfigError("compare takes two or more different runs.")
-    rows: list[list[str]] = [["", *(run.name for run in runs)]]
+    rows: list[list[str]] = []
     differs = differing(runs)
     for name, values in differs.items():
         rows.append([name, *("-" if value is None else _short(value) for value in values)])
@@ -102,22 +103,12 @@ def table(runs: list[Run]) -> str:
     speeds = [f"{run.images_per_second:,.0f}" if run.images_per_second else "-" for run in runs]
     rows.append(["images/s (median)", *speeds])
     notes = [NOTE, why] if why else [f"* lowest; {NOTE}"]
-    return "\n".join([_lines(rows), "", *notes])
+    lines = Table("runs", rows, head=["", *(run.name for run in runs)]).text()
+    return "\n".join([lines, "", *notes])
 
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _lines(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 # ---- What was trained, found by its name: its best checkpoint, its data, its losses.
