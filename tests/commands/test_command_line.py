@@ -244,11 +244,11 @@ MISTAKES = {
     "train with an infinite beta": ("train --beta inf", "must be a finite number"),
     "export ONNX with a sampler": (
         "export {ckpt} --format onnx --out o --sampler flow",
-        "--sampler is for --format web",
+        "--sampler needs --format web",
     ),
     "export a page with a licence": (
         "export {ckpt} --format web --out o --license mit-0",
-        "--license is for --format safetensors",
+        "--license needs --format safetensors",
     ),
     "export components of no use": ("export {ckpt} --format web --out o --components 3", "mixture"),
     "study of two betas of one name": ("study --betas 1 1.0000001", "would name the same run"),
@@ -263,7 +263,7 @@ MISTAKES = {
     "search on an unknown device": ("search --device tpu9", "must be auto, cpu or cuda"),
     "search on a CPU with GPUs": ("search --device cpu --gpus-per-trial 1", "contradict"),
     "main job of no epochs": ("run --epochs 0", "--epochs is 0"),
-    "main job that evaluates nothing": ("run --parts", "--parts names no part"),
+    "main job that evaluates nothing": ("run --parts", "--parts needs at least one part"),
     "main job of a long name": (f"run --run {'a' * 98}", "at most 100"),
     "search of a long name": (f"search --run {'a' * 98} --final-epochs 1", "at most 100"),
     "main job on no device": ("run --device tpu9", "use --device cpu"),

@@ -315,7 +315,7 @@ def test_other_images_than_the_run_s_are_refused(runs, places, tmp_path, size, c
 def test_rows_without_what_is_drawn_are_left_out(runs, places, tmp_path, capsys):
     shutil.copytree(runs, tmp_path / "copy")
     logs = tmp_path / "copy/logs/one"
-    whole = {"step": 5, "split": "validation"} | dict.fromkeys(figures.LOSSES, 9.0)
+    whole = {"step": 5, "split": "validation"} | dict.fromkeys(figures.LOSS_NAMES, 9.0)
     odd = [{**whole, "bound": value} for value in ("x", math.nan, None, [1])]
     odd += [{**whole, "split": 3}, {"step": 5}, {"step": 5, "images_per_second": "fast"}]
     for name in ("metrics.jsonl", "timing.jsonl"):

@@ -156,7 +156,7 @@ def test_a_file_that_is_no_inception_is_named(trained, small_data, tmp_path):
     (tmp_path / "text.pt").write_text("no network")
     with pytest.warns(DeprecationWarning, match="torch.jit.script"):
         torch.jit.script(torch.nn.ReLU()).save(tmp_path / "relu.pt")
-    for name, message in (("text.pt", "no TorchScript file"), ("relu.pt", "cannot be called")):
+    for name, message in (("text.pt", "not a TorchScript file"), ("relu.pt", "cannot be called")):
         options = EvaluateOptions(parts=("images",), inception=tmp_path / name)
         with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
             evaluate(trained.best, "test", small_data, "cpu", options)
@@ -277,7 +277,7 @@ def test_factors_are_those_of_the_split(options):
 
 
 def test_training_images_say_nothing_of_probes_and_images(trained, small_data):
-    with pytest.raises(ConfigError, match="--split train says nothing of probes and images"):
+    with pytest.raises(ConfigError, match="Probes and image metrics need a held-out split"):
         evaluate(trained.best, "train", small_data, "cpu")
     options = EvaluateOptions(parts=("likelihood",), iwae_samples=0)
     report = evaluate(trained.best, "train", small_data, "cpu", options)
@@ -319,7 +319,7 @@ def test_a_collapsed_model_is_called_that(trained, small_data):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"parts": ()}, "--parts names no part"),
+        ({"parts": ()}, "--parts needs at least one part"),
         ({"parts": ("fid",)}, "must be one of"),
         ({"num_generated": 3}, "--num-generated is 3"),
         ({"iwae_samples": -1}, "--iwae-samples is -1"),

@@ -1,4 +1,4 @@
-"""Studies: a grid trained and judged once, in one table and one picture."""
+"""Studies: a grid trained and evaluated once, in one table and one picture."""
 
 import dataclasses
 import itertools
@@ -75,7 +75,7 @@ def test_a_study_trains_judges_and_remembers(places, monkeypatch):
     assert [line.split()[:3] for line in lines] == [["3", "0.5", "2"], ["3", "2", "2"]]
     assert lines[1].split()[3] == f"{over_seeds(rows[2:], 'bound')['mean']:.2f}"
 
-    # nothing is trained or judged a second time
+    # nothing is trained or evaluated a second time
     from vae_hyperband.evaluation import evaluate
     from vae_hyperband.training import loop
 
@@ -87,7 +87,7 @@ def test_a_study_trains_judges_and_remembers(places, monkeypatch):
     assert run_study(configs(), places, "validation", QUICK) == rows
 
 
-def test_another_question_is_answered_anew(places):
+def test_another_question_is_evaluated_again(places):
     [first] = run_study(configs((0,), (1.0,)), places, "validation", QUICK)
     [test] = run_study(configs((0,), (1.0,)), places, "test", QUICK)
     assert first["bound"] != test["bound"]
@@ -97,7 +97,7 @@ def test_another_question_is_answered_anew(places):
     assert third["iwae"] != first["iwae"]
 
 
-def test_other_data_are_judged_anew(places, tmp_path):
+def test_other_data_are_evaluated_again(places, tmp_path):
     [first] = run_study(configs((0,), (1.0,)), places, "test", QUICK)
     folder = write_idx_folder(tmp_path / "other", num_test=59)
     for name in NAMES[:2]:  # the same training images, another test split
@@ -185,7 +185,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, mo
     shared = json.loads(said[: said.index("}") + 1])
     assert shared["epochs"] == 2
     assert not {"beta", "latent_dim", "capacity"} & set(shared)  # differ, or have no effect
-    assert "runs         4, one after the other, judged on the validation split\n" in said
+    assert "runs         4, one after the other, evaluated on the validation split\n" in said
     for run in ("s-z2-b1-s0", "s-z2-b4-s0", "s-z3-b1-s0", "s-z3-b4-s0"):
         assert f"  {run:24} 0 of 6 steps are done\n" in said
     assert re.search(r"training     about \d+ s; validation", said)

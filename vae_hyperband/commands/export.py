@@ -1,4 +1,4 @@
-"""``export``: a trained model in the forms that other programs, and people, can use."""
+"""The command ``export``: a trained model for other programs, or as an interactive page."""
 
 import contextlib
 import dataclasses
@@ -32,14 +32,13 @@ from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write a trained model for other programs, or as a page to touch. Nothing is uploaded.
+    """Write a trained model for other programs, or as an interactive page. Nothing is uploaded.
 
     vae-hyperband export checkpoints/mine/best.pt --format web --out explorer
 
-    web: explorer/index.html, which runs encoder and decoder in any browser, without a network.
-    onnx: encoder.onnx and decoder.onnx, compared with PyTorch as they are written.
-    safetensors: weights, config.json and a model card, as model hubs lay them out; load_model
-    reads the folder.
+    web: explorer/index.html, which runs encoder and decoder in the browser, without a network.
+    onnx: encoder.onnx and decoder.onnx, compared with PyTorch before they are written.
+    safetensors: weights, config.json and a model card for model hubs; load_model reads the folder.
     """
 
     ckpt: tyro.conf.Positional[Path]
@@ -47,23 +46,23 @@ class ExportArgs:
     format: Literal["web", "onnx", "safetensors"]
     """What to write."""
     out: Path
-    """The folder to write it to; made if it is not there."""
+    """The folder to write to; created if needed."""
     fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
     license: str = "mit"
     """The weights' licence, for the card (safetensors)."""
     evaluation: Path | None = None
-    """What "evaluate --json" wrote of this checkpoint, for the card (safetensors)."""
+    """The file that evaluate --json wrote for this checkpoint, for the card (safetensors)."""
     sampler: SamplerName = "prior"
     """Also draw z from the mixture or the flow fitted to the training latents (web)."""
     split: Literal["validation", "test"] = "validation"
-    """Whose images are on the map (web)."""
+    """The split of the images on the map (web)."""
     num_images: int = 1000
     """How many images are on the map (web)."""
     data_dir: Path | None = None
     """A folder with the four IDX files, plain or gzipped (web)."""
 
 
-#: Options that one format alone looks at, and what they are where they are not given.
+#: Options of one format only, with their defaults.
 ONLY_FOR: dict[str, tuple[str, Any]] = {
     "license": ("safetensors", ExportArgs.license),
     "evaluation": ("safetensors", ExportArgs.evaluation),
@@ -79,12 +78,11 @@ def export(argv: list[str]) -> int:
     for name, (format, usual) in ONLY_FOR.items():
         require(
             args.format == format or getattr(args, name) == usual,
-            f"{flag(name)} is for --format {format}: leave it out.",
+            f"{flag(name)} needs --format {format}.",
         )
     require(
         args.sampler != "prior" or args.fitting == SamplerConfig(),
-        "How a sampler is fitted (--components, --flow-...) is for --sampler mixture or flow: give "
-        "that, too.",
+        "--components and --flow-... need --sampler mixture or flow.",
     )
     checkpoint = load_ckpt(args.ckpt)
     write = {"web": _web, "onnx": _onnx, "safetensors": _safetensors}[args.format]
@@ -136,7 +134,7 @@ def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     split = _first(checkpoint.split(args.split, args.data_dir), args.num_images)
     split = as_trained(split, config)
     out = args.out / "index.html"
-    check_place(out)  # a mistake before the work
+    check_place(out)  # fail before the work
     html = page(
         model,
         split,
@@ -179,7 +177,7 @@ def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow |
 
 @contextlib.contextmanager
 def needs_onnx() -> Iterator[None]:
-    """Around imports of what is installed on request only."""
+    """Turns a missing optional package into a one-line error."""
     try:
         yield
     except ModuleNotFoundError as error:

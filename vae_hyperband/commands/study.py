@@ -1,4 +1,4 @@
-"""The command ``study``: a grid of configurations, trained, judged and drawn."""
+"""The command ``study``: a grid of configurations, trained, evaluated and plotted."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ from vae_hyperband.training.study import Row, grouped, over_seeds, run_study, st
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArgs(Places):
-    """Train and judge a grid of betas, latent sizes and seeds: the rate-distortion picture.
+    """Train and evaluate a grid of betas, latent sizes and seeds: rate against distortion.
 
     vae-hyperband study --run rd --betas 0.03 0.1 0.3 1 2 4 8 --epochs 10
 
-    The same command goes on after a stop; what is trained and judged stays so.
+    The same command resumes after a stop; what is trained and evaluated is kept.
     """
 
     run: str = "study"
@@ -33,13 +33,13 @@ class StudyArgs(Places):
     latent_dims: tuple[int, ...] = (32,)
     """Latent dimensions."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds; with several, the spread over them is shown."""
+    """Seeds; with several, the table shows the spread over them."""
     epochs: int = 10
     """Passes over the training split, per run."""
     split: Literal["validation", "test"] = "validation"
-    """Which images judge; choose on validation, publish test."""
+    """The split to evaluate on: choose on validation, publish test."""
     dry_run: bool = False
-    """Print the runs, where they would be computed and how long that would take; then end."""
+    """Print the runs, the device and an estimate of the time; then exit."""
     shared: tyro.conf.OmitArgPrefixes[CommonConfig] = field(default_factory=CommonConfig)
     evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
 

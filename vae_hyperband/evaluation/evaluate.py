@@ -1,6 +1,6 @@
-"""What a trained model is worth on a named split: likelihood, latent space, generated images.
+"""Evaluation of a trained model on a split: likelihood, latent space, generated images.
 
-The only place that opens the test split. Each part states its protocol, and each estimate its
+The only module that opens the test split. Each part states its protocol, and each estimate its
 standard error. Choose between models on the validation split; read the test split once per number
 that is published.
 
@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ from vae_hyperband.evaluation.results import (
     GeneratedImages,
     ImageQuality,
     ImportanceBound,
+    Json,
     LatentSpace,
     Likelihood,
     Probes,
@@ -89,7 +90,7 @@ from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.objective import kl_per_dimension
 from vae_hyperband.model.vae import VAE
 
-# ---- Every setting of an evaluation, once. What is looked at, and how closely.
+# ---- Every setting of an evaluation, once.
 
 Part = Literal["likelihood", "latents", "images"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -97,26 +98,26 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What an evaluation looks at, and how closely."""
+    """What an evaluation measures, and how."""
 
     parts: tuple[Part, ...] = PARTS
-    """likelihood: bounds; latents: active units, probes; images: FID and its kin."""
+    """likelihood: bounds; latents: active units, probes; images: FID, precision, recall ..."""
     iwae_samples: int = 100
-    """Importance samples per image of the IWAE bound; 0: leave it out."""
+    """Importance samples per image of the IWAE bound; 0 disables it."""
     iwae_images: int = 1000
-    """Images of the split, at random, on which what the IWAE bound gains is measured."""
+    """Random images of the split on which the gain of the IWAE bound is measured."""
     samplers: tuple[SamplerName, ...] = SAMPLERS
-    """Where z comes from for generated images; what is not fitted yet is fitted first."""
+    """Where z comes from for generated images; a mixture or flow is fitted first if needed."""
     num_generated: int | None = None
     """Images to generate per sampler (default: as many as the split has); FID depends on it."""
     inception: Path | None = None
-    """Measure FID in Inception's features, too: its weights as TorchScript, which you have to have
+    """Also measure FID in Inception's features: a TorchScript file that you supply
     (inception-2015-12-05.pt of StyleGAN2-ADA; docs/evaluation.md)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(len(self.parts) > 0, "--parts names no part: give at least one.")
+        require(len(self.parts) > 0, "--parts needs at least one part.")
         require_number("iwae_samples", self.iwae_samples, 0)
         require_number("iwae_images", self.iwae_images, 2)
         require(
@@ -159,6 +160,7 @@ class EvaluationContext:
         return self.config.seed
 
     def seen(self, split: Split) -> Split:
+        """The split as the model takes it."""
         return as_trained(split, self.config)
 
     def posteriors(self, split: Split) -> Posteriors:
@@ -208,7 +210,7 @@ def _iwae(context: EvaluationContext, options: EvaluateOptions, bound_N: Tensor)
 def of_whole_split(bound_N: Tensor, iwae_n: Tensor) -> Estimate:
     """The split's IWAE bound, from the bound of all images and what the first n gain on it.
 
-    The gain varies over images much less than the bounds do, so few images are enough for it. The
+    The gain varies much less over images than the bounds do, so few images suffice for it. The
     variance of the sum of the two means is var(b)/N + var(d)/n + 2 cov(b, d)/N, d = iwae - b.
     """
     total, n = len(bound_N), len(iwae_n)
@@ -290,7 +292,7 @@ def _factors(context: EvaluationContext, mu_NZ: Tensor) -> Factors:
     )
 
 
-class ImageJudge:
+class ImageMetrics:
     """Measures sets of images against a split, in the features of a classifier of Fashion-MNIST."""
 
     def __init__(self, context: EvaluationContext, options: EvaluateOptions) -> None:
@@ -351,16 +353,16 @@ def generated_images(
     model, held_out, train = context.model, context.held_out, context.train
     num = options.num_generated or len(held_out)
     step("features of the real images")
-    judge = ImageJudge(context, options)
+    metrics = ImageMetrics(context, options)
     chosen = torch.randperm(len(train), generator=generator(context.seed, "real"))[:num]
-    kinds = {"real": judge.of_training_images(train.images_NCHW[chosen], chosen)}
+    kinds = {"real": metrics.of_training_images(train.images_NCHW[chosen], chosen)}
     step("reconstructions")
     mu_NZ = context.posteriors(held_out).mu_NZ[:num]
-    kinds["reconstructions"] = judge.of_generated(decode_bytes(model, mu_NZ))
+    kinds["reconstructions"] = metrics.of_generated(decode_bytes(model, mu_NZ))
     for name in options.samplers:
         step(f"images from the {name}")
         sampler = get_sampler(name, context.checkpoint, lambda: train, options.sampler, say)
-        kinds[name] = judge.of_generated(generate(model, sampler, num, context.seed))
+        kinds[name] = metrics.of_generated(generate(model, sampler, num, context.seed))
     return GeneratedImages(_image_protocol(context, options), kinds)
 
 
@@ -395,8 +397,8 @@ def evaluate(
     options = options or EvaluateOptions()
     if split == "train" and options.parts != ("likelihood",):
         raise ConfigError(
-            "--split train says nothing of probes and images, which are measured against the "
-            "training images: give --parts likelihood."
+            "Probes and image metrics need a held-out split, because they compare with the "
+            "training images: with --split train, use --parts likelihood."
         )
     context = EvaluationContext.load(ckpt, split, data_dir, device)
     steps = {"likelihood": 1, "latents": 1, "images": 2 + len(options.samplers)}
@@ -462,7 +464,7 @@ def evaluate_once(
     return found
 
 
-def plain_options(options: EvaluateOptions) -> dict[str, Any]:
+def plain_options(options: EvaluateOptions) -> Json:
     """The options as JSON has them; a file is its SHA-256."""
 
     def digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Flow matching on latents: a learned path from noise to the z that the decoder knows.
+"""Flow matching on latents: a learned path from noise to the z that the decoder was trained on.
 
     z_t = (1 - t) noise + t z,  t in [0, 1]         a straight line for each pair
     loss = |v(z_t, t) - (z - noise)|^2              v learns the mean direction of the lines
@@ -26,7 +26,7 @@ from vae_hyperband.model.vae import draw_weights
 TIME_FEATURES = 32
 BATCH_SIZE = 512
 PEAK = 2e-3
-NUM_STEPS = 50  # of a draw, from noise to z
+NUM_STEPS = 50  # from noise to z
 AVERAGED = 0.999  # decay of the weights' moving average, which is what is kept
 
 

@@ -1,4 +1,4 @@
-"""What the latent space holds: which dimensions are used, how much they say, what can be read off.
+"""Measures of the latent space: dimensions in use, information, probes, disentanglement.
 
 Shape suffixes: B images of a batch, N images of a split, Z latent dimensions, P training images,
 F features.
@@ -28,7 +28,7 @@ ACTIVE_VARIANCE = 0.01
 
 RIDGES = (0.01, 1.0)  # of the linear probe: scikit-learn's C, the stronger one first
 NEIGHBOURS = 10  # of the kNN probe
-FEW = 100  # images at a time, where there are not many
+FEW = 100  # images at a time of :func:`encode_images`
 CHUNK = 500  # rows of an N x N matrix at a time
 
 
@@ -39,7 +39,7 @@ class Posteriors(NamedTuple):
     logvar_NZ: Tensor
 
     def draw(self, seed: int, position: int = 0) -> Tensor:
-        """One z per image, shape (N, Z); each position is another draw."""
+        """One z per image, shape (N, Z); each position gives other samples."""
         noise_NZ = torch.randn(self.mu_NZ.shape, generator=generator(seed, "posterior", position))
         return reparameterize(self.mu_NZ, self.logvar_NZ, noise_NZ)
 
@@ -84,10 +84,10 @@ def aggregate(posteriors: Posteriors) -> tuple[Tensor, Tensor]:
 
 
 def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Estimate:
-    """Nats that z says about which image it is of: mean log q(z|x) - log (1/N sum_i q(z|x_i)).
+    """Mutual information of z and the image's index: mean log q(z|x) - log (1/N sum_i q(z|x_i)).
 
-    Hoffman & Johnson 2016's index-code mutual information. It cannot exceed log N, 9.21 nats for
-    10,000 images: there it says only that every image has a place of its own.
+    Index-code mutual information (Hoffman & Johnson 2016), in nats. It cannot exceed log N, 9.21
+    nats for 10,000 images; at that limit z identifies every image.
     """
     mu_NZ, logvar_NZ, z_NZ = (x.double() for x in (*posteriors, z_NZ))
     precision_NZ = (-logvar_NZ).exp()
@@ -109,10 +109,9 @@ def linear_probe(
 ) -> Estimate:
     """Accuracy of a logistic regression on standardised features, trained on the training split.
 
-    200 rounds of L-BFGS. How strong its ridge is (scikit-learn's C, 0.01 or 1) is chosen on a
-    random tenth of the training images, for each kind of features by itself: raw pixels need more
-    of it than latents, and a baseline should be as good as it can be. The training images have to
-    be of two classes at least.
+    200 iterations of L-BFGS. The ridge (scikit-learn's C, 0.01 or 1) is chosen on a random tenth of
+    the training images, separately for each kind of features: raw pixels need a stronger one than
+    latents, and the baseline should be as good as possible. Needs two classes at least.
     """
     mean_F, std_F = train_PF.mean(dim=0), train_PF.std(dim=0).clamp(min=1e-6)
     train_PF, held_out_NF = (train_PF - mean_F) / std_F, (held_out_NF - mean_F) / std_F
@@ -152,7 +151,7 @@ def knn_probe(
     return mean_and_error(found_N == labels_N)
 
 
-# ---- How cleanly latent dimensions separate the factors that pictures were drawn from.
+# ---- How cleanly latent dimensions separate the known factors of synthetic garments.
 
 NUM_BINS = 20  # of a latent dimension's values, for mutual information
 VOTES, IMAGES_PER_VOTE = 800, 64  # of the FactorVAE score
@@ -227,7 +226,7 @@ def dci_disentanglement(mu_NZ: Tensor, levels_NF: Tensor, seed: int = 0) -> dict
     half = len(mu_NZ) // 2
     importances, accuracies = [], []
     for level_N in levels_NF.unbind(dim=1):
-        # every split sees all dimensions: else a useless one is chosen where no other was offered
+        # every split considers all dimensions: a random subset may hold only useless ones
         forest = RandomForestClassifier(
             60, max_features=None, min_samples_leaf=5, random_state=seed & 0xFFFFFFFF
         )

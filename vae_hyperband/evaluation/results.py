@@ -19,6 +19,8 @@ from vae_hyperband.data.splits import SplitName
 #: Of the layout of evaluation.json and of the protocols that its numbers follow.
 VERSION = 5
 
+Json = dict[str, Any]  # an object of a JSON file
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -124,24 +126,24 @@ class GeneratedImages:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A checkpoint on a split. A part that was not asked for is None."""
+    """A checkpoint on a split. A part that the options leave out is None."""
 
     version: int = VERSION
     checkpoint: str
     checkpoint_digest: str
     split: SplitName
-    options: dict[str, Any]
+    options: Json
     num_images: int
     data_digest: str
     epoch: int
     step: int
-    config: dict[str, Any]
-    environment: dict[str, Any]
+    config: Json
+    environment: Json
     likelihood: Likelihood | None = None
     latents: LatentSpace | None = None
     images: GeneratedImages | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain data for JSON, as evaluation.json holds it."""
         content = _plain(self)
         likelihood, latents, images = (
@@ -159,11 +161,11 @@ class Evaluation:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any], source: str) -> Self:
+    def from_dict(cls, content: Json, source: str) -> Self:
         """The evaluation that :meth:`to_dict` gave. Raises :class:`ConfigError`, naming the source,
         for anything else."""
         try:
-            parts: dict[str, Any] = {"likelihood": content if "bound" in content else None}
+            parts: Json = {"likelihood": content if "bound" in content else None}
             if images := content.get("images"):
                 kinds = {kind: row for kind, row in images.items() if kind != "protocol"}
                 parts["images"] = {"protocol": images["protocol"], "kinds": kinds}

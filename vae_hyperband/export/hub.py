@@ -1,11 +1,10 @@
-"""A model to be handed on: safetensors, a config.json and a model card, in one folder.
+"""Export for model hubs: a folder with safetensors, config.json and a model card.
 
-The folder is laid out as model hubs expect it. Nothing is uploaded.
+Nothing is uploaded.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 
@@ -22,15 +21,15 @@ from vae_hyperband.model.checkpoint import (
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.tables import LOSS_NAMES, evaluation_text
 
-#: What the data sets are called, and where hubs have them.
+#: Names of the data sets, and of those that hubs have.
 DATA_NAMES = {
     "fashion-mnist": "Fashion-MNIST",
-    "drawn": "drawn garments",
+    "drawn": "synthetic garments with known factors",
     "custom": "custom images",
 }
 DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
 
-#: What ``license:`` in the head of a card may be; hubs read it as an SPDX-like word.
+#: Characters of ``license:`` in the head of a card, which hubs read as an SPDX-like word.
 LICENSE_WORDS = "abcdefghijklmnopqrstuvwxyz0123456789.-"
 
 ARCHITECTURE = """\
@@ -90,7 +89,7 @@ SHA-256 of the weights, as `train` prints it: `{weights}`.
 def write_shared(
     checkpoint: Checkpoint, folder: Path, license: str, evaluation: Evaluation | None
 ) -> list[Path]:
-    """Write a loaded checkpoint's model, to be read by :func:`~vae_hyperband.load_model`.
+    """Write a checkpoint's model to a folder that :func:`~vae_hyperband.load_model` reads.
 
     ``evaluation`` is of the same checkpoint; the card shows it.
     """
@@ -114,7 +113,7 @@ def write_shared(
     }
     make_folder(folder)
     about = {"format": "pt", "model": json.dumps(config["model"])}
-    files = {  # the weights first, so they come last: without them nobody takes it for a model
+    files = {  # the weights first, so they come last: without them the folder is no model
         folder / SHARED_WEIGHTS: safetensors.torch.save(tensors, about),
         folder / SHARED_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
         folder / "README.md": card(checkpoint, model, license, evaluation).encode(),
@@ -123,7 +122,7 @@ def write_shared(
     return list(files)
 
 
-def _arguments(model: VAE) -> dict[str, Any]:
+def _arguments(model: VAE) -> dict[str, object]:
     return {
         "latent_dim": model.latent_dim,
         "image_size": model.image_size,
@@ -166,7 +165,7 @@ def card(checkpoint: Checkpoint, model: VAE, license: str, evaluation: Evaluatio
 
 
 def _metrics(checkpoint: Checkpoint, evaluation: Evaluation | None) -> str:
-    """What was measured, and how; an evaluation if there is one."""
+    """The evaluation, or without one the losses on the validation split."""
     if evaluation:
         return (
             f"By `vae-hyperband evaluate --split {evaluation.split}`; bounds at beta = 1, in nats "
@@ -176,5 +175,5 @@ def _metrics(checkpoint: Checkpoint, evaluation: Evaluation | None) -> str:
     if not losses:
         return "None: these weights were saved between two validations."
     lines = [f"| {title} | {losses[name]:.2f} |" for name, title in LOSS_NAMES.items()]
-    head = "On the validation split, nats per image, summed over pixels, one draw of z per image:"
+    head = "Validation split, nats per image, summed over pixels, one sample of z per image:"
     return "\n".join([head, "", "| | nats |", "|---|---|", *lines])

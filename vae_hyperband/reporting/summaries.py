@@ -19,7 +19,7 @@ from vae_hyperband.search.trials import SearchResult, describe
 from vae_hyperband.training.loop import FitResult
 from vae_hyperband.training.tracker import most_in_sprite, write_projector
 
-#: What the labels of a data set are called.
+#: Names of the labels of a data set.
 LABEL_NAMES = {"fashion-mnist": CLASS_NAMES, "drawn": KINDS}
 
 
@@ -65,7 +65,7 @@ def tensorboard_command(logs_dir: Path) -> str:
 
 
 def summary_of(found: SearchResult) -> str:
-    """The end of a search in a few sentences."""
+    """The result of a search in a few sentences."""
     config, failed = found.config, found.with_outcome("failed")
     full = config.total_trials * config.max_epochs
     lines = [
@@ -73,13 +73,13 @@ def summary_of(found: SearchResult) -> str:
         f"{describe(found.winner.drawn)}.",
         f"{len(found.with_outcome('stopped'))} of {len(found.trials)} trials were stopped early, "
         f"{len(failed)} failed; {found.epochs_spent} epochs were trained, {found.epochs_saved} "
-        f"saved (all to the end: {full}).",
+        f"saved (without early stopping: {full}).",
     ]
     lines += [f"{trial.name} failed: {trial.why} ({describe(trial.drawn)})" for trial in failed]
     if found.importance:
         shares = sorted(found.importance.items(), key=lambda item: -item[1])
         words = ", ".join(f"{name} {share:.0%}" for name, share in shares)
-        lines.append(f"What mattered (share of the variance): {words}.")
+        lines.append(f"Importance (share of the variance): {words}.")
     return "\n".join(lines)
 
 

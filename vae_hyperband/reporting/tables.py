@@ -11,14 +11,14 @@ from vae_hyperband.evaluation.results import (
     Likelihood,
 )
 
-#: The losses that runs are compared by, as a reader is told; nats per image.
+#: Names of the losses in tables and figures; nats per image.
 LOSS_NAMES = {
     "bound": "bound (beta = 1)",
     "recon_loss": "reconstruction",
     "KL_divergence": "KL divergence",
 }
 
-#: What tables call the other measures. A table with "fid" says of which features it is.
+#: Names of the other measures. A table with "fid" names the features in its title or a note.
 MEASURE_NAMES = {
     "active_units": "active units",
     "linear_probe": "linear probe",
@@ -106,7 +106,7 @@ def _likelihood_rows(found: Likelihood) -> dict[str, str]:
 
 
 def _latent_rows(latents: LatentSpace) -> dict[str, str]:
-    collapsed = "  COLLAPSED: z carries nothing about the image" if latents.collapsed else ""
+    collapsed = "  COLLAPSED: z carries no information about the image" if latents.collapsed else ""
     rows = {
         MEASURE_NAMES["active_units"]: f"{latents.active_units} of {latents.latent_dim}{collapsed}",
         "mutual information": f"{latents.mutual_information:.2f} nats",

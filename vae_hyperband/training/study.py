@@ -1,8 +1,7 @@
-"""A study: many configurations, each trained and judged once, in one table.
+"""A study: a grid of configurations, each trained and evaluated once, in one table.
 
-The same call goes on after a stop: a run that is trained is not trained again, a checkpoint that is
-judged is not judged again. What a study may choose from (a beta, a sampler) it judges on the
-validation split; the test split is for the numbers that are published.
+The same call resumes after a stop: what is trained or evaluated is not trained or evaluated again.
+Choose (a beta, a sampler) on the validation split; the test split is for published numbers.
 """
 
 import dataclasses
@@ -57,9 +56,9 @@ def run_study(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row] | None:
-    """Train and judge every configuration; None if told to stop (the same call goes on).
+    """Train and evaluate every configuration; None if told to stop (the same call resumes).
 
-    ``configs`` go by the name that their run gets behind ``places.run``. Writes study.json to the
+    The keys of ``configs`` name their runs, after ``places.run``. Writes study.json to the
     log folder after each run.
     """
     rows: list[Row] = []
@@ -111,7 +110,7 @@ def study_dry_run(configs: dict[str, TrainConfig], places: Places, split: SplitN
     return "\n".join(
         [
             a_line_each(shared),
-            f"runs         {len(configs)}, one after the other, judged on the {split} split",
+            f"runs         {len(configs)}, one after the other, evaluated on the {split} split",
             *lines,
             f"device       {device}, {counted(torch.get_num_threads(), 'CPU thread')}",
             f"data         {len(train):,} training images {train.image_shape}",
