@@ -46,7 +46,7 @@ def main() -> None:
     bounds = [run["test_bound"] for run in runs]
     environment = evaluate(
         Path(f"checkpoints/default-recipe-{SEEDS[0]}/best.pt"), "validation", device="cpu"
-    )["environment"]
+    ).environment
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=FOLDER, capture_output=True, text=True, check=False,

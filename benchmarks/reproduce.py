@@ -26,7 +26,7 @@ from vae_hyperband.common.files import write_text
 from vae_hyperband.common.process import EXIT_STOPPED, environment, pick_device, stop_flag
 from vae_hyperband.evaluation.evaluate import EvaluateOptions
 from vae_hyperband.evaluation.samplers import SamplerConfig
-from vae_hyperband.reporting.summaries import say
+from vae_hyperband.reporting.summaries import print_progress
 from vae_hyperband.training.study import Row, run_study, value_of
 
 SEEDS = (0, 1, 2)
@@ -136,20 +136,20 @@ def reproduce(part: str, places: Places, should_stop: Callable[[], bool]) -> dic
         "bits": (bits_configs(), IWAE_5000),
     }[part]
     places = replace(places, run=f"reproduce-{part}")
-    rows = run_study(configs, places, "test", options, should_stop, say)
+    rows = run_study(configs, places, "test", options, should_stop, print_progress)
     return None if rows is None else {"rows": rows}
 
 
 def _sharp(places: Places, should_stop: Callable[[], bool]) -> dict | None:
     """Model and sampler with the lowest FID on the validation split, judged on the test split."""
     candidates = sharp_configs()
-    judged = run_study(candidates, places, "validation", SHARP_OPTIONS, should_stop, say)
+    judged = run_study(candidates, places, "validation", SHARP_OPTIONS, should_stop, print_progress)
     if judged is None:
         return None
     name = best_of(judged)
     row = next(row for row in judged if row["name"] == name)
     chosen = {name: candidates[name]}
-    rows = run_study(chosen, places, "test", SHARP_OPTIONS, should_stop, say)
+    rows = run_study(chosen, places, "test", SHARP_OPTIONS, should_stop, print_progress)
     if rows is None:
         return None
     return {"rows": rows, "validation": judged, "sampler": best_sampler(row)[0]}

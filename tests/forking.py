@@ -48,7 +48,9 @@ def _serve() -> None:
 
     from vae_hyperband.commands import train
 
-    train.say_trained = lambda *_: None  # its pictures take seconds, and are others' subject
+    train.print_training_summary = lambda *_: (
+        None
+    )  # its pictures take seconds, and are others' subject
 
     print("ready", flush=True)
     for line in sys.stdin:

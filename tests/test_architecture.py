@@ -43,10 +43,6 @@ MAX_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 10, 500, 60, 6
 EXCEPTIONS = {
     "data/batches.get_dataloader": "a public name of the mission; keywords with defaults",
     "evaluation/bounds.eval_epoch": "a public name of the mission; keywords with defaults",
-    "evaluation/evaluate.evaluate_once": "to be cured",
-    "evaluation/flow.fit_flow": "to be cured",
-    "export/explorer.page": "to be cured",
-    "reporting/animations.latent_walk": "to be cured",
     "tune/worker._attempts": "to be cured",
 }
 

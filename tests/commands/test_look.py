@@ -18,7 +18,7 @@ from vae_hyperband.evaluation.latents import Posteriors
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.reporting import figures, report
-from vae_hyperband.reporting.animations import latent_walk, logged_pictures, logged_samples
+from vae_hyperband.reporting.animations import Walk, latent_walk, logged_pictures, logged_samples
 from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.trials import SearchResult, TrialRecord, write_result
 from vae_hyperband.train_vae import main
@@ -315,7 +315,7 @@ def test_other_images_than_the_run_s_are_refused(runs, places, tmp_path, size, c
 def test_rows_without_what_is_drawn_are_left_out(runs, places, tmp_path, capsys):
     shutil.copytree(runs, tmp_path / "copy")
     logs = tmp_path / "copy/logs/one"
-    whole = {"step": 5, "split": "validation"} | dict.fromkeys(figures.LOSSES, 9.0)
+    whole = {"step": 5, "split": "validation"} | dict.fromkeys(figures.LOSS_NAMES, 9.0)
     odd = [{**whole, "bound": value} for value in ("x", math.nan, None, [1])]
     odd += [{**whole, "split": 3}, {"step": 5}, {"step": 5, "images_per_second": "fast"}]
     for name in ("metrics.jsonl", "timing.jsonl"):
@@ -449,12 +449,13 @@ def test_a_walk_starts_and_stops_at_the_images_and_comes_back(tmp_path):
     model = initialized_vae(3, 8, 1, seed=0).eval()
     mu_NZ = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) * 5
     posteriors = Posteriors(mu_NZ, mu_NZ)
-    how = {"num_stops": 2, "walkers": 4, "frames_per_leg": 5}
+    walk = Walk(num_stops=2, walkers=4, frames_per_leg=5)
     paths = [
-        latent_walk(model, posteriors, tmp_path / f"{i}.gif", seed=i % 2, **how) for i in (0, 2, 1)
+        latent_walk(model, posteriors, tmp_path / f"{i}.gif", seed=i % 2, walk=walk)
+        for i in (0, 2, 1)
     ]
     assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
     with Image.open(paths[0]) as moving:
         assert moving.n_frames == 10
     with pytest.raises(ConfigError, match="8 images, but there are 7"):
-        latent_walk(model, Posteriors(mu_NZ[:7], mu_NZ[:7]), tmp_path / "x.gif", **how)
+        latent_walk(model, Posteriors(mu_NZ[:7], mu_NZ[:7]), tmp_path / "x.gif", walk=walk)

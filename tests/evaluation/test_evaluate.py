@@ -30,7 +30,6 @@ from vae_hyperband.evaluation.image_quality import (
     image_features,
     load_feature_net,
     manifold_measures,
-    mean_and_error,
     moments,
     nearest,
 )
@@ -42,6 +41,7 @@ from vae_hyperband.evaluation.latents import (
     linear_probe,
     mutual_information_gap,
 )
+from vae_hyperband.evaluation.results import Estimate, Evaluation, mean_and_error
 from vae_hyperband.evaluation.samplers import (
     Prior,
     SamplerConfig,
@@ -51,7 +51,7 @@ from vae_hyperband.evaluation.samplers import (
 )
 from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.model.likelihoods import reconstruction_nats
-from vae_hyperband.reporting.summaries import table_of
+from vae_hyperband.reporting.tables import evaluation_text
 from vae_hyperband.training.loop import fit
 from vae_hyperband.training.study import row_of
 
@@ -74,8 +74,8 @@ def numbers(node):
 def test_every_part_says_its_protocol_and_every_estimate_its_error(trained, small_data):
     asked = EvaluateOptions(iwae_samples=5, iwae_images=20, sampler=QUICK)
     report = evaluate(trained.best, "test", small_data, "cpu", asked)
-    assert all(math.isfinite(number) for number in numbers(report))
-    json.dumps(report)
+    assert all(math.isfinite(number) for number in numbers(report.to_dict()))
+    assert Evaluation.from_dict(json.loads(report.to_json()), "evaluation.json") == report
     for part in (report, report["latents"], report["images"]):
         assert len(part["protocol"]) > 20
     assert report["iwae"]["num_samples"] == 5
@@ -97,7 +97,7 @@ def test_every_part_says_its_protocol_and_every_estimate_its_error(trained, smal
         for measure in ("fid", "precision", "recall", "density", "coverage"):
             assert images[name][measure]["standard_error"] >= 0
         assert 0 <= images[name]["closer_than_held_out"]["mean"] <= 1
-    text = table_of(report)
+    text = evaluation_text(report)
     for word in ("IWAE-5 bound", "active units", "linear probe", "FID", "reconstructions", "flow"):
         assert word in text
 
@@ -142,8 +142,8 @@ def test_fid_in_the_features_of_inception_for_who_has_it(trained, small_data, in
     assert found["prior"] == pytest.approx(frechet(one, other), rel=1e-4)
     assert found["real"] < found["prior"]
     assert "inception.pt" in report["images"]["protocol"]
-    assert "Inception FID" in table_of(report)
-    json.dumps(report)
+    assert "Inception FID" in evaluation_text(report)
+    assert Evaluation.from_dict(json.loads(report.to_json()), "evaluation.json") == report
 
 
 def images_of(report):
@@ -156,7 +156,7 @@ def test_a_file_that_is_no_inception_is_named(trained, small_data, tmp_path):
     (tmp_path / "text.pt").write_text("no network")
     with pytest.warns(DeprecationWarning, match="torch.jit.script"):
         torch.jit.script(torch.nn.ReLU()).save(tmp_path / "relu.pt")
-    for name, message in (("text.pt", "no TorchScript file"), ("relu.pt", "cannot be called")):
+    for name, message in (("text.pt", "not a TorchScript file"), ("relu.pt", "cannot be called")):
         options = EvaluateOptions(parts=("images",), inception=tmp_path / name)
         with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
             evaluate(trained.best, "test", small_data, "cpu", options)
@@ -168,20 +168,21 @@ def test_the_iwae_bound_of_a_split_from_what_some_images_gain():
     for _ in range(1000):
         bound_N = 240 + 80 * torch.randn(500, generator=stream)
         gain_n = 3 + 0.02 * (bound_N[:50] - 240) + torch.randn(50, generator=stream)
-        mean, error = of_whole_split(bound_N, bound_N[:50] - gain_n)
-        found.append(mean)
-        errors.append(error)
+        estimate = of_whole_split(bound_N, bound_N[:50] - gain_n)
+        found.append(estimate.mean)
+        errors.append(estimate.standard_error)
     assert sum(found) / 1000 == pytest.approx(237, abs=4 * 3.6 / math.sqrt(1000))
     assert sum(errors) / 1000 == pytest.approx(torch.tensor(found).std().item(), rel=0.08)
     iwae_N = bound_N - torch.rand(500, generator=stream)  # of all images: a plain mean
-    plain = mean_and_error(iwae_N)
-    assert of_whole_split(bound_N, iwae_N) == pytest.approx(plain, rel=1e-5)
+    plain = dataclasses.astuple(mean_and_error(iwae_N))
+    found = dataclasses.astuple(of_whole_split(bound_N, iwae_N))
+    assert found == pytest.approx(plain, rel=1e-5)
 
 
 def measures(report, name):
-    """The measures of a row of images, as pairs of mean and error."""
+    """The measures of a kind of images."""
     row = report["images"][name]
-    return {key: tuple(value.values()) for key, value in row.items() if key != "num_images"}
+    return {key: Estimate(**value) for key, value in row.items() if key != "num_images"}
 
 
 def test_every_row_of_images_is_what_its_name_says(trained, small_data):
@@ -207,7 +208,7 @@ def test_every_row_of_images_is_what_its_name_says(trained, small_data):
             **manifold_measures(real_NF, features),
             **copying(*near),
         }
-        assert measures(report, name) == {key: tuple(pair) for key, pair in expected.items()}
+        assert measures(report, name) == expected
         assert report["images"][name]["num_images"] == 40
     assert measures(report, "prior") != measures(report, "flow")
     more = EvaluateOptions(parts=("images",), num_generated=400, samplers=("prior",), sampler=QUICK)
@@ -227,7 +228,7 @@ def test_probes_are_of_the_posterior_means(trained, small_data):
     for name, probe in (("linear_probe", linear_probe), ("knn_probe", knn_probe)):
         for found, (x, y) in ((report, latents), (report["raw_pixels"], pixels)):
             expected = probe(x, train.labels_N, y, test.labels_N)
-            assert tuple(found[name].values()) == expected
+            assert Estimate(**found[name]) == expected
 
 
 def test_images_of_one_class_have_no_probes(small_config, options, tmp_path):
@@ -238,7 +239,7 @@ def test_images_of_one_class_have_no_probes(small_config, options, tmp_path):
     report = evaluate(trained.best, "test", data, "cpu", asked)
     assert not {"linear_probe", "knn_probe", "raw_pixels"} & set(report["latents"])
     assert "no probes, all of one class" in report["latents"]["protocol"]
-    text = table_of(report)
+    text = evaluation_text(report)
     assert "probe" not in text
     assert "mutual information" in text
     assert "linear_probe" not in row_of("x", report)
@@ -276,7 +277,7 @@ def test_factors_are_those_of_the_split(options):
 
 
 def test_training_images_say_nothing_of_probes_and_images(trained, small_data):
-    with pytest.raises(ConfigError, match="--split train says nothing of probes and images"):
+    with pytest.raises(ConfigError, match="Probes and image metrics need a held-out split"):
         evaluate(trained.best, "train", small_data, "cpu")
     options = EvaluateOptions(parts=("likelihood",), iwae_samples=0)
     report = evaluate(trained.best, "train", small_data, "cpu", options)
@@ -291,12 +292,14 @@ def test_only_the_parts_asked_for_are_there(trained, small_data):
     }.items():
         asked = EvaluateOptions(parts=(part,), samplers=("prior",), iwae_samples=2)
         report = evaluate(trained.best, "validation", small_data, "cpu", asked)
+        assert evaluation_text(report)
+        report = report.to_dict()
         assert names <= set(report)
-        assert table_of(report)
         others = {"bound", "iwae", "latents", "images"} - names
         assert not others & set(report)
     asked = EvaluateOptions(parts=("likelihood",), iwae_samples=0)
-    assert "iwae" not in evaluate(trained.best, "validation", small_data, "cpu", asked)
+    report = evaluate(trained.best, "validation", small_data, "cpu", asked)
+    assert "iwae" not in report.to_dict()
 
 
 def test_a_collapsed_model_is_called_that(trained, small_data):
@@ -310,13 +313,13 @@ def test_a_collapsed_model_is_called_that(trained, small_data):
     assert report["latents"]["collapsed"]
     assert report["latents"]["active_units"] == 0
     assert report["latents"]["mutual_information"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert "COLLAPSED" in table_of(report)
+    assert "COLLAPSED" in evaluation_text(report)
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"parts": ()}, "--parts names no part"),
+        ({"parts": ()}, "--parts needs at least one part"),
         ({"parts": ("fid",)}, "must be one of"),
         ({"num_generated": 3}, "--num-generated is 3"),
         ({"iwae_samples": -1}, "--iwae-samples is -1"),

@@ -15,10 +15,10 @@ from vae_hyperband.evaluation.image_quality import (
     frechet,
     frechet_distance,
     manifold_measures,
-    mean_and_error,
     moments,
     nearest,
 )
+from vae_hyperband.evaluation.results import Estimate, mean_and_error
 
 
 def normal(num, dim, seed, shift=0.0, scale=1.0):
@@ -135,5 +135,5 @@ def test_the_error_of_copying_is_the_spread_over_independent_draws():
 
 
 def test_mean_and_error_of_one_value_has_no_error():
-    assert mean_and_error(torch.tensor([1.0, 3.0])) == (2.0, 1.0)
+    assert mean_and_error(torch.tensor([1.0, 3.0])) == Estimate(2.0, 1.0)
     assert math.isnan(mean_and_error(torch.tensor([1.0])).standard_error)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import load_split
@@ -13,13 +13,15 @@ from vae_hyperband.evaluation.bounds import eval_dataloader, split_nats
 from vae_hyperband.evaluation.latents import (
     Posteriors,
     active_units,
+    aggregate,
     encode_split,
-    kl_by_dimension,
+    information_per_dimension,
     knn_probe,
     linear_probe,
     mutual_information,
 )
 from vae_hyperband.model.initialization import initialized_vae
+from vae_hyperband.model.vae import VAE
 
 
 def random_posteriors(num=50, dim=3, seed=0):
@@ -35,14 +37,41 @@ def test_a_unit_is_active_where_its_mean_varies():
     assert active_units(Posteriors(torch.ones(10, 3), torch.zeros(10, 3))) == 0
 
 
-def test_kl_by_dimension_adds_up_to_the_kl_of_the_bound(small_data):
+def test_information_per_dimension_adds_up_to_the_kl_of_the_bound(small_data):
     split = load_split("validation", small_data, "custom")
     model = initialized_vae(latent_dim=4, image_size=8, channels=1, seed=1)
     loader = eval_dataloader(split)
-    by_dimension = kl_by_dimension(encode_split(model, loader))
-    assert len(by_dimension) == 4
+    nats_Z = information_per_dimension(model, encode_split(model, loader))
+    assert nats_Z.shape == (4,)
     total = split_nats(model, loader, seed=0).kl_B.mean().item()
-    assert sum(kl.mean for kl in by_dimension) == pytest.approx(total, rel=1e-5)
+    assert nats_Z.sum().item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_aggregate_posterior_has_the_mean_and_variance_of_draws():
+    stream = torch.Generator().manual_seed(0)
+    mu_NZ = 3 * torch.randn(50, 4, generator=stream, dtype=torch.double) - 8
+    logvar_NZ = torch.randn(50, 4, generator=stream, dtype=torch.double)
+    noise = torch.randn(20_000, 50, 4, generator=stream, dtype=torch.double)
+    drawn = (mu_NZ + (0.5 * logvar_NZ).exp() * noise).flatten(0, 1)
+    mean_Z, variance_Z = aggregate(Posteriors(mu_NZ, logvar_NZ))
+    torch.testing.assert_close(mean_Z, drawn.mean(dim=0), rtol=0, atol=0.02)
+    torch.testing.assert_close(variance_Z, drawn.var(dim=0), rtol=0.01, atol=0)
+
+
+def test_information_per_dimension_is_the_kl_to_the_prior_or_to_all_images_together():
+    mu_NZ = torch.tensor([[1.0, -8.6, -8.0], [-1.0, -8.6, -9.0]]).double()
+    logvar_NZ = torch.log(torch.tensor([[0.25, 0.16, 0.01], [0.5, 0.16, 0.02]])).double()
+    posteriors = Posteriors(mu_NZ, logvar_NZ)
+    each = Normal(mu_NZ, (0.5 * logvar_NZ).exp())
+    found = information_per_dimension(VAE(3, 8, 1), posteriors)
+    expected = kl_divergence(each, Normal(torch.zeros(3), torch.ones(3))).mean(dim=0)
+    torch.testing.assert_close(found, expected)
+    found = information_per_dimension(VAE(3, 8, 1, pseudo_inputs=2), posteriors)
+    mean_Z, variance_Z = aggregate(posteriors)
+    expected = kl_divergence(each, Normal(mean_Z, variance_Z.sqrt())).mean(dim=0)
+    torch.testing.assert_close(found, expected)
+    assert found[1].abs() < 1e-12  # the same for every image, however far from 0
+    assert found[2] > found[0] > 0
 
 
 def test_mutual_information_is_what_densities_by_hand_give():

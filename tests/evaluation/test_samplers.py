@@ -170,7 +170,7 @@ def test_a_sampler_is_kept_beside_its_checkpoint_and_read_again(trained, small_d
     assert torch.equal(draw(), first)
     assert len(loads) == 1
     assert said[0] == f"fitting the {name} to the training split's latents"
-    # fitted in another way, or to another checkpoint: anew
+    # other settings, or another checkpoint: fitted again
     draw(dataclasses.replace(QUICK, components=3, flow_epochs=3))
     assert len(loads) == 2
     draw()
@@ -183,7 +183,7 @@ def test_a_sampler_is_kept_beside_its_checkpoint_and_read_again(trained, small_d
 
 
 @pytest.mark.parametrize("damage", ["one bit of a weight", "another file", "a newer version"])
-def test_a_damaged_sampler_is_fitted_anew(trained, small_data, damage):
+def test_a_damaged_sampler_is_fitted_again(trained, small_data, damage):
     said = []
 
     def get():
@@ -229,7 +229,7 @@ def test_a_sampler_that_cannot_be_kept_is_used_all_the_same(trained, small_data,
     load_train = functools.partial(load_split, "train", small_data, "custom")
     monkeypatch.setattr(samplers, "save_pt", full_disk)
     once = get_sampler("mixture", load_ckpt(trained.best), load_train, QUICK, said.append)
-    assert "the mixture is not kept" in said[-1]
+    assert "the mixture is not saved" in said[-1]
     monkeypatch.undo()
     again = get_sampler("mixture", load_ckpt(trained.best), load_train, QUICK)
     assert torch.equal(once.means_LKZ, again.means_LKZ)
@@ -267,7 +267,7 @@ def test_generated_images_are_bytes_of_the_decoder_s_means(trained):
 
 def test_flow_labels_are_an_input(two_rings):
     posteriors, label_P = two_rings
-    flow = fit_flow(posteriors.draw, label_P, 2, 0, epochs=1, width=16, depth=1)
+    flow = fit_flow(Flow(2, 2, width=16, depth=1), posteriors.draw, label_P, 0, epochs=1)
     sampler = LearnedFlow(torch.tensor([0.5, 0.5]), flow)
     draws = [sampler.draw(10, generator(0, "test"), label) for label in (0, 1)]
     assert not torch.equal(*draws)

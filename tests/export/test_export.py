@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import resource
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -225,10 +227,10 @@ def test_the_card_tells_data_metrics_licence_and_weights(ckpt, tmp_path, small_d
 
 
 def test_an_evaluation_of_another_checkpoint_is_refused(ckpt, tmp_path, capsys):
-    (tmp_path / "other.json").write_text('{"checkpoint_digest": "0"}')
+    shutil.copy2(Path(__file__).parents[1] / "golden/evaluation.json", tmp_path / "other.json")
     command = ["export", str(ckpt), "--format", "safetensors", "--out", str(tmp_path / "hub")]
     assert main([*command, "--evaluation", str(tmp_path / "other.json")]) == 2
-    assert "is not an evaluation of" in capsys.readouterr().err
+    assert f"other.json is not an evaluation of {ckpt}" in capsys.readouterr().err
     assert main([*command, "--license", "MIT licence\n- x"]) == 2
     assert "--license" in capsys.readouterr().err
 

@@ -23,11 +23,9 @@ from vae_hyperband.model.likelihoods import reconstruction_nats
 from vae_hyperband.model.objective import (
     Nats,
     Pass,
-    aggregate,
     forward_pass,
     kl_to_standard_normal,
     log_weights,
-    nats_by_dimension,
     nats_per_image,
     total_correlation,
     training_total,
@@ -336,29 +334,3 @@ def test_total_correlation_weighs_the_own_image_and_the_others_as_the_data_set_d
         marginals = sum(share[j] * density[j] for j in range(3))
         total += (joint.log() - marginals.log().sum()).item() / 3
     assert total_correlation(passed, num_images).item() == pytest.approx(total, rel=1e-9)
-
-
-def test_the_aggregate_posterior_has_the_mean_and_variance_of_draws():
-    stream = torch.Generator().manual_seed(0)
-    mu_NZ = 3 * torch.randn(50, 4, generator=stream, dtype=torch.double) - 8
-    logvar_NZ = torch.randn(50, 4, generator=stream, dtype=torch.double)
-    noise = torch.randn(20_000, 50, 4, generator=stream, dtype=torch.double)
-    drawn = (mu_NZ + (0.5 * logvar_NZ).exp() * noise).flatten(0, 1)
-    mean_Z, variance_Z = aggregate(mu_NZ, logvar_NZ)
-    torch.testing.assert_close(mean_Z, drawn.mean(dim=0), rtol=0, atol=0.02)
-    torch.testing.assert_close(variance_Z, drawn.var(dim=0), rtol=0.01, atol=0)
-
-
-def test_what_a_dimension_says_is_its_kl_to_the_prior_or_to_all_images_together():
-    mu_NZ = torch.tensor([[1.0, -8.6, -8.0], [-1.0, -8.6, -9.0]]).double()
-    logvar_NZ = torch.log(torch.tensor([[0.25, 0.16, 0.01], [0.5, 0.16, 0.02]])).double()
-    posterior = Normal(mu_NZ, (0.5 * logvar_NZ).exp())
-    found = nats_by_dimension(VAE(3, 8, 1), mu_NZ, logvar_NZ)
-    expected = kl_divergence(posterior, Normal(torch.zeros(3), torch.ones(3))).mean(dim=0)
-    torch.testing.assert_close(found, expected)
-    found = nats_by_dimension(VAE(3, 8, 1, pseudo_inputs=2), mu_NZ, logvar_NZ)
-    mean_Z, variance_Z = aggregate(mu_NZ, logvar_NZ)
-    expected = kl_divergence(posterior, Normal(mean_Z, variance_Z.sqrt())).mean(dim=0)
-    torch.testing.assert_close(found, expected)
-    assert found[1].abs() < 1e-12  # the same for every image, however far from 0
-    assert found[2] > found[0] > 0

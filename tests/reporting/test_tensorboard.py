@@ -9,7 +9,7 @@ from chromium import Watched, until
 from screenshots import tensorboard
 
 from vae_hyperband.common.config import RunOptions, TrainConfig
-from vae_hyperband.reporting.summaries import say_trained
+from vae_hyperband.reporting.summaries import print_training_summary
 from vae_hyperband.training.loop import fit
 
 pytestmark = pytest.mark.browser
@@ -24,7 +24,7 @@ def address(tmp_path_factory, small_data):
             run=name, device="cpu", num_threads=1, data_dir=small_data, log_interval=4,
             checkpoints_dir=folder / "checkpoints", logs_dir=folder / "logs",
         )  # fmt: skip
-        say_trained(fit(config, where, quiet=True), where)
+        print_training_summary(fit(config, where, quiet=True), where)
     with tensorboard(folder / "logs") as url:
         yield url
 

@@ -55,7 +55,7 @@ def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(
             assert found
             assert not before or found.step >= before.step
             last_line = (place / "said.txt").read_text().splitlines()[-1]
-            assert last_line.startswith("stopped and saved; go on with: ")
+            assert last_line.startswith("stopped and saved; resume with: ")
         elif status == 0:
             assert (digests(place, "a"), scalars(place / "logs/a")) == expected
             shutil.rmtree(place)

@@ -1,4 +1,4 @@
-"""Studies: a grid trained and judged once, in one table and one picture."""
+"""Studies: a grid trained and evaluated once, in one table and one picture."""
 
 import dataclasses
 import itertools
@@ -16,6 +16,14 @@ from vae_hyperband import train_vae
 from vae_hyperband.commands.study import StudyArgs, table
 from vae_hyperband.common.config import CommonConfig, Places, TrainConfig
 from vae_hyperband.evaluation.evaluate import EvaluateOptions
+from vae_hyperband.evaluation.results import (
+    Estimate,
+    Evaluation,
+    Factors,
+    ImportanceBound,
+    LatentSpace,
+    Likelihood,
+)
 from vae_hyperband.evaluation.samplers import SamplerConfig
 from vae_hyperband.reporting import figures
 from vae_hyperband.training.study import grouped, over_seeds, row_of, run_study, value_of
@@ -67,7 +75,7 @@ def test_a_study_trains_judges_and_remembers(places, monkeypatch):
     assert [line.split()[:3] for line in lines] == [["3", "0.5", "2"], ["3", "2", "2"]]
     assert lines[1].split()[3] == f"{over_seeds(rows[2:], 'bound')['mean']:.2f}"
 
-    # nothing is trained or judged a second time
+    # nothing is trained or evaluated a second time
     from vae_hyperband.evaluation import evaluate
     from vae_hyperband.training import loop
 
@@ -79,7 +87,7 @@ def test_a_study_trains_judges_and_remembers(places, monkeypatch):
     assert run_study(configs(), places, "validation", QUICK) == rows
 
 
-def test_another_question_is_answered_anew(places):
+def test_another_question_is_evaluated_again(places):
     [first] = run_study(configs((0,), (1.0,)), places, "validation", QUICK)
     [test] = run_study(configs((0,), (1.0,)), places, "test", QUICK)
     assert first["bound"] != test["bound"]
@@ -89,7 +97,7 @@ def test_another_question_is_answered_anew(places):
     assert third["iwae"] != first["iwae"]
 
 
-def test_other_data_are_judged_anew(places, tmp_path):
+def test_other_data_are_evaluated_again(places, tmp_path):
     [first] = run_study(configs((0,), (1.0,)), places, "test", QUICK)
     folder = write_idx_folder(tmp_path / "other", num_test=59)
     for name in NAMES[:2]:  # the same training images, another test split
@@ -134,12 +142,16 @@ def test_means_over_seeds_have_student_s_interval():
 
 
 def test_a_row_takes_what_the_report_has():
-    report = {
-        "config": {"beta": 1.0},
-        "bound": {"mean": 1.0, "standard_error": 0.1},
-        "iwae": {"mean": 0.9, "standard_error": 0.1, "num_samples": 5},
-        "latents": {"active_units": 7, "factors": {"mig": 0.2, "dci": {"disentanglement": 0.4}}},
-    }
+    dci = {"disentanglement": 0.4}
+    bound = Estimate(1.0, 0.1)
+    report = Evaluation(
+        checkpoint="best.pt", checkpoint_digest="", split="validation", options={}, num_images=9,
+        data_digest="", epoch=1, step=1, config={"beta": 1.0}, environment={},
+        likelihood=Likelihood(
+            "nats", "", bound, bound, bound, iwae=ImportanceBound(0.9, 0.1, 5, 9, bound)
+        ),
+        latents=LatentSpace("", 8, 7, False, [], bound, factors=Factors([], 0.2, 0.3, dci)),
+    )  # fmt: skip
     row = row_of("r", report)
     assert row["iwae"] == {"mean": 0.9, "standard_error": 0.1}
     assert (row["active_units"], row["mig"], row["dci"]) == (7, 0.2, 0.4)
@@ -173,7 +185,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, mo
     shared = json.loads(said[: said.index("}") + 1])
     assert shared["epochs"] == 2
     assert not {"beta", "latent_dim", "capacity"} & set(shared)  # differ, or have no effect
-    assert "runs         4, one after the other, judged on the validation split\n" in said
+    assert "runs         4, one after the other, evaluated on the validation split\n" in said
     for run in ("s-z2-b1-s0", "s-z2-b4-s0", "s-z3-b1-s0", "s-z3-b4-s0"):
         assert f"  {run:24} 0 of 6 steps are done\n" in said
     assert re.search(r"training     about \d+ s; validation", said)

@@ -70,7 +70,7 @@ def test_a_search_by_tpe_on_the_iwae_bound_gives_what_it_says(tmp_path, small_da
     result = read_result(tmp_path / "checkpoints/s")
     assert len(result.trials) == 10
     assert "(validation IWAE bound, nats/image)" in done.stdout
-    assert "What mattered (share of the variance): " in done.stdout
+    assert "Importance (share of the variance): " in done.stdout
     assert result.importance is not None
     assert set(result.importance) == {"latent_dim", "learning_rate", "batch_size", "beta"}
     for trial in result.trials:

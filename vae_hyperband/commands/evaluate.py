@@ -1,6 +1,5 @@
-"""The command ``evaluate``: what a checkpoint is worth."""
+"""The command ``evaluate``."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,23 +11,24 @@ from vae_hyperband.common.config import RunOptions
 from vae_hyperband.common.files import check_place, write_text
 from vae_hyperband.common.process import cpu_threads
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
-from vae_hyperband.reporting.summaries import say, table_of
+from vae_hyperband.reporting.summaries import print_progress
+from vae_hyperband.reporting.tables import evaluation_text
 
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Say what a checkpoint is worth: bounds, latent space, generated images, all with errors.
+    """Evaluate a checkpoint: bounds, latent space, generated images, with standard errors.
 
     vae-hyperband evaluate checkpoints/mine/best.pt --split test --json mine.json
 
-    A mixture or flow that is not there yet is fitted first and kept beside the checkpoint.
+    If there is no mixture or flow yet, it is fitted first and saved beside the checkpoint.
     """
 
     ckpt: tyro.conf.Positional[Path]
     """The checkpoint."""
     evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions]
     split: Literal["train", "validation", "test"] = "validation"
-    """Which images; choose between models on validation, report on test."""
+    """The split to evaluate on: choose between models on validation, publish test."""
     json: Path | None = None
     """Also write the result, with its protocol and environment, to this .json file; with "-" print
     it instead of the tables."""
@@ -45,10 +45,12 @@ def evaluate_command(argv: list[str]) -> int:
     RunOptions(num_threads=args.num_threads)  # checks it
     stdout = args.json == Path("-")
     if args.json and not stdout:
-        check_place(args.json, ".json", option="--json")  # a mistake before the work
+        check_place(args.json, ".json", option="--json")  # fail before the work
     with cpu_threads(args.num_threads):
-        report = evaluate(args.ckpt, args.split, args.data_dir, args.device, args.evaluation, say)
+        found = evaluate(
+            args.ckpt, args.split, args.data_dir, args.device, args.evaluation, print_progress
+        )
     if args.json and not stdout:
-        write_text(args.json, json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2) if stdout else table_of(report))
+        write_text(args.json, found.to_json())
+    print(found.to_json(), end="") if stdout else print(evaluation_text(found))
     return 0

@@ -1,4 +1,4 @@
-"""``export``: a trained model in the forms that other programs, and people, can use."""
+"""The command ``export``: a trained model for other programs, or as an interactive page."""
 
 import contextlib
 import dataclasses
@@ -15,8 +15,7 @@ from vae_hyperband.common.config import flag, read_json, require, require_number
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text, write_together
 from vae_hyperband.data.splits import Split, as_trained, load_split
-from vae_hyperband.evaluation.bounds import eval_dataloader
-from vae_hyperband.evaluation.latents import encode_split
+from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.evaluation.samplers import (
     LearnedFlow,
     Mixture,
@@ -28,19 +27,18 @@ from vae_hyperband.evaluation.samplers import (
 from vae_hyperband.export.hub import DATA_NAMES, write_shared
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.vae import VAE
-from vae_hyperband.reporting.summaries import LABEL_NAMES, say
+from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
 
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write a trained model for other programs, or as a page to touch. Nothing is uploaded.
+    """Write a trained model for other programs, or as an interactive page. Nothing is uploaded.
 
     vae-hyperband export checkpoints/mine/best.pt --format web --out explorer
 
-    web: explorer/index.html, which runs encoder and decoder in any browser, without a network.
-    onnx: encoder.onnx and decoder.onnx, compared with PyTorch as they are written.
-    safetensors: weights, config.json and a model card, as model hubs lay them out; load_model
-    reads the folder.
+    web: explorer/index.html, which runs encoder and decoder in the browser, without a network.
+    onnx: encoder.onnx and decoder.onnx, compared with PyTorch before they are written.
+    safetensors: weights, config.json and a model card for model hubs; load_model reads the folder.
     """
 
     ckpt: tyro.conf.Positional[Path]
@@ -48,23 +46,23 @@ class ExportArgs:
     format: Literal["web", "onnx", "safetensors"]
     """What to write."""
     out: Path
-    """The folder to write it to; made if it is not there."""
+    """The folder to write to; created if needed."""
     fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
     license: str = "mit"
     """The weights' licence, for the card (safetensors)."""
     evaluation: Path | None = None
-    """What "evaluate --json" wrote of this checkpoint, for the card (safetensors)."""
+    """The file that evaluate --json wrote for this checkpoint, for the card (safetensors)."""
     sampler: SamplerName = "prior"
     """Also draw z from the mixture or the flow fitted to the training latents (web)."""
     split: Literal["validation", "test"] = "validation"
-    """Whose images are on the map (web)."""
+    """The split of the images on the map (web)."""
     num_images: int = 1000
     """How many images are on the map (web)."""
     data_dir: Path | None = None
     """A folder with the four IDX files, plain or gzipped (web)."""
 
 
-#: Options that one format alone looks at, and what they are where they are not given.
+#: Options of one format only, with their defaults.
 ONLY_FOR: dict[str, tuple[str, Any]] = {
     "license": ("safetensors", ExportArgs.license),
     "evaluation": ("safetensors", ExportArgs.evaluation),
@@ -80,12 +78,11 @@ def export(argv: list[str]) -> int:
     for name, (format, usual) in ONLY_FOR.items():
         require(
             args.format == format or getattr(args, name) == usual,
-            f"{flag(name)} is for --format {format}: leave it out.",
+            f"{flag(name)} needs --format {format}.",
         )
     require(
         args.sampler != "prior" or args.fitting == SamplerConfig(),
-        "How a sampler is fitted (--components, --flow-...) is for --sampler mixture or flow: give "
-        "that, too.",
+        "--components and --flow-... need --sampler mixture or flow.",
     )
     checkpoint = load_ckpt(args.ckpt)
     write = {"web": _web, "onnx": _onnx, "safetensors": _safetensors}[args.format]
@@ -95,10 +92,12 @@ def export(argv: list[str]) -> int:
 
 
 def _safetensors(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
-    report = read_json(args.evaluation) if args.evaluation else None
-    if report is not None and report.get("checkpoint_digest") != checkpoint.digest:
-        raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
-    return write_shared(checkpoint, args.out, args.license, report)
+    evaluation = None
+    if args.evaluation:
+        evaluation = Evaluation.from_dict(read_json(args.evaluation), str(args.evaluation))
+        if evaluation.checkpoint_digest != checkpoint.digest:
+            raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
+    return write_shared(checkpoint, args.out, args.license, evaluation)
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:
@@ -121,7 +120,7 @@ def _onnx(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
         for name, make in (("encoder.onnx", encoder_graph), ("decoder.onnx", decoder_graph))
     }
     apart = largest_difference(model, graphs["encoder.onnx"], graphs["decoder.onnx"])
-    say(f"ONNX Runtime and PyTorch differ by at most {apart:.1e}")
+    print_progress(f"ONNX Runtime and PyTorch differ by at most {apart:.1e}")
     make_folder(args.out)
     write_together({args.out / name: graph for name, graph in graphs.items()})
     return [args.out / name for name in graphs]
@@ -135,12 +134,10 @@ def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     split = _first(checkpoint.split(args.split, args.data_dir), args.num_images)
     split = as_trained(split, config)
     out = args.out / "index.html"
-    check_place(out)  # a mistake before the work
-    posteriors = encode_split(model, eval_dataloader(split))
+    check_place(out)  # fail before the work
     html = page(
         model,
         split,
-        posteriors,
         tuple(LABEL_NAMES.get(config.dataset, ())),
         f"A VAE of {DATA_NAMES[config.dataset]}",
         _shown(checkpoint, model),
@@ -173,14 +170,14 @@ def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow |
         checkpoint,
         lambda: load_split("train", args.data_dir, checkpoint.config.dataset),
         args.fitting,
-        say,
+        print_progress,
     )
     return None if isinstance(sampler, Prior) else sampler
 
 
 @contextlib.contextmanager
 def needs_onnx() -> Iterator[None]:
-    """Around imports of what is installed on request only."""
+    """Turns a missing optional package into a one-line error."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -17,7 +17,7 @@ from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting import animations, figures, runs
 from vae_hyperband.reporting.report import write_report
 from vae_hyperband.reporting.runs import best_ckpt
-from vae_hyperband.reporting.summaries import say
+from vae_hyperband.reporting.summaries import print_progress
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ def compare(argv: list[str]) -> int:
         none = f"{args.logs_dir} has no metrics.jsonl of {', '.join(without)}"
         require(len(without) < len(chosen), f"{none}: there are no curves to draw.")
         if without:
-            say(f"{none}: drawn without")
+            print_progress(f"{none}: drawn without")
     print(json.dumps(runs.as_data(chosen), indent=2) if args.json else table)
     if args.out:
         rows = {run.name: run.rows for run in chosen}
         figures.overlaid(rows, args.out, runs.incomparable(chosen))
-        say(str(args.out))  # stdout may be read by a program
+        print_progress(str(args.out))  # stdout may be read by a program
     return 0
 
 

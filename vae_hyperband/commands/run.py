@@ -13,17 +13,17 @@ from vae_hyperband.common.process import pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
 from vae_hyperband.data.splits import SplitName, load_split
 from vae_hyperband.evaluation.evaluate import PARTS, EvaluateOptions, Part, evaluate_once
+from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.report import write_report
 from vae_hyperband.reporting.summaries import (
-    draw_run,
-    look_at,
-    say,
-    stopped,
+    draw_run_figures,
+    print_progress,
+    print_resume_hint,
     summary_of,
-    table_of,
-    with_error,
+    tensorboard_command,
 )
+from vae_hyperband.reporting.tables import evaluation_text
 from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import SearchResult, describe
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
@@ -113,7 +113,7 @@ def run_command(argv: list[str]) -> int:
     if job.dry_run:
         print(main_job_dry_run(job), NOTHING_WRITTEN, sep="\n")
         return 0
-    return 0 if run_main_job(job) else stopped("run", argv)
+    return 0 if run_main_job(job) else print_resume_hint("run", argv)
 
 
 def run_main_job(job: MainJob) -> bool:
@@ -148,23 +148,22 @@ def run_main_job(job: MainJob) -> bool:
         return False
 
     _heading("4/5  evaluate it, once, on the test split")
-    report = evaluate_once(
+    evaluation = evaluate_once(
         trained.log_folder / "evaluation.json",
         trained.best,
         "test",
-        job.data_dir,
-        job.device,
+        job,
         job.evaluation(),
-        say,
+        print_progress,
     )
-    print(table_of(report), flush=True)
+    print(evaluation_text(evaluation), flush=True)
 
     _heading("5/5  figures and reports")
-    pictures = draw_run(trained, best, job.data_dir)
+    pictures = draw_run_figures(trained, best, job.data_dir)
     reports = [write_report(place) for place in (options, job.winner())]
     for path in (picture, *pictures, *reports):
         print(path, flush=True)
-    _print_summary(found, trained, best, report, reports, job)
+    _print_summary(found, trained, best, evaluation, reports, job)
     return True
 
 
@@ -172,17 +171,17 @@ def _heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _test_bound(report: dict[str, Any]) -> dict[str, str]:
-    if "bound" not in report:  # --parts without likelihood
+def _test_bound(evaluation: Evaluation) -> dict[str, str]:
+    if not evaluation.likelihood:  # --parts without likelihood
         return {}
-    return {"test bound": f"{with_error(report['bound'])} nats/image, beta = 1"}
+    return {"test bound": f"{evaluation.likelihood.bound:.2f} nats/image, beta = 1"}
 
 
 def _print_summary(
     found: SearchResult,
     trained: FitResult,
     best: TrainConfig,
-    report: dict[str, Any],
+    evaluation: Evaluation,
     reports: list[Path],
     job: MainJob,
 ) -> None:
@@ -190,12 +189,12 @@ def _print_summary(
     rows = {
         "best configuration": describe(best.to_dict()),
         "validation bound": f"{trained.state.best['bound']:.2f} nats/image, beta = 1",
-        **_test_bound(report),
+        **_test_bound(evaluation),
         "checkpoint": trained.best,
         "TensorBoard logs": trained.log_folder,
         "configuration file": found.folder / "best_config.json",
         "open in a browser": " ".join(map(str, reports)),
-        "look at the logs": look_at(job.logs_dir),
+        "look at the logs": tensorboard_command(job.logs_dir),
     }
     for name, value in rows.items():
         print(f"{name:22} {value}", flush=True)

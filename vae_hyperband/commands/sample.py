@@ -17,7 +17,7 @@ from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.samplers import SamplerConfig, SamplerName, generate, get_sampler
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting import figures
-from vae_hyperband.reporting.summaries import LABEL_NAMES, say
+from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def sample(argv: list[str]) -> int:
         checkpoint,
         lambda: load_split("train", args.data_dir, dataset),
         args.fitting,
-        say,
+        print_progress,
     )
     model = checkpoint.model(pick_device(args.device))
     images_NCHW = generate(model, sampler, args.num_samples, args.seed, label)

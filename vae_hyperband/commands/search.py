@@ -12,7 +12,12 @@ from vae_hyperband.commands.options import parse_options
 from vae_hyperband.common.config import RunOptions, changed_options, require_number
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.reporting import figures
-from vae_hyperband.reporting.summaries import program, say_trained, stopped, summary_of
+from vae_hyperband.reporting.summaries import (
+    executable,
+    print_resume_hint,
+    print_training_summary,
+    summary_of,
+)
 from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import SearchResult
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
@@ -62,7 +67,7 @@ def _search_and_train(args: SearchArgs, argv: list[str], should_stop: Callable[[
     where = args.where
     found = search(args.space, where, should_stop)
     if found is None:
-        return stopped("search", argv)
+        return print_resume_hint("search", argv)
     print(summary_of(found))
     picture = figures.best_config(found, where.log_folder / "best_config.png")
     print(f"every trial's curve: {picture}", flush=True)
@@ -71,8 +76,8 @@ def _search_and_train(args: SearchArgs, argv: list[str], should_stop: Callable[[
         return 0
     trained = train_winner(found, args.final_epochs, args.winner(), should_stop)
     if not trained.finished:
-        return stopped("search", argv)
-    say_trained(trained, args.winner())
+        return print_resume_hint("search", argv)
+    print_training_summary(trained, args.winner())
     return 0
 
 
@@ -97,4 +102,4 @@ def _train_command(where: SearchOptions) -> str:
     config = where.ckpt_folder / "best_config.json"
     words = ["train", "--run", f"{where.run}-best", "--config", str(config), "--epochs", "10"]
     words += changed_options(_places(where), _places(SearchOptions()))
-    return f"{program('vae-hyperband')} {shlex.join(words)}"
+    return f"{executable('vae-hyperband')} {shlex.join(words)}"

@@ -1,4 +1,4 @@
-"""The command ``study``: a grid of configurations, trained, judged and drawn."""
+"""The command ``study``: a grid of configurations, trained, evaluated and plotted."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -11,18 +11,19 @@ from vae_hyperband.common.config import CommonConfig, Places, TrainConfig, requi
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.evaluation.evaluate import EvaluateOptions
 from vae_hyperband.reporting import figures
-from vae_hyperband.reporting.summaries import say, stopped
+from vae_hyperband.reporting.summaries import print_progress, print_resume_hint
+from vae_hyperband.reporting.tables import MEASURE_NAMES, Table
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.study import Row, grouped, over_seeds, run_study, study_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArgs(Places):
-    """Train and judge a grid of betas, latent sizes and seeds: the rate-distortion picture.
+    """Train and evaluate a grid of betas, latent sizes and seeds: rate against distortion.
 
     vae-hyperband study --run rd --betas 0.03 0.1 0.3 1 2 4 8 --epochs 10
 
-    The same command goes on after a stop; what is trained and judged stays so.
+    The same command resumes after a stop; what is trained and evaluated is kept.
     """
 
     run: str = "study"
@@ -32,13 +33,13 @@ class StudyArgs(Places):
     latent_dims: tuple[int, ...] = (32,)
     """Latent dimensions."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds; with several, the spread over them is shown."""
+    """Seeds; with several, the table shows the spread over them."""
     epochs: int = 10
     """Passes over the training split, per run."""
     split: Literal["validation", "test"] = "validation"
-    """Which images judge; choose on validation, publish test."""
+    """The split to evaluate on: choose on validation, publish test."""
     dry_run: bool = False
-    """Print the runs, where they would be computed and how long that would take; then end."""
+    """Print the runs, the device and an estimate of the time; then exit."""
     shared: tyro.conf.OmitArgPrefixes[CommonConfig] = field(default_factory=CommonConfig)
     evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
 
@@ -71,37 +72,45 @@ def study_command(argv: list[str]) -> int:
         print(study_dry_run(args.configs(), args, args.split), NOTHING_WRITTEN, sep="\n")
         return 0
     with stop_flag() as should_stop:
-        rows = run_study(args.configs(), args, args.split, args.evaluation, should_stop, say)
+        rows = run_study(
+            args.configs(), args, args.split, args.evaluation, should_stop, print_progress
+        )
     if rows is None:
-        return stopped("study", argv)
+        return print_resume_hint("study", argv)
     print(table(rows))
     print(figures.rate_distortion(rows, args.log_folder / "rate_distortion.png"))
     return 0
 
 
+#: Measures that are shown, and their digits.
 COLUMNS = {
-    "bound": ("bound", 2), "KL_divergence": ("KL", 1), "linear_probe": ("linear", 3),
-    "active_units": ("active", 1), "fid_reconstructions": ("FID recon", 2),
-    "fid_prior": ("FID prior", 2), "fid_mixture": ("FID mixture", 2), "fid_flow": ("FID flow", 2),
-    "mig": ("MIG", 3),
+    "bound": 2, "KL_divergence": 1, "linear_probe": 3, "active_units": 1, "fid_reconstructions": 2,
+    "fid_prior": 2, "fid_mixture": 2, "fid_flow": 2, "mig": 3,
 }  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
     """One line per configuration: means over seeds, +- half of the 95% interval if several."""
-    shown = {name: column for name, column in COLUMNS.items() if name in rows[0]}
-    head = "".join(f"{title:>16}" for title, _ in shown.values())
-    lines = [f"{'latent':>6}{'beta':>7}{'n':>3}{head}"]
+    shown = {name: digits for name, digits in COLUMNS.items() if name in rows[0]}
+    lines = []
     for group in grouped(rows):
-        config, cells = group[0]["config"], ""
-        for name, (_, digits) in shown.items():
-            found = over_seeds(group, name)
-            cell = f"{found['mean']:.{digits}f}"
-            if found["n"] > 1:
-                cell += f" +- {found['half_interval']:.{digits}f}"
-            cells += f"{cell:>16}"
-        lines.append(f"{config['latent_dim']:>6}{config['beta']:>7g}{len(group):>3}{cells}")
-    about = "n: seeds; linear: accuracy of a linear probe on the latents"
-    if any("+-" in line for line in lines):
-        about += "; +-: half of the 95% interval over seeds"
-    return "\n".join([*lines, about])
+        config = group[0]["config"]
+        cells = [_cell(group, name, digits) for name, digits in shown.items()]
+        lines.append([str(config["latent_dim"]), f"{config['beta']:g}", str(len(group)), *cells])
+    head = ["latent", "beta", "n", *map(_column_name, shown)]
+    about = ["n: seeds", "FID: Fashion-MNIST features"]
+    if len(rows) > len(lines):
+        about.append("+-: half of the 95% interval over seeds")
+    return "\n".join([Table("study", lines, head).text(), "; ".join(about)])
+
+
+def _column_name(measure: str) -> str:
+    if measure.startswith("fid_"):
+        return f"FID {measure.removeprefix('fid_')}"
+    return {"bound": "bound", "KL_divergence": "KL", **MEASURE_NAMES}[measure]
+
+
+def _cell(group: list[Row], measure: str, digits: int) -> str:
+    found = over_seeds(group, measure)
+    half = f" +- {found['half_interval']:.{digits}f}" if found["n"] > 1 else ""
+    return f"{found['mean']:.{digits}f}{half}"

@@ -12,7 +12,7 @@ from vae_hyperband.common.config import RunOptions, TrainConfig, check_run_name,
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.model.checkpoint import load_ckpt
-from vae_hyperband.reporting.summaries import say_trained, stopped
+from vae_hyperband.reporting.summaries import print_resume_hint, print_training_summary
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN, dry_run
 from vae_hyperband.training.loop import fit
 
@@ -43,8 +43,8 @@ def train(argv: list[str]) -> int:
     with stop_flag() as should_stop:
         trained = fit(args.recipe, args.where, should_stop=should_stop)
     if not trained.finished:
-        return stopped("train", argv)
-    say_trained(trained, args.where)
+        return print_resume_hint("train", argv)
+    print_training_summary(trained, args.where)
     return 0
 
 

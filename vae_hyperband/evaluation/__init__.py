@@ -1,1 +1,1 @@
-"""What a model is worth."""
+"""Measures of a trained model: bounds, latent space, generated images."""

@@ -1,6 +1,6 @@
-"""What a model is worth on images: the bound and its parts, and the tighter IWAE bound.
+"""The bound of a model on images, its parts, and the tighter IWAE bound.
 
-Negative log-likelihood bounds in nats per image, so that lower is better. The noise is a function
+They bound the negative log-likelihood, in nats per image: lower is better. The noise is a function
 of the seed and of an image's place in its split alone: the same for every batch size, every epoch,
 and every model of the same latent size.
 
@@ -54,7 +54,7 @@ def iwae_nats(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> Te
     """The IWAE bound of every image, -log(1/K sum_k p(x, z_k) / q(z_k|x)), float64, shape (N,).
 
     Burda, Grosse & Salakhutdinov 2016, equation 8, with the sign of a loss. K = 1 is the bound of
-    :func:`split_nats` but for the KL, which is sampled here; more samples only tighten it.
+    :func:`split_nats` but for the KL, which is sampled here; more samples make it tighter.
     """
     training = model.training
     model.eval()
@@ -88,7 +88,10 @@ def _with_noise(
 
 
 def prior_fid(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> float:
-    """FID of images decoded from draws of the prior against the loader's images."""
+    """FID (Fashion-MNIST features) of images decoded from samples of the prior.
+
+    Against the loader's images.
+    """
     device = next(model.parameters()).device
     real_NF = split_features(cast(SplitBatches, loader.dataset).split, device)
     generated_NCHW = model.sample(num_samples, generator(seed, "fid"))
@@ -106,11 +109,10 @@ def eval_epoch(
 ) -> Losses:
     """Average losses of a split in nats per image, exact per image whatever the batch size.
 
-    ``loader`` gives the split in file order; in another order the images meet each other's noise,
-    which is another draw of the same estimate. "bound" is reconstruction + KL, the number that
-    models are compared by; "total_loss" weighs the KL's distance from ``capacity`` by ``beta``;
-    "iwae" and "fid" (of the prior's draws) are there if ``iwae_samples`` and ``fid_samples`` say
-    with how many.
+    ``loader`` gives the split in file order; in another order each image gets the noise of another,
+    and the estimate is as good but not the same. "bound" is reconstruction + KL, which models are
+    compared by; "total_loss" weighs the KL's distance from ``capacity`` by ``beta``; "iwae" and
+    "fid" (of samples of the prior) are added if ``iwae_samples`` and ``fid_samples`` are above 0.
     """
     nats = split_nats(model, loader, seed)
     recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
@@ -138,10 +140,10 @@ def entropy_floor(x_NCHW: Tensor) -> float:
 
 
 def mean_image_nats(train_PCHW: Tensor, x_NCHW: Tensor) -> float:
-    """Nats per image of images predicted by the training images' mean, whatever z is.
+    """Nats per image if every image is predicted by the mean of the training images.
 
-    What a model gives that has learned nothing of single images. Every pixel's mean is taken with
-    one white and one black image more, so that none is certain. Computed in float64.
+    A model that ignores z reaches this. One white and one black image are added to the mean, so
+    that no pixel has probability 0 or 1. Computed in float64.
     """
     p = (train_PCHW.sum(dim=0, dtype=torch.float64) + 1) / (len(train_PCHW) + 2)
     mean_x = x_NCHW.mean(dim=0, dtype=torch.float64)  # the cross-entropy is linear in x

@@ -1,6 +1,6 @@
-"""What a trained model is worth on a named split: likelihood, latent space, generated images.
+"""Evaluation of a trained model on a split: likelihood, latent space, generated images.
 
-The only place that opens the test split. Each part states its protocol, and each estimate its
+The only module that opens the test split. Each part states its protocol, and each estimate its
 standard error. Choose between models on the validation split; read the test split once per number
 that is published.
 
@@ -16,12 +16,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import TrainConfig, check_types, read_json, require, require_number
+from vae_hyperband.common.config import (
+    Places,
+    TrainConfig,
+    check_types,
+    read_json,
+    require,
+    require_number,
+)
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import write_text
 from vae_hyperband.common.process import environment, pick_device
@@ -37,13 +44,11 @@ from vae_hyperband.evaluation.bounds import (
 )
 from vae_hyperband.evaluation.image_quality import (
     WEIGHTS_SHA256,
-    Measured,
     copying,
     frechet_distance,
     image_features,
     inception_features,
     manifold_measures,
-    mean_and_error,
     nearest,
     split_features,
 )
@@ -54,11 +59,24 @@ from vae_hyperband.evaluation.latents import (
     dci_disentanglement,
     encode_split,
     factor_vae_score,
-    kl_by_dimension,
     knn_probe,
     linear_probe,
     mutual_information,
     mutual_information_gap,
+)
+from vae_hyperband.evaluation.results import (
+    VERSION,
+    Estimate,
+    Evaluation,
+    Factors,
+    GeneratedImages,
+    ImageQuality,
+    ImportanceBound,
+    Json,
+    LatentSpace,
+    Likelihood,
+    Probes,
+    mean_and_error,
 )
 from vae_hyperband.evaluation.samplers import (
     SAMPLERS,
@@ -69,9 +87,10 @@ from vae_hyperband.evaluation.samplers import (
     get_sampler,
 )
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
+from vae_hyperband.model.objective import kl_per_dimension
 from vae_hyperband.model.vae import VAE
 
-# ---- Every setting of an evaluation, once. What is looked at, and how closely.
+# ---- Every setting of an evaluation, once.
 
 Part = Literal["likelihood", "latents", "images"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -79,26 +98,26 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What an evaluation looks at, and how closely."""
+    """What an evaluation measures, and how."""
 
     parts: tuple[Part, ...] = PARTS
-    """likelihood: bounds; latents: active units, probes; images: FID and its kin."""
+    """likelihood: bounds; latents: active units, probes; images: FID, precision, recall ..."""
     iwae_samples: int = 100
-    """Importance samples per image of the IWAE bound; 0: leave it out."""
+    """Importance samples per image of the IWAE bound; 0 disables it."""
     iwae_images: int = 1000
-    """Images of the split, at random, on which what the IWAE bound gains is measured."""
+    """Random images of the split on which the gain of the IWAE bound is measured."""
     samplers: tuple[SamplerName, ...] = SAMPLERS
-    """Where z comes from for generated images; what is not fitted yet is fitted first."""
+    """Where z comes from for generated images; a mixture or flow is fitted first if needed."""
     num_generated: int | None = None
     """Images to generate per sampler (default: as many as the split has); FID depends on it."""
     inception: Path | None = None
-    """Measure FID in Inception's features, too: its weights as TorchScript, which you have to have
+    """Also measure FID in Inception's features: a TorchScript file that you supply
     (inception-2015-12-05.pt of StyleGAN2-ADA; docs/evaluation.md)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(len(self.parts) > 0, "--parts names no part: give at least one.")
+        require(len(self.parts) > 0, "--parts needs at least one part.")
         require_number("iwae_samples", self.iwae_samples, 0)
         require_number("iwae_images", self.iwae_images, 2)
         require(
@@ -113,7 +132,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationContext:
     """A model and what it is measured with."""
 
     model: VAE
@@ -122,6 +141,15 @@ class Subject:
     split: SplitName
     held_out: Split  # as the data set has it
     device: torch.device
+
+    @classmethod
+    def load(
+        cls, ckpt: Path | Checkpoint, split: SplitName, data_dir: Path | None, device: str
+    ) -> Self:
+        target = pick_device(device)
+        checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_ckpt(ckpt)
+        train, held_out = (checkpoint.split(name, data_dir) for name in ("train", split))
+        return cls(checkpoint.model(target), checkpoint, train, split, held_out, target)
 
     @property
     def config(self) -> TrainConfig:
@@ -132,47 +160,57 @@ class Subject:
         return self.config.seed
 
     def seen(self, split: Split) -> Split:
+        """The split as the model takes it."""
         return as_trained(split, self.config)
 
     def posteriors(self, split: Split) -> Posteriors:
         return encode_split(self.model, eval_dataloader(self.seen(split), self.device))
 
 
-def likelihood(subject: Subject, options: EvaluateOptions) -> dict[str, Any]:
-    """Bounds in nats per image, between what no model can reach and what needs none."""
-    model, held_out, device = subject.model, subject.seen(subject.held_out), subject.device
-    nats = split_nats(model, eval_dataloader(held_out, device), subject.seed)
+def likelihood(context: EvaluationContext, options: EvaluateOptions) -> Likelihood:
+    """The bound and its parts on all images of the split, and the IWAE bound if it is wanted."""
+    model, held_out = context.model, context.seen(context.held_out)
+    nats = split_nats(model, eval_dataloader(held_out, context.device), context.seed)
     bound_N = nats.recon_B + nats.kl_B
-    grey = subject.config.binarize == "none"
+    grey = context.config.binarize == "none"
     pixels = "grey pixels" if grey else f"binarised once, SHA-256 {held_out.digest}"
-    report: dict[str, Any] = {
-        "unit": "nats per image, lower is better",
-        "protocol": f"one posterior sample per image, {pixels}, beta = 1, "
-        f"{model.likelihood} likelihood, {subject.config.prior} prior",
-        "bound": mean_and_error(bound_N)._asdict(),
-        "recon_loss": mean_and_error(nats.recon_B)._asdict(),
-        "KL_divergence": mean_and_error(nats.kl_B)._asdict(),
-    }
-    if model.likelihood == "bernoulli":  # the others are densities or of levels
-        report |= _anchors(subject.train, held_out, bound_N.mean().item())
-    if options.iwae_samples:
-        order_N = torch.randperm(len(held_out), generator=generator(subject.seed, "iwae images"))
-        some = held_out.subset(order_N[: options.iwae_images])
-        iwae_n = iwae_nats(model, eval_dataloader(some, device), subject.seed, options.iwae_samples)
-        bound_N = bound_N[order_N]
-        report["iwae"] = {
-            **of_whole_split(bound_N, iwae_n)._asdict(),
-            "num_samples": options.iwae_samples,
-            "num_images": len(some),
-            "gain_on_these_images": mean_and_error(bound_N[: len(some)] - iwae_n)._asdict(),
-        }
-    return report
+    anchors = {}
+    if model.likelihood == "bernoulli":
+        anchors = _anchors(context.train, held_out, bound_N.mean().item())
+    return Likelihood(
+        unit="nats per image, lower is better",
+        protocol=f"one posterior sample per image, {pixels}, beta = 1, "
+        f"{model.likelihood} likelihood, {context.config.prior} prior",
+        bound=mean_and_error(bound_N),
+        recon_loss=mean_and_error(nats.recon_B),
+        KL_divergence=mean_and_error(nats.kl_B),
+        **anchors,
+        iwae=_iwae(context, options, bound_N) if options.iwae_samples else None,
+    )
 
 
-def of_whole_split(bound_N: Tensor, iwae_n: Tensor) -> Measured:
+def _iwae(context: EvaluationContext, options: EvaluateOptions, bound_N: Tensor) -> ImportanceBound:
+    """The IWAE bound of the split, whose gain over the bound is measured on random images of it."""
+    held_out, seed = context.seen(context.held_out), context.seed
+    order_N = torch.randperm(len(held_out), generator=generator(seed, "iwae images"))
+    chosen = held_out.subset(order_N[: options.iwae_images])
+    loader = eval_dataloader(chosen, context.device)
+    iwae_n = iwae_nats(context.model, loader, seed, options.iwae_samples)
+    bound_N = bound_N[order_N]
+    whole = of_whole_split(bound_N, iwae_n)
+    return ImportanceBound(
+        mean=whole.mean,
+        standard_error=whole.standard_error,
+        num_samples=options.iwae_samples,
+        num_images=len(chosen),
+        gain_on_these_images=mean_and_error(bound_N[: len(chosen)] - iwae_n),
+    )
+
+
+def of_whole_split(bound_N: Tensor, iwae_n: Tensor) -> Estimate:
     """The split's IWAE bound, from the bound of all images and what the first n gain on it.
 
-    The gain varies over images much less than the bounds do, so few images are enough for it. The
+    The gain varies much less over images than the bounds do, so few images suffice for it. The
     variance of the sum of the two means is var(b)/N + var(d)/n + 2 cov(b, d)/N, d = iwae - b.
     """
     total, n = len(bound_N), len(iwae_n)
@@ -182,11 +220,12 @@ def of_whole_split(bound_N: Tensor, iwae_n: Tensor) -> Measured:
         bound_N.double().var() / total + covariance_22[1, 1] / n + 2 * covariance_22[0, 1] / total
     )
     mean = bound_N.double().mean() + pair_2n[1].mean()
-    return Measured(mean.item(), variance.clamp(min=0).sqrt().item())
+    return Estimate(mean.item(), variance.clamp(min=0).sqrt().item())
 
 
 def _anchors(train: Split, held_out: Split, bound: float) -> dict[str, float]:
-    """What no model can go below, and what one gives that has learned nothing of single images."""
+    """Two levels to read a bound by: no model can go below the entropy of the pixels, and the mean
+    of the training images needs no model."""
     x_NCHW = held_out.pixels(slice(None))
     floor = entropy_floor(x_NCHW)
     mean_image = mean_image_nats(train.pixels(slice(None)), x_NCHW)
@@ -198,138 +237,148 @@ def _anchors(train: Split, held_out: Split, bound: float) -> dict[str, float]:
     }
 
 
-def latent_space(subject: Subject) -> dict[str, Any]:
-    """How many dimensions are used, what each says, and what can be read off the means."""
-    train, held_out = subject.train, subject.held_out
-    posteriors = subject.posteriors(held_out)
+def latent_space(context: EvaluationContext) -> LatentSpace:
+    """Active units, nats per dimension, probes and, with known factors, disentanglement."""
+    train, held_out = context.train, context.held_out
+    posteriors = context.posteriors(held_out)
     active = active_units(posteriors)
-    several = len(train.labels_N.unique()) > 1  # of one class there is nothing to tell apart
+    kl_NZ = kl_per_dimension(posteriors.mu_NZ.double(), posteriors.logvar_NZ.double())
+    several = len(train.labels_N.unique()) > 1  # a single class gives probes nothing to tell apart
     probes = (
         "probes trained on all images of the training split: logistic regression on standardised "
         "values (ridge chosen on a tenth of them), majority of the 10 nearest neighbours"
     )
-    report = {
-        "protocol": f"posterior means; {probes if several else 'no probes, all of one class'}; "
+    found = LatentSpace(
+        protocol=f"posterior means; {probes if several else 'no probes, all of one class'}; "
         f"active: variance of the mean above {ACTIVE_VARIANCE}; mutual information of z and the "
         "number of the image, at most log N",
-        "latent_dim": subject.model.latent_dim,
-        "active_units": active,
-        "collapsed": active == 0,
-        "kl_by_dimension": [kl._asdict() for kl in kl_by_dimension(posteriors)],
-        "mutual_information": mutual_information(
-            posteriors, posteriors.draw(subject.seed)
-        )._asdict(),
-    }
+        latent_dim=context.model.latent_dim,
+        active_units=active,
+        collapsed=active == 0,
+        kl_by_dimension=[mean_and_error(kl_N) for kl_N in kl_NZ.unbind(dim=1)],
+        mutual_information=mutual_information(posteriors, posteriors.draw(context.seed)),
+    )
     if several:
-        report |= _probes(train, held_out, subject.posteriors(train).mu_NZ, posteriors.mu_NZ)
-        report["raw_pixels"] = _pixel_probes(train, held_out)
-    if subject.config.dataset == "drawn":
-        report["factors"] = _factors(subject, posteriors.mu_NZ)
-    return report
+        of_means = _probes(train, held_out, context.posteriors(train).mu_NZ, posteriors.mu_NZ)
+        found = dataclasses.replace(
+            found,
+            linear_probe=of_means.linear_probe,
+            knn_probe=of_means.knn_probe,
+            raw_pixels=_pixel_probes(train, held_out),
+        )
+    if context.config.dataset == "drawn":
+        found = dataclasses.replace(found, factors=_factors(context, posteriors.mu_NZ))
+    return found
 
 
-def _probes(
-    train: Split, held_out: Split, train_PF: Tensor, held_out_NF: Tensor
-) -> dict[str, dict[str, float]]:
-    return {
-        name: probe(train_PF, train.labels_N, held_out_NF, held_out.labels_N)._asdict()
-        for name, probe in (("linear_probe", linear_probe), ("knn_probe", knn_probe))
-    }
+def _probes(train: Split, held_out: Split, train_PF: Tensor, held_out_NF: Tensor) -> Probes:
+    labelled = train_PF, train.labels_N, held_out_NF, held_out.labels_N
+    return Probes(linear_probe(*labelled), knn_probe(*labelled))
 
 
 @per_split
-def _pixel_probes(train: Split, held_out: Split) -> dict[str, dict[str, float]]:
+def _pixel_probes(train: Split, held_out: Split) -> Probes:
     flat = (split.pixels(slice(None)).flatten(1) for split in (train, held_out))
     return _probes(train, held_out, *flat)
 
 
-def _factors(subject: Subject, mu_NZ: Tensor) -> dict[str, Any]:
-    """How cleanly the dimensions separate the factors that the split was drawn from."""
-    levels_NF = draw_factors(subject.split, len(mu_NZ))
-    return {
-        "names": [factor.name for factor in FACTORS],
-        "mig": mutual_information_gap(mu_NZ, levels_NF),
-        "factor_vae_score": factor_vae_score(mu_NZ, levels_NF, subject.seed),
-        "dci": dci_disentanglement(mu_NZ, levels_NF, subject.seed),
-    }
+def _factors(context: EvaluationContext, mu_NZ: Tensor) -> Factors:
+    levels_NF = draw_factors(context.split, len(mu_NZ))
+    return Factors(
+        names=[factor.name for factor in FACTORS],
+        mig=mutual_information_gap(mu_NZ, levels_NF),
+        factor_vae_score=factor_vae_score(mu_NZ, levels_NF, context.seed),
+        dci=dci_disentanglement(mu_NZ, levels_NF, context.seed),
+    )
+
+
+class ImageMetrics:
+    """Measures sets of images against a split, in the features of a classifier of Fashion-MNIST."""
+
+    def __init__(self, context: EvaluationContext, options: EvaluateOptions) -> None:
+        self.device, self.seed = context.device, context.seed
+        self.real_NF, self.train_PF = (
+            split_features(split, self.device) for split in (context.held_out, context.train)
+        )
+        self.nearest_N = self._nearest_training_image(self.real_NF)
+        self.inception = options.inception
+        if self.inception:
+            self.inception_NF = self._inception_features(context.held_out.images_NCHW)
+
+    def of_training_images(self, images_MCHW: Tensor, index_M: Tensor) -> ImageQuality:
+        """The quality of some of the training images, as the best that a model could do."""
+        return self._quality(images_MCHW, self.train_PF[index_M], {})
+
+    def of_generated(self, images_MCHW: Tensor) -> ImageQuality:
+        """The quality of generated images, as bytes; with it, whether they are copies."""
+        features_MF = image_features(images_MCHW, self.device)
+        copies = copying(self._nearest_training_image(features_MF), self.nearest_N)
+        return self._quality(images_MCHW, features_MF, copies)
+
+    def _quality(
+        self, images_MCHW: Tensor, features_MF: Tensor, copies: dict[str, Estimate]
+    ) -> ImageQuality:
+        inception_fid = None
+        if self.inception:
+            found_MF = self._inception_features(images_MCHW)
+            inception_fid = frechet_distance(self.inception_NF, found_MF, self.seed)
+        return ImageQuality(
+            num_images=len(images_MCHW),
+            fid=frechet_distance(self.real_NF, features_MF, self.seed),
+            **manifold_measures(self.real_NF, features_MF),
+            inception_fid=inception_fid,
+            **copies,
+        )
+
+    def _nearest_training_image(self, features_MF: Tensor) -> Tensor:
+        """Distance to it, shape (M,)."""
+        return nearest(features_MF, self.train_PF, 1)[0][:, 0]
+
+    def _inception_features(self, images_MCHW: Tensor) -> Tensor:
+        assert self.inception
+        return inception_features(images_MCHW, self.inception, self.device)
 
 
 def generated_images(
-    subject: Subject,
+    context: EvaluationContext,
     options: EvaluateOptions,
     step: Callable[[str], None],
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """FID, precision, recall, density, coverage and copying of what the model makes.
+) -> GeneratedImages:
+    """The quality of real images, of reconstructions and of the samples of each sampler.
 
-    ``step`` is told what begins, once for the real images and once per kind of made ones; ``say``
-    what a sampler that is fitted has to say.
+    ``step`` is called with what begins, once for the real images and once per kind of generated
+    ones; ``say`` with the progress of a sampler that is fitted.
     """
-    model, held_out, train = subject.model, subject.held_out, subject.train
+    model, held_out, train = context.model, context.held_out, context.train
     num = options.num_generated or len(held_out)
     step("features of the real images")
-    real_NF, train_PF = (split_features(split, subject.device) for split in (held_out, train))
-    held_out_N = nearest(real_NF, train_PF, 1)[0][:, 0]
-    chosen = torch.randperm(len(train), generator=generator(subject.seed, "real"))[:num]
-    inception_fid = _inception_fid(subject, options)
-
-    def compare(features_MF: Tensor, images_NCHW: Tensor) -> dict[str, Measured]:
-        fid = frechet_distance(real_NF, features_MF, subject.seed)
-        return {"fid": fid, **manifold_measures(real_NF, features_MF), **inception_fid(images_NCHW)}
-
-    def judge(images_NCHW: Tensor) -> dict[str, Measured]:
-        features_MF = image_features(images_NCHW, subject.device)
-        nearest_M = nearest(features_MF, train_PF, 1)[0][:, 0]
-        return compare(features_MF, images_NCHW) | copying(nearest_M, held_out_N)
-
-    rows = {"real": compare(train_PF[chosen], train.images_NCHW[chosen])}
+    metrics = ImageMetrics(context, options)
+    chosen = torch.randperm(len(train), generator=generator(context.seed, "real"))[:num]
+    kinds = {"real": metrics.of_training_images(train.images_NCHW[chosen], chosen)}
     step("reconstructions")
-    mu_NZ = subject.posteriors(held_out).mu_NZ[:num]
-    rows["reconstructions"] = judge(decode_bytes(model, mu_NZ))
-    counts = {"real": len(chosen), "reconstructions": len(mu_NZ)}
+    mu_NZ = context.posteriors(held_out).mu_NZ[:num]
+    kinds["reconstructions"] = metrics.of_generated(decode_bytes(model, mu_NZ))
     for name in options.samplers:
         step(f"images from the {name}")
-        sampler = get_sampler(name, subject.checkpoint, lambda: train, options.sampler, say)
-        rows[name], counts[name] = judge(generate(model, sampler, num, subject.seed)), num
+        sampler = get_sampler(name, context.checkpoint, lambda: train, options.sampler, say)
+        kinds[name] = metrics.of_generated(generate(model, sampler, num, context.seed))
+    return GeneratedImages(_image_protocol(context, options), kinds)
+
+
+def _image_protocol(context: EvaluationContext, options: EvaluateOptions) -> str:
     bits = inception = ""
-    if subject.config.binarize != "none":
+    if context.config.binarize != "none":
         bits = ", grey ones, although the model was trained on bits"
     if options.inception:
         digest = hashlib.sha256(options.inception.read_bytes()).hexdigest()
         inception = f"; inception_fid: in the features of {options.inception.name} ({digest[:12]})"
-    return {
-        "protocol": f"features of a Fashion-MNIST classifier (SHA-256 {WEIGHTS_SHA256[:12]}), "
-        f"images as bytes against all {len(held_out):,} images of the split{bits}; "
-        "reconstructions of the split's first images from posterior means; real: images of the "
-        f"training split; 5 nearest neighbours; errors of FID by bootstrap{inception}",
-        **{
-            name: {
-                "num_images": counts[name],
-                **{key: value._asdict() for key, value in row.items()},
-            }
-            for name, row in rows.items()
-        },
-    }
-
-
-def _inception_fid(
-    subject: Subject, options: EvaluateOptions
-) -> Callable[[Tensor], dict[str, Measured]]:
-    """FID in Inception's features, against the split, of images as bytes; nothing if not asked."""
-    if options.inception is None:
-        return lambda images_NCHW: {}
-    weights, device = options.inception, subject.device
-    real_NF = inception_features(subject.held_out.images_NCHW, weights, device)
-
-    def measure(images_NCHW: Tensor) -> dict[str, Measured]:
-        features_MF = inception_features(images_NCHW, weights, device)
-        return {"inception_fid": frechet_distance(real_NF, features_MF, subject.seed)}
-
-    return measure
-
-
-#: Of the report's layout and protocols.
-REPORT_VERSION = 5
+    return (
+        f"features of a Fashion-MNIST classifier (SHA-256 {WEIGHTS_SHA256[:12]}), images as bytes "
+        f"against all {len(context.held_out):,} images of the split{bits}; reconstructions of the "
+        "split's first images from posterior means; real: images of the training split; 5 nearest "
+        f"neighbours; errors of FID by bootstrap{inception}"
+    )
 
 
 def evaluate(
@@ -339,90 +388,83 @@ def evaluate(
     device: str = "auto",
     options: EvaluateOptions | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """The parts of :class:`EvaluateOptions` on a split, as plain data for JSON.
+) -> Evaluation:
+    """Measure a checkpoint on a split: the parts that :class:`EvaluateOptions` names.
 
-    ``say`` is told what is being done. Raises the errors of :func:`load_ckpt`, :func:`split_of`
-    and, for a sampler, :func:`get_sampler`.
+    ``say`` is called with a line of progress at each step. Raises the errors of :func:`load_ckpt`,
+    :meth:`Checkpoint.split` and, for a sampler, :func:`get_sampler`.
     """
     options = options or EvaluateOptions()
     if split == "train" and options.parts != ("likelihood",):
         raise ConfigError(
-            "--split train says nothing of probes and images, which are measured against the "
-            "training images: give --parts likelihood."
+            "Probes and image metrics need a held-out split, because they compare with the "
+            "training images: with --split train, use --parts likelihood."
         )
-    target = pick_device(device)
-    checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_ckpt(ckpt)
-    subject = Subject(
-        checkpoint.model(target),
-        checkpoint,
-        checkpoint.split("train", data_dir),
-        split,
-        checkpoint.split(split, data_dir),
-        target,
-    )
-    report: dict[str, Any] = {
-        "version": REPORT_VERSION,
-        "checkpoint": str(checkpoint.path),
-        "checkpoint_digest": checkpoint.digest,
-        "split": split,
-        "options": plain(options),
-        "num_images": len(subject.held_out),
-        "data_digest": subject.held_out.digest,
-        "epoch": checkpoint.epoch,
-        "step": checkpoint.step,
-        "config": checkpoint.config.to_dict(),
-        "environment": environment(target),
-    }
-    num_images_steps = 2 + len(options.samplers)
-    total = sum(num_images_steps if part == "images" else 1 for part in set(options.parts))
+    context = EvaluationContext.load(ckpt, split, data_dir, device)
+    steps = {"likelihood": 1, "latents": 1, "images": 2 + len(options.samplers)}
+    total = sum(steps[part] for part in set(options.parts))
     numbers = itertools.count(1)
 
     def step(text: str) -> None:
         say(f"{next(numbers)} of {total}: {text}")
 
+    found = _without_parts(context, options)
     if "likelihood" in options.parts:
         step("likelihood bounds")
-        report |= likelihood(subject, options)
+        found = dataclasses.replace(found, likelihood=likelihood(context, options))
     if "latents" in options.parts:
         step("latent space and probes")
-        report["latents"] = latent_space(subject)
+        found = dataclasses.replace(found, latents=latent_space(context))
     if "images" in options.parts:
-        report["images"] = generated_images(subject, options, step, say)
-    return report
+        images = generated_images(context, options, step, say)
+        found = dataclasses.replace(found, images=images)
+    return found
+
+
+def _without_parts(context: EvaluationContext, options: EvaluateOptions) -> Evaluation:
+    """What was evaluated, and where."""
+    checkpoint = context.checkpoint
+    return Evaluation(
+        checkpoint=str(checkpoint.path),
+        checkpoint_digest=checkpoint.digest,
+        split=context.split,
+        options=plain_options(options),
+        num_images=len(context.held_out),
+        data_digest=context.held_out.digest,
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        config=checkpoint.config.to_dict(),
+        environment=environment(context.device),
+    )
 
 
 def evaluate_once(
     path: Path,
     ckpt: Path,
     split: SplitName,
-    data_dir: Path | None,
-    device: str,
+    places: Places,
     options: EvaluateOptions,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """The report in ``path`` if it is of this checkpoint and this question, or a new one.
+) -> Evaluation:
+    """The evaluation in ``path`` if it has the same checkpoint, data and options, or a new one.
 
-    So a number of the test split is taken once.
+    So a number of the test split is taken once. Data and device are those of ``places``.
     """
     checkpoint = load_ckpt(ckpt)
-    asked = {
-        "version": REPORT_VERSION,
-        "checkpoint_digest": checkpoint.digest,
-        "split": split,
-        "data_digest": load_split(split, data_dir, checkpoint.config.dataset).digest,
-        "options": plain(options),
-    }
+    data_digest = load_split(split, places.data_dir, checkpoint.config.dataset).digest
     with contextlib.suppress(ConfigError):  # no such file yet, or a broken one
-        report = read_json(path)
-        if {name: report.get(name) for name in asked} == asked:
-            return report
-    report = evaluate(checkpoint, split, data_dir, device, options, say)
-    write_text(path, json.dumps(report, indent=2) + "\n")
-    return report
+        found = Evaluation.from_dict(read_json(path), str(path))
+        same = (VERSION, checkpoint.digest, split, data_digest, plain_options(options))
+        if same == (
+            found.version, found.checkpoint_digest, found.split, found.data_digest, found.options
+        ):  # fmt: skip
+            return found
+    found = evaluate(checkpoint, split, places.data_dir, places.device, options, say)
+    write_text(path, found.to_json())
+    return found
 
 
-def plain(options: EvaluateOptions) -> dict[str, Any]:
+def plain_options(options: EvaluateOptions) -> Json:
     """The options as JSON has them; a file is its SHA-256."""
 
     def digest(path: Path) -> str:

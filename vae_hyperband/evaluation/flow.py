@@ -1,11 +1,12 @@
-"""Flow matching on latents: a learned path from noise to the z that the decoder knows.
+"""Flow matching on latents: a learned path from noise to the z that the decoder was trained on.
 
     z_t = (1 - t) noise + t z,  t in [0, 1]         a straight line for each pair
     loss = |v(z_t, t) - (z - noise)|^2              v learns the mean direction of the lines
     dz = v(z, t) dt from noise at t = 0             draws a new z
 
 Lipman et al. 2023 (arXiv 2210.02747), with the straight paths of Liu, Gong & Liu 2023
-(arXiv 2209.03003). The z are standardised; the class is an input, so that one network draws all.
+(arXiv 2209.03003). The z are standardised; the class is an input, so that one network serves all
+classes.
 
 Shape suffixes: B rows of a batch, Z latent dimensions, H hidden units, L labels.
 """
@@ -25,7 +26,7 @@ from vae_hyperband.model.schedules import learning_rate_at
 TIME_FEATURES = 32
 BATCH_SIZE = 512
 PEAK = 2e-3
-NUM_STEPS = 50  # of a draw, from noise to z
+NUM_STEPS = 50  # from noise to z
 AVERAGED = 0.999  # decay of the weights' moving average, which is what is kept
 
 
@@ -101,22 +102,20 @@ class Flow(nn.Module):
 
 
 def fit_flow(
+    flow: Flow,
     draw_z: Callable[[int], Tensor],
     label_P: Tensor,
-    num_labels: int,
     seed: int,
     epochs: int,
-    width: int = 256,
-    depth: int = 3,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> Flow:
     """Fit a flow to latents; ``draw_z(epoch)`` gives one z per training image, shape (P, Z).
 
-    Deterministic in the seed. Its weights are the moving average of the trained ones.
+    ``flow`` may be on the meta device: its first weights are drawn here, from the seed, as is
+    everything random. Returns another flow, whose weights are the moving average of the trained
+    ones, in eval mode on the CPU.
     """
     first_PZ = draw_z(0)
-    with torch.device("meta"):
-        flow = Flow(first_PZ.shape[1], num_labels, width, depth)
     flow = initialize(flow, generator(seed, "flow init"))
     flow.std_Z, flow.mean_Z = torch.std_mean(first_PZ, dim=0)
     flow.std_Z.clamp_(min=1e-6)

@@ -1,17 +1,16 @@
-"""What a classifier of Fashion-MNIST sees in images: the space that FID and its kin measure in.
+"""Quality of generated images: FID, precision, recall and more, in features of a small classifier.
 
 Inception, which papers on natural images use, was trained on 299x299 photographs; a 28x28 garment
 blown up to that size lies far from anything it has seen. So the features here are those of a small
 classifier of Fashion-MNIST itself, trained on the training split alone and shipped with its digest.
-Its distances can be compared with each other, never with FIDs in Inception's features; who has
-Inception's weights can have those, too (:func:`inception_features`).
+These FIDs can be compared with each other, never with FIDs in Inception's features. With a file of
+Inception's weights those can be measured as well (:func:`inception_features`).
 
 Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, F features.
 """
 
 import functools
 import hashlib
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, per_split
+from vae_hyperband.evaluation.results import Estimate, mean_and_error
 
 WEIGHTS = Path(__file__).with_name("feature_net.safetensors")
 
@@ -30,7 +30,7 @@ WEIGHTS = Path(__file__).with_name("feature_net.safetensors")
 WEIGHTS_SHA256 = "a63a061b13e6b955be60f2566cd7dd3da4f13a0f2d65b71736f76568245d8bef"
 
 NUM_FEATURES = 128
-BATCH_SIZE = 100  # on a CPU half the time of 1000: what is in the works stays in the cache
+BATCH_SIZE = 100  # on a CPU twice as fast as 1000: activations stay in the cache
 
 # about the mean and standard deviation of the training split's pixels, 0.2855 and 0.3528
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3527
@@ -75,8 +75,8 @@ class FeatureNet(nn.Module):
 
 @functools.cache
 def load_feature_net(device: torch.device | str = "cpu") -> FeatureNet:
-    """The shipped network, in eval mode; :class:`CheckpointError` if its file is another one."""
-    from safetensors.torch import load_file  # not needed where nothing but training is done
+    """The shipped network, in eval mode. Raises :class:`CheckpointError` if its file differs."""
+    from safetensors.torch import load_file  # training does not need it
 
     found = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if WEIGHTS.is_file() else "no file"
     if found != WEIGHTS_SHA256:
@@ -105,7 +105,7 @@ def image_features(x_NCHW: Tensor, device: torch.device | str = "cpu") -> Tensor
 
 @per_split
 def split_features(split: Split, device: torch.device | str = "cpu") -> Tensor:
-    """Features of a whole split, which is looked at again and again."""
+    """Features of a whole split, kept for the next evaluation."""
     return image_features(split.images_NCHW, device)
 
 
@@ -117,8 +117,8 @@ def inception_features(
 
     ``weights`` is the TorchScript translation of the network of Heusel et al. 2017 that
     StyleGAN2-ADA published as inception-2015-12-05.pt and clean-fid uses: called with bytes
-    (B, 3, H, W) and ``return_features=True``, it resizes to 299x299 itself. Other networks that
-    can be called like this will do, too. Raises :class:`CheckpointError` for any other file.
+    (B, 3, H, W) and ``return_features=True``, it resizes to 299x299 itself. Any other
+    network with this interface works. Raises :class:`CheckpointError` for any other file.
     """
     with warnings.catch_warnings():
         # torch.jit is deprecated, but the file that everyone compares with is in its format
@@ -127,7 +127,7 @@ def inception_features(
             net = torch.jit.load(weights, map_location=device).eval()
         except (OSError, RuntimeError, ValueError) as error:
             why = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{weights} is no TorchScript file: {why}") from error
+            raise CheckpointError(f"{weights} is not a TorchScript file: {why}") from error
     parts = []
     for x_BCHW in images_NCHW.split(BATCH_SIZE):
         rgb_BCHW = x_BCHW.expand(-1, 3, -1, -1).contiguous().to(device)
@@ -142,25 +142,11 @@ def inception_features(
     return torch.cat(parts)
 
 
-# ---- How far generated images are from real ones, measured in any space of features.
+# ---- Distances between sets of images, in any space of features.
 
 NUM_BOOTSTRAPS = 50
 NEAREST = 5  # neighbours that span a set's manifold, as in Naeem et al. 2020
 DISTANCE_ROWS = 1000  # rows of a distance matrix at a time
-
-
-class Measured(NamedTuple):
-    """An estimate and its standard error."""
-
-    mean: float
-    standard_error: float
-
-
-def mean_and_error(values_N: Tensor) -> Measured:
-    """Mean and the standard error of that mean, the values being independent draws."""
-    values_N = values_N.double()
-    spread = values_N.std().item() if len(values_N) > 1 else math.nan
-    return Measured(values_N.mean().item(), spread / math.sqrt(len(values_N)))
 
 
 class Moments(NamedTuple):
@@ -189,12 +175,12 @@ def frechet(one: Moments, other: Moments) -> float:
     return ((one.mean_F - other.mean_F).square().sum() + traces).clamp(min=0).item()
 
 
-def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) -> Measured:
+def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) -> Estimate:
     """FID of the two sets, with a bootstrap standard error.
 
-    Both sets are drawn anew, with replacement, 50 times; the error is the standard deviation of the
-    distances. Their mean is of no use: fewer different images make a distance larger. For the
-    same reason FIDs of different numbers of images cannot be compared.
+    Both sets are resampled with replacement 50 times; the error is the standard deviation of the
+    distances. Their mean is biased: fewer distinct images make the distance larger. For the same
+    reason FIDs of different numbers of images cannot be compared.
     """
     mean = frechet(moments(reference_NF), moments(generated_MF))
     again = []
@@ -205,7 +191,7 @@ def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) 
             for x in (reference_NF, generated_MF)
         )
         again.append(frechet(*sets))
-    return Measured(mean, torch.tensor(again).std().item())
+    return Estimate(mean, torch.tensor(again).std().item())
 
 
 def _distances(from_NF: Tensor, to_MF: Tensor) -> Iterator[Tensor]:
@@ -221,14 +207,14 @@ def nearest(from_NF: Tensor, to_MF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
-def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, Measured]:
+def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, Estimate]:
     """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020).
 
     A set's manifold is the union of balls around its vectors, each up to its 5th nearest neighbour
     in the set. precision: share of generated vectors in the reference's manifold. recall: share of
     reference vectors in the generated manifold. density: how many reference balls a generated
     vector lies in, over 5. coverage: share of reference balls with a generated vector in them.
-    Errors are over the images averaged, the other set being as it is.
+    Each error is over the images averaged, with the other set fixed.
     """
     # the nearest of a set's own vectors is itself
     radius_N = nearest(reference_NF, reference_NF, NEAREST + 1)[0][:, -1]
@@ -251,14 +237,14 @@ def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, M
     }
 
 
-def copying(generated_M: Tensor, held_out_N: Tensor) -> dict[str, Measured]:
-    """Whether generated images lie closer to training images than unseen real ones do.
+def copying(generated_M: Tensor, held_out_N: Tensor) -> dict[str, Estimate]:
+    """Whether generated images lie closer to training images than unseen real images do.
 
-    Takes the distance of each to its nearest training image.
-    ``closer_than_held_out`` is the probability that a generated image's nearest training image is
-    nearer than a held-out image's: 0.5 where the model generalises, towards 1 where it copies (or
-    where it makes only ordinary garments), after Meehan et al. 2020. Its error is that of the
-    Mann-Whitney statistic (Hanley & McNeil 1982 with placement values, DeLong et al. 1988).
+    Takes the distance of each image to its nearest training image. ``closer_than_held_out`` is the
+    probability that a generated image's distance is smaller than a held-out image's: 0.5 if the
+    model generalises, towards 1 if it copies (or makes only typical garments), after Meehan et al.
+    2020. Its error is that of the Mann-Whitney statistic (Hanley & McNeil 1982 with placement
+    values, DeLong et al. 1988).
     """
     return {
         "nearest_training_image": mean_and_error(generated_M),
@@ -267,7 +253,7 @@ def copying(generated_M: Tensor, held_out_N: Tensor) -> dict[str, Measured]:
     }
 
 
-def _probability_less(one_M: Tensor, other_N: Tensor) -> Measured:
+def _probability_less(one_M: Tensor, other_N: Tensor) -> Estimate:
     """P(one < other), ties counting one half, from placement values."""
     one_M, other_N = one_M.sort().values, other_N.sort().values
 
@@ -277,4 +263,4 @@ def _probability_less(one_M: Tensor, other_N: Tensor) -> Measured:
 
     above_M, below_N = share_above(one_M, other_N), 1 - share_above(other_N, one_M)
     variance = above_M.var() / len(one_M) + below_N.var() / len(other_N)
-    return Measured(above_M.mean().item(), variance.sqrt().item())
+    return Estimate(above_M.mean().item(), variance.sqrt().item())

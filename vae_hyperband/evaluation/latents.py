@@ -1,4 +1,4 @@
-"""What the latent space holds: which dimensions are used, how much they say, what can be read off.
+"""Measures of the latent space: dimensions in use, information, probes, disentanglement.
 
 Shape suffixes: B images of a batch, N images of a split, Z latent dimensions, P training images,
 F features.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.evaluation.image_quality import Measured, mean_and_error, nearest
+from vae_hyperband.evaluation.image_quality import nearest
+from vae_hyperband.evaluation.results import Estimate, mean_and_error
 from vae_hyperband.model.objective import kl_per_dimension
 from vae_hyperband.model.priors import reparameterize
 from vae_hyperband.model.vae import VAE
@@ -28,7 +29,7 @@ ACTIVE_VARIANCE = 0.01
 
 RIDGES = (0.01, 1.0)  # of the linear probe: scikit-learn's C, the stronger one first
 NEIGHBOURS = 10  # of the kNN probe
-FEW = 100  # images at a time, where there are not many
+FEW = 100  # images at a time of :func:`encode_images`
 CHUNK = 500  # rows of an N x N matrix at a time
 
 
@@ -39,7 +40,7 @@ class Posteriors(NamedTuple):
     logvar_NZ: Tensor
 
     def draw(self, seed: int, position: int = 0) -> Tensor:
-        """One z per image, shape (N, Z); each position is another draw."""
+        """One z per image, shape (N, Z); each position gives other samples."""
         noise_NZ = torch.randn(self.mu_NZ.shape, generator=generator(seed, "posterior", position))
         return reparameterize(self.mu_NZ, self.logvar_NZ, noise_NZ)
 
@@ -63,17 +64,31 @@ def active_units(posteriors: Posteriors) -> int:
     return int((posteriors.mu_NZ.double().var(dim=0) > ACTIVE_VARIANCE).sum())
 
 
-def kl_by_dimension(posteriors: Posteriors) -> list[Measured]:
-    """Mean KL to the standard normal in nats, one per dimension, each with its standard error."""
-    kl_NZ = kl_per_dimension(posteriors.mu_NZ.double(), posteriors.logvar_NZ.double())
-    return [mean_and_error(kl_N) for kl_N in kl_NZ.unbind(dim=1)]
+def information_per_dimension(model: VAE, posteriors: Posteriors) -> Tensor:
+    """Nats about the image that each dimension carries, mean over images, shape (Z,).
+
+    Under the standard normal prior, the dimension's KL. A VampPrior's KL is not a sum over
+    dimensions: there it is the KL to the Gaussian that has the mean and the variance of all images'
+    z together, which is 0 for a dimension whose posterior is the same for every image.
+    """
+    mu_NZ, logvar_NZ = posteriors
+    if model.vamp is None:
+        return kl_per_dimension(mu_NZ, logvar_NZ).mean(dim=0)
+    _, variance_Z = aggregate(posteriors)
+    return 0.5 * (variance_Z.log() - logvar_NZ.mean(dim=0))
 
 
-def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Measured:
-    """Nats that z says about which image it is of: mean log q(z|x) - log (1/N sum_i q(z|x_i)).
+def aggregate(posteriors: Posteriors) -> tuple[Tensor, Tensor]:
+    """Mean and variance of z over all images' posteriors together, shape (Z,) each."""
+    mu_NZ, logvar_NZ = posteriors
+    return mu_NZ.mean(dim=0), logvar_NZ.exp().mean(dim=0) + mu_NZ.var(dim=0, correction=0)
 
-    Hoffman & Johnson 2016's index-code mutual information. It cannot exceed log N, 9.21 nats for
-    10,000 images: there it says only that every image has a place of its own.
+
+def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Estimate:
+    """Mutual information of z and the image's index: mean log q(z|x) - log (1/N sum_i q(z|x_i)).
+
+    Index-code mutual information (Hoffman & Johnson 2016), in nats. It cannot exceed log N, 9.21
+    nats for 10,000 images; at that limit z identifies every image.
     """
     mu_NZ, logvar_NZ, z_NZ = (x.double() for x in (*posteriors, z_NZ))
     precision_NZ = (-logvar_NZ).exp()
@@ -92,13 +107,12 @@ def mutual_information(posteriors: Posteriors, z_NZ: Tensor) -> Measured:
 
 def linear_probe(
     train_PF: Tensor, labels_P: Tensor, held_out_NF: Tensor, labels_N: Tensor
-) -> Measured:
+) -> Estimate:
     """Accuracy of a logistic regression on standardised features, trained on the training split.
 
-    200 rounds of L-BFGS. How strong its ridge is (scikit-learn's C, 0.01 or 1) is chosen on a
-    random tenth of the training images, for each kind of features by itself: raw pixels need more
-    of it than latents, and a baseline should be as good as it can be. The training images have to
-    be of two classes at least.
+    200 iterations of L-BFGS. The ridge (scikit-learn's C, 0.01 or 1) is chosen on a random tenth of
+    the training images, separately for each kind of features: raw pixels need a stronger one than
+    latents, and the baseline should be as good as possible. Needs two classes at least.
     """
     mean_F, std_F = train_PF.mean(dim=0), train_PF.std(dim=0).clamp(min=1e-6)
     train_PF, held_out_NF = (train_PF - mean_F) / std_F, (held_out_NF - mean_F) / std_F
@@ -132,13 +146,13 @@ def _fitted(features_PF: Tensor, labels_P: Tensor, ridge: float) -> "LogisticReg
 
 def knn_probe(
     train_PF: Tensor, labels_P: Tensor, held_out_NF: Tensor, labels_N: Tensor
-) -> Measured:
+) -> Estimate:
     """Accuracy of the most frequent label of the ten nearest training images (Euclidean)."""
     found_N = labels_P[nearest(held_out_NF, train_PF, NEIGHBOURS)[1]].mode(dim=1).values
     return mean_and_error(found_N == labels_N)
 
 
-# ---- How cleanly latent dimensions separate the factors that pictures were drawn from.
+# ---- How cleanly latent dimensions separate the known factors of synthetic garments.
 
 NUM_BINS = 20  # of a latent dimension's values, for mutual information
 VOTES, IMAGES_PER_VOTE = 800, 64  # of the FactorVAE score
@@ -213,7 +227,7 @@ def dci_disentanglement(mu_NZ: Tensor, levels_NF: Tensor, seed: int = 0) -> dict
     half = len(mu_NZ) // 2
     importances, accuracies = [], []
     for level_N in levels_NF.unbind(dim=1):
-        # every split sees all dimensions: else a useless one is chosen where no other was offered
+        # every split considers all dimensions: a random subset may hold only useless ones
         forest = RandomForestClassifier(
             60, max_features=None, min_samples_leaf=5, random_state=seed & 0xFFFFFFFF
         )

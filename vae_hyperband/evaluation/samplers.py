@@ -1,11 +1,11 @@
 """Where z comes from when images are generated: the prior, a mixture of Gaussians, or a flow.
 
-The decoder learned from z drawn from the posteriors of the training images, and their mixture is
-not the prior: the less beta presses, the less so (Rosca, Lakshminarayanan & Mohamed 2018). A small
+The decoder was trained on z from the posteriors of the training images. Their mixture is not the
+prior, and differs the more the lower beta is (Rosca, Lakshminarayanan & Mohamed 2018). A small
 second model of those z closes most of that gap (Dai & Wipf 2019, section 4). It is fitted to the
-training split's latents alone, label by label, so that one kind of garment can be asked for.
+training split's latents alone, label by label, so that it can generate one kind of garment.
 
-Shape suffixes: N draws, P training images, Z latent dimensions, K components, L labels.
+Shape suffixes: N samples, P training images, Z latent dimensions, K components, L labels.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class Prior:
-    """z ~ p(z), the model's own prior: what the bound is about."""
+    """z ~ p(z), the model's own prior, which the bound is of."""
 
     model: VAE
 
@@ -90,7 +90,7 @@ class Mixture:
         from threadpoolctl import threadpool_limits
 
         counts_L = label_P.bincount()
-        counts_L[counts_L < 2] = 0  # a single image has no covariance: its label is never drawn
+        counts_L[counts_L < 2] = 0  # a single image has no covariance: its label is left out
         require(bool(counts_L.any()), "No label has two training images: no mixture can be fitted.")
         shares_L = counts_L.double() / counts_L.sum()
         num_labels, latent_dim = len(shares_L), z_PZ.shape[1]
@@ -98,11 +98,11 @@ class Mixture:
         means_LKZ = torch.zeros(num_labels, components, latent_dim, dtype=torch.float64)
         roots_LKZZ = torch.eye(latent_dim, dtype=torch.float64).repeat(num_labels, components, 1, 1)
         for label in shares_L.nonzero()[:, 0].tolist():
-            num = min(components, int(counts_L[label]))  # of a rare label, fewer
+            num = min(components, int(counts_L[label]))  # fewer for a rare label
             model = GaussianMixture(num, reg_covar=1e-4, random_state=seed & 0xFFFFFFFF)
-            # its matrices are small: two threads take two to four times as long as one
+            # the matrices are small: two threads take two to four times as long as one
             with warnings.catch_warnings(), threadpool_limits(1):
-                # 100 rounds that have not converged are a fit, too
+                # a fit that has not converged after 100 rounds is good enough
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(z_PZ[label_P == label].double().numpy())
             weights_LK[label, :num] = torch.from_numpy(model.weights_)
@@ -138,7 +138,7 @@ def _shares(label_P: Tensor) -> Tensor:
 
 
 def _labels(shares_L: Tensor, num: int, stream: torch.Generator, label: int | None) -> Tensor:
-    """The label asked for, or labels as frequent as in the training split; shape (N,)."""
+    """The given label, or labels as frequent as in the training split; shape (N,)."""
     if label is None:
         return torch.multinomial(shares_L, num, replacement=True, generator=stream)
     if not (0 <= label < len(shares_L) and shares_L[label] > 0):
@@ -158,10 +158,11 @@ def get_sampler(
     config: SamplerConfig | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Sampler:
-    """The sampler of a checkpoint: read from beside it, or fitted and kept there.
+    """The sampler of a checkpoint: read from the file beside it, or fitted and saved there.
 
-    One that is damaged, or was fitted to another checkpoint or in another way, is fitted anew: it
-    is a function of these. ``load_train`` gives the training split, where it is needed.
+    If that file is damaged, or of another checkpoint or other settings, the sampler is fitted
+    again. ``load_train`` gives the training split, and is called only to fit. Raises
+    :class:`CheckpointError` if it is not the data that the checkpoint was trained on.
     """
     config = config or SamplerConfig()
     model = checkpoint.model()
@@ -173,7 +174,7 @@ def get_sampler(
         try:
             found = load_pt(path, FORMAT, KEYS)
         except CheckpointError:
-            say(f"{path} is damaged or of another version: fitted anew")
+            say(f"{path} is damaged or of another version: fitting again")
         else:
             if {key: found[key] for key in facts} == facts:
                 return _from_tensors(name, found["tensors"], config)
@@ -181,16 +182,16 @@ def get_sampler(
     train = load_train()
     if train.digest != checkpoint.data.digest:
         raise CheckpointError(
-            f"{checkpoint.path} was trained on other images than these, so no {name} can be fitted "
-            "to them: give the --data-dir it was trained on, or leave the sampler out."
+            f"{checkpoint.path} was trained on other images than these, so no {name} can be "
+            "fitted: give the --data-dir it was trained on, or leave the sampler out."
         )
     posteriors = encode_split(model, eval_dataloader(as_trained(train, checkpoint.config)))
     seed = checkpoint.config.seed
     sampler = fit_sampler(name, posteriors, train.labels_N, seed, config, say)
     try:
         save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, KEYS)
-    except RunFolderError as error:  # somebody else's checkpoint, perhaps
-        say(f"the {name} is not kept: {error}")
+    except RunFolderError as error:  # perhaps another user's folder
+        say(f"the {name} is not saved: {error}")
     return sampler
 
 
@@ -202,7 +203,7 @@ def fit_sampler(
     config: SamplerConfig,
     say: Callable[[str], None] = lambda text: None,
 ) -> Mixture | LearnedFlow:
-    """Fit a mixture or a flow to draws of the posteriors. A function of its arguments alone."""
+    """Fit a mixture or a flow to samples of the posteriors. Deterministic in its arguments."""
     if name == "mixture":
         return Mixture.fit(posteriors.draw(seed), label_P, config.components, seed)
     shares_L = _shares(label_P)
@@ -212,16 +213,20 @@ def fit_sampler(
             say(f"flow epoch {epoch + 1}/{config.flow_epochs}, loss {loss:.4f}")
 
     flow = fit_flow(
+        _meta_flow(posteriors.mu_NZ.shape[1], len(shares_L), config),
         lambda epoch: posteriors.draw(seed, epoch),
         label_P,
-        len(shares_L),
         seed,
         config.flow_epochs,
-        config.flow_width,
-        config.flow_depth,
         on_epoch,
     )
     return LearnedFlow(shares_L, flow)
+
+
+def _meta_flow(latent_dim: int, num_labels: int, config: SamplerConfig) -> Flow:
+    """A flow without weights."""
+    with torch.device("meta"):
+        return Flow(latent_dim, num_labels, config.flow_width, config.flow_depth)
 
 
 def _to_tensors(sampler: Mixture | LearnedFlow) -> dict[str, Tensor]:
@@ -234,9 +239,7 @@ def _from_tensors(name: str, tensors: dict[str, Tensor], config: SamplerConfig) 
     if name == "mixture":
         return Mixture(**tensors)
     shares_L = tensors.pop("shares_L")
-    with torch.device("meta"):
-        latent_dim = len(tensors["mean_Z"])
-        flow = Flow(latent_dim, len(shares_L), config.flow_width, config.flow_depth)
+    flow = _meta_flow(len(tensors["mean_Z"]), len(shares_L), config)
     flow.load_state_dict(tensors, assign=True)
     return LearnedFlow(shares_L, flow.eval().requires_grad_(False))
 
@@ -245,14 +248,14 @@ def _from_tensors(name: str, tensors: dict[str, Tensor], config: SamplerConfig) 
 def generate(
     model: VAE, sampler: Sampler, num: int, seed: int = 0, label: int | None = None
 ) -> Tensor:
-    """Images decoded from draws of a sampler, as bytes, shape (N, C, H, W), on the CPU."""
+    """Images decoded from samples of z, as bytes, shape (N, C, H, W), on the CPU."""
     z_NZ = sampler.draw(num, generator(seed, "sample"), label)
     return decode_bytes(model, z_NZ)
 
 
 @torch.no_grad()
 def decode_bytes(model: VAE, z_NZ: Tensor) -> Tensor:
-    """The images that the decoder makes of latents, as bytes: the mean of each pixel."""
+    """Decoded latents as bytes: the mean of each pixel."""
     device = next(model.parameters()).device
     return torch.cat(
         [

@@ -1,1 +1,1 @@
-"""What other programs use: ONNX, safetensors, a page for the browser."""
+"""Models for other programs: ONNX, safetensors, a page for the browser."""

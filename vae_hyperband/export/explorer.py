@@ -1,7 +1,7 @@
-"""The latent explorer: one HTML file that encodes and decodes in the browser, without any network.
+"""The latent explorer: one HTML file that encodes and decodes in the browser, without a network.
 
-Everything lies in the page: the two graphs, ONNX Runtime Web, images and their latents. Its
-Content-Security-Policy lets nothing be loaded, and only these scripts and styles run.
+The page holds the two graphs, ONNX Runtime Web, images and their latents. Its
+Content-Security-Policy allows no request, and only its own scripts and styles.
 
 Shape suffixes: N images, C channels, H height, W width, Z latent dimensions, L labels, K
 components.
@@ -22,18 +22,25 @@ from torch import Tensor
 
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.data.splits import Split
+from vae_hyperband.evaluation.bounds import eval_dataloader
 from vae_hyperband.evaluation.flow import NUM_STEPS
-from vae_hyperband.evaluation.latents import Posteriors
+from vae_hyperband.evaluation.latents import (
+    Posteriors,
+    aggregate,
+    encode_split,
+    information_per_dimension,
+)
 from vae_hyperband.evaluation.samplers import LearnedFlow, Mixture
 from vae_hyperband.export.onnx_export import decoder_graph, encoder_graph, velocity_graph
-from vae_hyperband.model.objective import aggregate, nats_by_dimension
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.page import csp_digest, style
 
 FOLDER = Path(__file__).with_name("web")
 SCRIPTS = ("engine.js", "page.js", "drawing.js")
 
-#: ONNX Runtime Web 1.30.0 as published; the WebAssembly after unpacking. To renew them: npm pack
+Data = dict[str, Any]  # JSON that the scripts read
+
+#: ONNX Runtime Web 1.30.0 as published; the WebAssembly after unpacking. To update them: npm pack
 #: onnxruntime-web, then xz -9e of the second one.
 RUNTIME_SHA256 = {
     "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
@@ -54,20 +61,19 @@ def _runtime(name: str) -> bytes:
 def page(
     model: VAE,
     split: Split,
-    posteriors: Posteriors,
     names: tuple[str, ...],
     title: str,
     facts: dict[str, str],
     sampler: Mixture | LearnedFlow | None = None,
 ) -> str:
-    """The whole page. ``posteriors`` are those of the split's images, which are its map.
+    """The whole page, with the split's images on its map, as the model takes them.
 
-    ``facts`` are shown below the title. Raises :class:`ConfigError` where images have neither one
-    channel nor three.
+    ``names`` are those of the labels, ``facts`` are shown below the title. Raises
+    :class:`ConfigError` where images have neither one channel nor three.
     """
     if model.channels not in (1, 3):
         raise ConfigError(f"Images of {model.channels} channels cannot be shown: 1 or 3 can.")
-    data, share = _data(model, split, posteriors, names)
+    data, share = _data(model, split, names)
     data |= {
         "mixture": _mixture(sampler) if isinstance(sampler, Mixture) else None,
         "flow": _flow(sampler) if isinstance(sampler, LearnedFlow) else None,
@@ -81,15 +87,15 @@ def page(
         "title": html.escape(title),
         "facts": html.escape(" · ".join(f"{name} {value}" for name, value in facts.items())),
         "map": html.escape(
-            f"{len(split):,} images where the encoder puts them, in the plane of the two "
-            f"directions in which they vary most ({share:.0%} of the variance)."
+            f"Posterior means of {len(split):,} images, in the plane of their first two principal "
+            f"components ({share:.0%} of the variance)."
         ),
         "nats": html.escape(
             "mean KL over the map's images"
             if model.vamp is None
-            else "mean KL over the map's images, to the Gaussian of all of their z together"
+            else "mean KL over the map's images to the Gaussian of all their z together"
         ),
-        "footer": "Made by vae-hyperband. Decoded here, by ONNX Runtime Web (MIT License, "
+        "footer": "Made by vae-hyperband. Runs in the browser with ONNX Runtime Web (MIT License, "
         "Copyright (c) Microsoft Corporation); nothing is loaded or sent.",
         # in a script element only </script and <!-- have a meaning
         "data": json.dumps(data).replace("<", "\\u003c"),
@@ -103,15 +109,15 @@ def _scripts() -> list[str]:
 
 
 def _as_global(module: str) -> str:
-    """The runtime's module inside of ours: what it exports by default becomes ``ort``.
+    """The runtime's module as an expression: its exports become the fields of ``ort``.
 
-    A module cannot import another one that lies in the same page.
+    A module cannot import another one of the same page.
     """
     head, exports = module.rsplit("export{", 1)
     pairs = [name.split(" as ") for name in exports.split("}", 1)[0].split(",")]
     names = {outside: inside for inside, outside in pairs}
     fields = ",".join(f"{name}:{names[name]}" for name in ("InferenceSession", "Tensor", "env"))
-    # in a block, so that its short names are not ours
+    # in a function, so that its short names do not collide with those of the page
     return f"const ort=(()=>{{{head}return {{{fields}}};}})();"
 
 
@@ -131,14 +137,13 @@ def _policy(script: str, css: str) -> str:
 def _data(
     model: VAE,
     split: Split,
-    posteriors: Posteriors,
     names: tuple[str, ...],
-) -> tuple[dict[str, Any], float]:
-    """What the scripts read, and which share of the variance the map shows."""
-    mu_NZ = posteriors.mu_NZ
-    codes = mu_NZ.double(), posteriors.logvar_NZ.double()
-    nats_Z = nats_by_dimension(model, *codes)
-    mean_Z, variance_Z = aggregate(*codes)
+) -> tuple[Data, float]:
+    """The data of the scripts, and the share of the variance that the map shows."""
+    mu_NZ, logvar_NZ = encode_split(model, eval_dataloader(split))
+    exact = Posteriors(mu_NZ.double(), logvar_NZ.double())
+    nats_Z = information_per_dimension(model, exact)
+    mean_Z, variance_Z = aggregate(exact)
     far_Z = 4 * variance_Z.sqrt()
     map_facts, share = _map(mu_NZ)
     data = {
@@ -168,13 +173,13 @@ def _rounded(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
 
 
-def _map(mu_NZ: Tensor) -> tuple[dict[str, Any], float]:
+def _map(mu_NZ: Tensor) -> tuple[Data, float]:
     """The plane of the first two principal components of the means."""
     centre_Z = mu_NZ.double().mean(dim=0)
     centred_NZ = mu_NZ.double() - centre_Z
     _, lengths, axes = torch.linalg.svd(centred_NZ, full_matrices=False)
     axes_2Z = torch.zeros(2, mu_NZ.shape[1], dtype=torch.float64)
-    axes_2Z[: len(axes[:2])] = axes[:2]  # of a code of one dimension there is one
+    axes_2Z[: len(axes[:2])] = axes[:2]  # a latent space of one dimension has one
     edge = (centred_NZ @ axes_2Z.T).abs().max().item() * 1.05
     energy = lengths.square()
     facts = {
@@ -185,7 +190,7 @@ def _map(mu_NZ: Tensor) -> tuple[dict[str, Any], float]:
     return facts, (energy[:2].sum() / energy.sum().clamp_min(1e-300)).item()
 
 
-def _mixture(mixture: Mixture) -> dict[str, Any]:
+def _mixture(mixture: Mixture) -> Data:
     return {
         "shares": mixture.shares_L.tolist(),
         "components": mixture.weights_LK.shape[1],
@@ -195,7 +200,7 @@ def _mixture(mixture: Mixture) -> dict[str, Any]:
     }
 
 
-def _flow(sampler: LearnedFlow) -> dict[str, Any]:
+def _flow(sampler: LearnedFlow) -> Data:
     flow = sampler.flow
     return {
         "shares": sampler.shares_L.tolist(),
@@ -207,7 +212,7 @@ def _flow(sampler: LearnedFlow) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _vamp(model: VAE) -> dict[str, Any]:
+def _vamp(model: VAE) -> Data:
     assert model.vamp is not None
     mu_KZ, logvar_KZ = model.encode(model.vamp.images_KCHW)
     return {
@@ -218,7 +223,7 @@ def _vamp(model: VAE) -> dict[str, Any]:
 
 
 def _floats(tensor: Tensor) -> str:
-    """32-bit floats in the order of x86 and ARM, which are those of browsers."""
+    """32-bit little-endian floats, as browsers on x86 and ARM have them."""
     return _base64(tensor.float().contiguous().numpy().astype("<f4").tobytes())
 
 

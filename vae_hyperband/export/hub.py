@@ -1,36 +1,35 @@
-"""A model to be handed on: safetensors, a config.json and a model card, in one folder.
+"""Export for model hubs: a folder with safetensors, config.json and a model card.
 
-The folder is laid out as model hubs expect it. Nothing is uploaded.
+Nothing is uploaded.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 
 from vae_hyperband.common.config import in_effect
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import make_folder, write_together
+from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.model.checkpoint import (
-    LOSS_NAMES,
     SHARED_CONFIG,
     SHARED_FORMAT,
     SHARED_WEIGHTS,
     Checkpoint,
 )
 from vae_hyperband.model.vae import VAE
-from vae_hyperband.reporting.summaries import table_of
+from vae_hyperband.reporting.tables import LOSS_NAMES, evaluation_text
 
-#: What the data sets are called, and where hubs have them.
+#: Names of the data sets, and of those that hubs have.
 DATA_NAMES = {
     "fashion-mnist": "Fashion-MNIST",
-    "drawn": "drawn garments",
+    "drawn": "synthetic garments with known factors",
     "custom": "custom images",
 }
 DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
 
-#: What ``license:`` in the head of a card may be; hubs read it as an SPDX-like word.
+#: Characters of ``license:`` in the head of a card, which hubs read as an SPDX-like word.
 LICENSE_WORDS = "abcdefghijklmnopqrstuvwxyz0123456789.-"
 
 ARCHITECTURE = """\
@@ -88,11 +87,11 @@ SHA-256 of the weights, as `train` prints it: `{weights}`.
 
 
 def write_shared(
-    checkpoint: Checkpoint, folder: Path, license: str, report: dict[str, Any] | None
+    checkpoint: Checkpoint, folder: Path, license: str, evaluation: Evaluation | None
 ) -> list[Path]:
-    """Write a loaded checkpoint's model, to be read by :func:`~vae_hyperband.load_model`.
+    """Write a checkpoint's model to a folder that :func:`~vae_hyperband.load_model` reads.
 
-    ``report`` is an evaluation of the same checkpoint, for the card.
+    ``evaluation`` is of the same checkpoint; the card shows it.
     """
     if not license or not set(license) <= set(LICENSE_WORDS):
         raise ConfigError(f"--license is {license!r}, but must be a word such as mit or cc-by-4.0.")
@@ -110,20 +109,20 @@ def write_shared(
         "data": {**checkpoint.data._asdict(), "image_shape": list(checkpoint.data.image_shape)},
         "environment": checkpoint.environment,
         "validation": checkpoint.own_losses,
-        "evaluation": report,
+        "evaluation": evaluation and evaluation.to_dict(),
     }
     make_folder(folder)
     about = {"format": "pt", "model": json.dumps(config["model"])}
-    files = {  # the weights first, so they come last: without them nobody takes it for a model
+    files = {  # the weights first, so they come last: without them the folder is no model
         folder / SHARED_WEIGHTS: safetensors.torch.save(tensors, about),
         folder / SHARED_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-        folder / "README.md": card(checkpoint, model, license, report).encode(),
+        folder / "README.md": card(checkpoint, model, license, evaluation).encode(),
     }
     write_together(files)
     return list(files)
 
 
-def _arguments(model: VAE) -> dict[str, Any]:
+def _arguments(model: VAE) -> dict[str, object]:
     return {
         "latent_dim": model.latent_dim,
         "image_size": model.image_size,
@@ -133,7 +132,7 @@ def _arguments(model: VAE) -> dict[str, Any]:
     }
 
 
-def card(checkpoint: Checkpoint, model: VAE, license: str, report: dict[str, Any] | None) -> str:
+def card(checkpoint: Checkpoint, model: VAE, license: str, evaluation: Evaluation | None) -> str:
     """The model card, in Markdown, with the head that hubs read."""
     config, size = checkpoint.config, model.image_size
     known = DATASETS.get(config.dataset)
@@ -159,22 +158,22 @@ def card(checkpoint: Checkpoint, model: VAE, license: str, report: dict[str, Any
         channels=model.channels,
         num_images=checkpoint.data.num_images,
         data_digest=checkpoint.data.digest,
-        metrics=_metrics(checkpoint, report),
+        metrics=_metrics(checkpoint, evaluation),
         config=json.dumps(in_effect(config.to_dict()), indent=2),
         weights=checkpoint.weights_digest,
     )
 
 
-def _metrics(checkpoint: Checkpoint, report: dict[str, Any] | None) -> str:
-    """What was measured, and how; an evaluation if there is one."""
-    if report is not None:
+def _metrics(checkpoint: Checkpoint, evaluation: Evaluation | None) -> str:
+    """The evaluation, or without one the losses on the validation split."""
+    if evaluation:
         return (
-            f"By `vae-hyperband evaluate --split {report['split']}`; bounds at beta = 1, in nats "
-            f"per image, summed over pixels.\n\n```\n{table_of(report)}\n```"
+            f"By `vae-hyperband evaluate --split {evaluation.split}`; bounds at beta = 1, in nats "
+            f"per image, summed over pixels.\n\n```\n{evaluation_text(evaluation)}\n```"
         )
     losses = checkpoint.own_losses
     if not losses:
         return "None: these weights were saved between two validations."
     lines = [f"| {title} | {losses[name]:.2f} |" for name, title in LOSS_NAMES.items()]
-    head = "On the validation split, nats per image, summed over pixels, one draw of z per image:"
+    head = "Validation split, nats per image, summed over pixels, one sample of z per image:"
     return "\n".join([head, "", "| | nats |", "|---|---|", *lines])

@@ -194,7 +194,7 @@ def largest_difference(model: VAE, encoder: bytes, decoder: bytes, num: int = 16
 
 def _run(graph: bytes, names: list[str], feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only; what is not one is of no use to who exports
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     found = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})
     return [torch.from_numpy(array) for array in found]

@@ -63,14 +63,6 @@ def tree_digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-#: The losses that runs are compared by, as a reader is told; nats per image.
-LOSS_NAMES = {
-    "bound": "bound (beta = 1)",
-    "recon_loss": "reconstruction",
-    "KL_divergence": "KL divergence",
-}
-
-
 #: The losses of a validation in nats per image, with its step and epoch.
 Metrics = dict[str, float]
 

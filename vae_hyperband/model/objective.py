@@ -176,20 +176,3 @@ def held_out_weights(config: TrainConfig) -> tuple[float, float]:
     if config.objective == "beta-tc":
         return 1.0, 0.0
     return config.beta, config.capacity if config.objective == "capacity" else 0.0
-
-
-def nats_by_dimension(model: VAE, mu_NZ: Tensor, logvar_NZ: Tensor) -> Tensor:
-    """How much each dimension says about the images, on average, in nats, shape (Z,).
-
-    Under the standard normal prior, the KL that the bound charges for it. A VampPrior's KL is not a
-    sum over dimensions: there it is the KL to the Gaussian that has the mean and the variance of
-    all the images' z together, which is 0, too, for a dimension that is the same for every image.
-    """
-    if model.vamp is None:
-        return kl_per_dimension(mu_NZ, logvar_NZ).mean(dim=0)
-    return 0.5 * (aggregate(mu_NZ, logvar_NZ)[1].log() - logvar_NZ.mean(dim=0))
-
-
-def aggregate(mu_NZ: Tensor, logvar_NZ: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of z over all of the images' posteriors together, shape (Z,) each."""
-    return mu_NZ.mean(dim=0), logvar_NZ.exp().mean(dim=0) + mu_NZ.var(dim=0, correction=0)

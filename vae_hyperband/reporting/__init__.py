@@ -1,1 +1,1 @@
-"""What people look at: figures, tables, pages."""
+"""Figures, tables and pages of runs and searches."""

@@ -1,10 +1,11 @@
-"""Moving pictures: samples over training, and a walk through the latent space.
+"""Animations: samples over training, and a walk through the latent space.
 
-Shape suffixes: K images on the way, W walkers side by side, Z latent dimensions.
+Shape suffixes: K stops, W walkers side by side, Z latent dimensions.
 """
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ SCALE = 3  # screen pixels per pixel
 def logged_pictures(log_folder: Path, tag: str) -> dict[int, bytes]:
     """The PNGs of a run's event files under a tag ("images/random_samples"), by their step.
 
-    A run that went on from a checkpoint has logged some steps twice: the last one counts. Raises
+    A run that resumed from a checkpoint has logged some steps twice: the last one counts. Raises
     :class:`RunFolderError` if a file cannot be read.
     """
     found: dict[int, bytes] = {}
@@ -48,9 +49,9 @@ def logged_pictures(log_folder: Path, tag: str) -> dict[int, bytes]:
 
 
 def logged_samples(log_folder: Path, most: int) -> dict[int, Image.Image]:
-    """What a run's samples of the same noise looked like after validations, by their step.
+    """A run's samples of the same noise after validations, by their step.
 
-    The first one, the last one, and others evenly between them: at least two, where there are.
+    The first, the last, and others evenly between them; ``most`` in all, at least two.
     """
     pngs = logged_pictures(log_folder, "images/random_samples")
     steps = sorted(pngs)
@@ -64,12 +65,12 @@ def _opened(png: bytes) -> Image.Image:
 
 
 def over_training(log_folder: Path, path: Path) -> Path:
-    """Samples of the same noise over the validations; the last ones stay for two seconds."""
+    """Samples of the same noise over the validations; the last frame stays for two seconds."""
     pictures = logged_samples(log_folder, MOST_FRAMES)
     if len(pictures) < 2:
         raise ConfigError(
-            f"{log_folder} has {len(pictures)} pictures of samples: at least two validations with "
-            "TensorBoard's files are needed."
+            f"{log_folder} has {len(pictures)} pictures of samples, but an animation needs at "
+            "least two: validate more often, with TensorBoard."
         )
     last = max(pictures)
     frames = [_with_progress(picture, step / last) for step, picture in pictures.items()]
@@ -77,7 +78,7 @@ def over_training(log_folder: Path, path: Path) -> Path:
 
 
 def _with_progress(picture: Image.Image, share: float) -> Image.Image:
-    """The picture over a bar that says how much of the training is done."""
+    """The picture above a progress bar of the training."""
     frame = Image.new("RGB", (picture.width, picture.height + BAR), "white")
     frame.paste(picture)
     right = MARGIN + round(share * (picture.width - 2 * MARGIN))
@@ -86,24 +87,29 @@ def _with_progress(picture: Image.Image, share: float) -> Image.Image:
     return frame
 
 
+@dataclass(frozen=True)
+class Walk:
+    """The size of a walk through the latent space."""
+
+    walkers: int = 16  # side by side
+    num_stops: int = 5  # images that each walker visits
+    frames_per_leg: int = 12
+
+
 def latent_walk(
-    model: VAE,
-    posteriors: Posteriors,
-    path: Path,
-    seed: int = 0,
-    num_stops: int = 5,
-    frames_per_leg: int = 12,
-    walkers: int = 16,
+    model: VAE, posteriors: Posteriors, path: Path, seed: int = 0, walk: Walk | None = None
 ) -> Path:
     """Walkers that go from the mean of one image to that of the next, and back to their first.
 
-    Straight lines in z, slow at their ends. The same seed takes the same images.
+    Straight lines in z, slow at their ends. The seed chooses the images.
     """
+    walk = walk or Walk()
+    num_stops, walkers = walk.num_stops, walk.walkers
     order = torch.randperm(len(posteriors.mu_NZ), generator=generator(seed, "walk"))
     if len(order) < num_stops * walkers:
         raise ConfigError(f"A walk needs {num_stops * walkers} images, but there are {len(order)}.")
     stops_KWZ = posteriors.mu_NZ[order[: num_stops * walkers]].view(num_stops, walkers, -1)
-    frames = [_frame(images) for images in _decoded(model, stops_KWZ, frames_per_leg)]
+    frames = [_frame(images) for images in _decoded(model, stops_KWZ, walk.frames_per_leg)]
     return _save(frames, [60] * len(frames), path)
 
 

@@ -1,4 +1,4 @@
-"""Every picture of a run. Colours are Okabe & Ito's, which the colour-blind can tell apart."""
+"""Figures of runs, searches and studies, in Okabe & Ito's colours for colour-blind readers."""
 
 import functools
 import io
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from vae_hyperband.common.files import make_folder, write_bytes
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.evaluation.latents import encode_images
-from vae_hyperband.model.objective import aggregate, nats_by_dimension
+from vae_hyperband.evaluation.latents import aggregate, encode_images, information_per_dimension
 from vae_hyperband.model.vae import VAE
+from vae_hyperband.reporting.tables import LOSS_NAMES
 from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.trials import SearchResult, TrialRecord
 from vae_hyperband.training.study import Row, grouped, over_seeds, value_of
@@ -25,11 +25,6 @@ from vae_hyperband.training.tracker import image_grid, read_rows
 
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#B0B0B0"
 CYCLE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LOSSES = {
-    "bound": "bound = reconstruction + KL",
-    "recon_loss": "reconstruction",
-    "KL_divergence": "KL divergence",
-}
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -43,11 +38,13 @@ STYLE: Any = {
 }
 
 
+LogRow = dict[str, Any]  # of metrics.jsonl
+
 P = ParamSpec("P")
 
 
 def styled(draw: Callable[P, Path]) -> Callable[P, Path]:
-    """Draw with :data:`STYLE`, and leave the caller's own matplotlib settings as they were."""
+    """Draw with :data:`STYLE`, without changing the caller's matplotlib settings."""
 
     @functools.wraps(draw)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Path:
@@ -65,9 +62,9 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def logged_losses(log_folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl that can be drawn."""
-    return read_rows(log_folder / "metrics.jsonl", ("split", *LOSSES))
+def logged_losses(log_folder: Path) -> list[LogRow]:
+    """The rows of a run's metrics.jsonl that have all losses."""
+    return read_rows(log_folder / "metrics.jsonl", ("split", *LOSS_NAMES))
 
 
 @styled
@@ -76,14 +73,14 @@ def curves(log_folder: Path, path: Path) -> Path:
     rows = logged_losses(log_folder)
     figure = Figure(figsize=(10, 3))
     axes = figure.subplots(1, 3)
-    for axis, (name, title) in zip(axes, LOSSES.items(), strict=True):
+    for axis, (name, title) in zip(axes, LOSS_NAMES.items(), strict=True):
         for split, color in (("train", GREY), ("validation", BLUE)):
             points = [(row["step"], row[name]) for row in rows if row["split"] == split]
             if points:
                 marker = "o" if split == "validation" else None
                 axis.plot(*zip(*points, strict=True), color=color, label=split, marker=marker, ms=3)
         first = min((row["step"] for row in rows if row["split"] == "validation"), default=0)
-        # what comes before is many times higher and would hide all the rest
+        # losses before the first validation are many times higher and would hide the rest
         shown = [row[name] for row in rows if row["step"] >= first]
         if shown:
             low, high = min(shown), max(shown)
@@ -95,13 +92,13 @@ def curves(log_folder: Path, path: Path) -> Path:
 
 
 @styled
-def overlaid(runs: dict[str, list[dict[str, Any]]], path: Path, note: str = "") -> Path:
-    """The validation losses of several runs over each other, from the rows of metrics.jsonl.
+def overlaid(runs: dict[str, list[LogRow]], path: Path, note: str = "") -> Path:
+    """The validation losses of several runs in the same axes, from the rows of metrics.jsonl.
 
-    ``note`` stands above them.
+    ``note`` is the title of the figure.
     """
     figure = Figure(figsize=(10, 3.2))
-    for axis, (name, title) in zip(figure.subplots(1, 3), LOSSES.items(), strict=True):
+    for axis, (name, title) in zip(figure.subplots(1, 3), LOSS_NAMES.items(), strict=True):
         for i, (run, rows) in enumerate(runs.items()):
             points = [(row["step"], row[name]) for row in rows if row["split"] == "validation"]
             if points:
@@ -129,7 +126,7 @@ def _show(axes: Axes, images_NCHW: Tensor, columns: int) -> None:
 
 @styled
 def reconstructions(model: VAE, images_NCHW: Tensor, path: Path) -> Path:
-    """Images in one row, what the model makes of them in the next."""
+    """Images in one row, their reconstructions in the next."""
     columns = 12
     inputs, outputs = images_NCHW, model.reconstruct(images_NCHW)
     blocks = [
@@ -157,7 +154,7 @@ def images(images_NCHW: Tensor, title: str, path: Path) -> Path:
 
 
 def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Path:
-    """A grid of images decoded from draws of the prior."""
+    """A grid of images decoded from samples of the prior."""
     drawn_NCHW = model.sample(num_samples, generator(seed, "sample")).cpu()
     return images(drawn_NCHW, f"{num_samples} samples, z from the prior, seed {seed}", path)
 
@@ -165,15 +162,15 @@ def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Pat
 @styled
 @torch.no_grad()
 def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) -> Path:
-    """The first image's latent, one dimension at a time over the range that the images have.
+    """The first image's latent with one dimension at a time varied over the images' range.
 
-    That is three standard deviations of their z to each side of its mean, which for a dimension
-    that the standard normal prior fits is -3 to 3. The most used dimensions come first.
+    The range is the mean of their z +- 3 standard deviations, which is -3 to 3 for a dimension that
+    fits the standard normal prior. The most informative dimensions come first.
     """
     posteriors = encode_images(model, images_NCHW)
-    nats_Z = nats_by_dimension(model, *posteriors)
+    nats_Z = information_per_dimension(model, posteriors)
     dims = nats_Z.argsort(descending=True)[:num_dims].tolist()
-    mean_Z, variance_Z = aggregate(*posteriors)
+    mean_Z, variance_Z = aggregate(posteriors)
     steps = torch.linspace(-3, 3, 11)
     device = next(model.parameters()).device
     figure = Figure(figsize=(8, 0.62 * len(dims) + 0.6))
@@ -193,14 +190,14 @@ def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) ->
     return save_figure(figure, path)
 
 
-# ---- The picture of a search: every trial's curve, who was stopped, who won, and what mattered.
+# ---- The figure of a search: the trials' curves, the winner, and the score by hyperparameter.
 
 
 @styled
 def best_config(result: SearchResult, path: Path) -> Path:
     """Curves and winner on the left; each hyperparameter, and rate and distortion, on the right.
 
-    Rate (KL) against distortion (reconstruction) is drawn where the space has several betas.
+    Rate (KL) against distortion (reconstruction) is drawn if the space has several betas.
     """
     names = [name for name, values in _choices(result).items() if len(values) > 1]
     num_panels = len(names) + ("beta" in names)
@@ -291,7 +288,7 @@ def _write_winner(axes: Axes, result: SearchResult) -> None:
 
 
 def _mark(axes: Axes, result: SearchResult, trial: TrialRecord, x: float, y: float) -> None:
-    """One trial: open if it was stopped, a star if it won."""
+    """One trial: open if it was stopped, a star for the winner."""
     wins, color = trial is result.winner, _color(result, trial)
     axes.scatter(
         x,
@@ -341,7 +338,7 @@ def _draw_rate_distortion(axes: Axes, result: SearchResult) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
-# ---- The picture of a study: what beta buys, and what it costs.
+# ---- The figure of a study: its measures against beta.
 
 SOURCES = {
     "prior": (BLUE, "z from the prior"),
@@ -357,10 +354,10 @@ Family = tuple[str, list[list[Row]]]  # a kind of line, and groups of seeds by b
 
 @styled
 def rate_distortion(rows: list[Row], path: Path) -> Path:
-    """Rate against distortion, and against beta what else was measured.
+    """Rate against distortion; and FID, probes, disentanglement, active units against beta.
 
-    FID, probes, disentanglement, active units. A line per latent size. Bars are 95% intervals over
-    seeds, where there are several.
+    Measures that the rows lack are left out. One line per latent size. Bars are 95% intervals over
+    seeds, if there are several.
     """
     families = families_of(rows)
     by_measure: dict[str, Callable[[Axes, list[Family]], None]] = {
@@ -381,7 +378,7 @@ def rate_distortion(rows: list[Row], path: Path) -> Path:
 
 
 def _beta_axis(axes: Axes, betas: list[float]) -> None:
-    """Logarithmic, with a place for 0 left of the smallest beta above it."""
+    """Logarithmic, with room for beta = 0 at the left."""
     if betas[0] > 0:
         axes.set_xscale("log")
     elif len(betas) > 1:
@@ -425,7 +422,7 @@ def _active_units(axes: Axes, families: list[Family]) -> None:
 
 
 def families_of(rows: list[Row]) -> list[Family]:
-    """The rows by latent size, from the smallest on; in each by beta."""
+    """The rows by latent size, the smallest first; within a size by beta."""
     groups = sorted(grouped(rows), key=lambda group: group[0]["config"]["beta"])
     sizes = sorted({group[0]["config"]["latent_dim"] for group in groups})
     return [
@@ -438,7 +435,7 @@ def families_of(rows: list[Row]) -> list[Family]:
 
 
 def plane(axes: Axes, families: list[Family]) -> None:
-    """One point per configuration: what z costs, and what is lost with it."""
+    """One point per configuration: KL against reconstruction."""
     for line, groups in families:
         points = [
             tuple(over_seeds(group, name)["mean"] for name in ("KL_divergence", "recon_loss"))
@@ -464,7 +461,7 @@ def plane(axes: Axes, families: list[Family]) -> None:
 
 
 def _against_beta(axes: Axes, families: list[Family], measure: str, color: str, label: str) -> None:
-    """Means over seeds; the first family names the colour."""
+    """Means over seeds; the legend shows the colour of the first family."""
     for line, groups in families:
         there = [g for g in groups if measure in g[0]]
         if not there:

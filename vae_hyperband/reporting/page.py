@@ -1,18 +1,17 @@
-"""Parts of pages that need no network: sections, facts, tables, pictures inside of the text."""
+"""Parts of HTML pages that load nothing: sections, facts, tables, inline pictures."""
 
 import base64
 import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from vae_hyperband.reporting.summaries import Table
+from vae_hyperband.reporting.tables import Table
 
 WEB = Path(__file__).with_name("web")
 
@@ -26,8 +25,8 @@ def wide(name: str, rows: str) -> str:
     return f'<div class="wide" role="group" aria-label="{escape(name)}"><table>{rows}</table></div>'
 
 
-def facts(name: str, values: dict[str, Any]) -> str:
-    """Two columns: what it is, and its value as JSON, or as it stands if it is text."""
+def facts(name: str, values: Mapping[str, object]) -> str:
+    """Two columns: a name, and its value as text or JSON."""
     rows = "".join(
         f'<tr><th scope="row">{escape(fact.replace("_", " "))}</th>'
         f'<td class="code">{escape(value if isinstance(value, str) else json.dumps(value))}</td>'
@@ -38,7 +37,7 @@ def facts(name: str, values: dict[str, Any]) -> str:
 
 
 def table(content: Table) -> str:
-    # the corner above the rows' names is no head of anything
+    # the corner above the rows' names heads no column
     head = "<td></td>" + "".join(
         f'<th scope="col" class="number">{escape(name)}</th>' for name in content.head[1:]
     )
@@ -57,12 +56,12 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def facts_section(title: str, values: dict[str, Any]) -> str:
+def facts_section(title: str, values: Mapping[str, object]) -> str:
     return section(title, facts(title, values))
 
 
-def drawn(draw: Callable[[Path], Path], about: str) -> str:
-    """The picture that a function draws into a file."""
+def inline_figure(draw: Callable[[Path], Path], about: str) -> str:
+    """An inline picture; ``draw`` writes it to the path it is given."""
     with tempfile.TemporaryDirectory() as folder:
         return figure(draw(Path(folder) / "picture.png").read_bytes(), "", about)
 
@@ -74,7 +73,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 def figure(picture: bytes, caption: str, about: str) -> str:
-    """A PNG in the page; ``about`` is for those who cannot see it."""
+    """An inline PNG; ``about`` is its text alternative."""
     source = "data:image/png;base64," + base64.b64encode(picture).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     alt = escape(f"{about}, {caption}" if caption else about)
@@ -82,7 +81,7 @@ def figure(picture: bytes, caption: str, about: str) -> str:
 
 
 def page(title: str, head: str, sections: list[str]) -> str:
-    """A whole report, whose Content-Security-Policy lets nothing be loaded or run but this."""
+    """A whole report, whose Content-Security-Policy allows only its own script and style."""
     css, script = style(WEB / "report.css"), (WEB / "report.js").read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; style-src {csp_digest(css)}; script-src {csp_digest(script)}; "

@@ -1,4 +1,4 @@
-"""A run or a search as one HTML file that needs no network: to be looked at, kept and handed on."""
+"""The report of a run or a search: one HTML file that loads nothing."""
 
 import shlex
 from collections.abc import Callable
@@ -10,14 +10,15 @@ from vae_hyperband.common.config import Places, changed_options, in_effect, read
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text
 from vae_hyperband.data.splits import as_trained
-from vae_hyperband.model.checkpoint import LOSS_NAMES, Checkpoint, load_ckpt
+from vae_hyperband.evaluation.results import Evaluation
+from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.animations import logged_samples
 from vae_hyperband.reporting.page import (
-    drawn,
     facts,
     facts_section,
     figure,
+    inline_figure,
     page,
     png,
     quiet,
@@ -26,14 +27,15 @@ from vae_hyperband.reporting.page import (
     wide,
 )
 from vae_hyperband.reporting.runs import best_ckpt
-from vae_hyperband.reporting.summaries import headline, summary_of, tables_of
+from vae_hyperband.reporting.summaries import summary_of
+from vae_hyperband.reporting.tables import LOSS_NAMES, evaluation_tables, headline
 from vae_hyperband.search.config import METRICS, SearchConfig
 from vae_hyperband.search.trials import RESULT, WINNER, SearchResult, TrialRecord, read_result
 from vae_hyperband.training.loop import train_command
 
 
 def report(place: Places) -> str:
-    """The report of whatever has that name, a finished search or a run with a best checkpoint."""
+    """The report of a finished search, or of a run with a best checkpoint, of that name."""
     if (place.ckpt_folder / RESULT).exists():
         return search_report(read_result(place.ckpt_folder), place.run)
     return run_report(place)
@@ -42,7 +44,7 @@ def report(place: Places) -> str:
 def write_report(place: Places, out: Path | None = None) -> Path:
     """The report as a file: ``out``, or report.html in the log folder."""
     if out:
-        check_place(out, ".html", ".htm")  # a mistake before the work
+        check_place(out, ".html", ".htm")  # fail before the work
     text = report(place)
     out = out or place.log_folder / "report.html"
     make_folder(out.resolve().parent)
@@ -71,20 +73,23 @@ def run_report(place: Places) -> str:
         section("Samples over training", _over_training(place.log_folder)),
         section(
             "Reconstructions",
-            drawn(
+            inline_figure(
                 lambda path: figures.reconstructions(model, images[:36], path),
                 "Validation images and what the model makes of them",
             ),
         ),
         section(
             "Samples",
-            drawn(lambda path: figures.samples(model, path), "Decoded draws of the prior"),
+            inline_figure(
+                lambda path: figures.samples(model, path),
+                "Decoded samples of the prior",
+            ),
         ),
         section(
             "Latent traversals",
-            drawn(
+            inline_figure(
                 lambda path: figures.traversal(model, images, path),
-                "One dimension of z a row, those that say most first",
+                "One dimension of z per row, the most informative first",
             ),
         ),
         facts_section(
@@ -96,7 +101,7 @@ def run_report(place: Places) -> str:
     return page(f"Run {place.run}", head, parts)
 
 
-def _environment(checkpoint: Checkpoint) -> dict[str, Any]:
+def _environment(checkpoint: Checkpoint) -> dict[str, object]:
     return {
         **checkpoint.environment,
         "data (SHA-256)": checkpoint.data.digest,
@@ -104,17 +109,17 @@ def _environment(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-#: What evaluations are called beside the logs: by ``run`` and in the README, and by ``study``.
+#: Names of evaluations beside the logs: of ``run`` and the README, and of ``study``.
 EVALUATIONS = ("evaluation.json", "evaluation-validation.json", "evaluation-test.json")
 
 
 def _metrics(checkpoint: Checkpoint, place: Places) -> str:
-    """The evaluations beside the logs that are of this checkpoint; else the last validation."""
+    """The evaluations of this checkpoint beside the logs; without any, the last validation."""
     found, stale = [], ""
     for path in (place.log_folder / name for name in EVALUATIONS):
         if path.exists():
-            evaluation = read_json(path)
-            if evaluation.get("checkpoint_digest") == checkpoint.digest:
+            evaluation = Evaluation.from_dict(read_json(path), str(path))
+            if evaluation.checkpoint_digest == checkpoint.digest:
                 found.append(_evaluation(evaluation))
             else:
                 stale += f"{path} is of other weights. "
@@ -134,51 +139,47 @@ def _metrics(checkpoint: Checkpoint, place: Places) -> str:
     return facts("Losses", rows) + note
 
 
-def _evaluation(evaluation: dict[str, Any]) -> str:
+def _evaluation(evaluation: Evaluation) -> str:
     return quiet(headline(evaluation)) + "".join(
-        f"<h3>{escape(part.title)}</h3>{table(part)}" for part in tables_of(evaluation)
+        f"<h3>{escape(part.title)}</h3>{table(part)}" for part in evaluation_tables(evaluation)
     )
 
 
 def _curves(log_folder: Path) -> str:
     if not figures.logged_losses(log_folder):
-        return quiet(
-            f"There are none in {log_folder}: its metrics.jsonl is not there, or not whole."
-        )
-    return drawn(lambda path: figures.curves(log_folder, path), "Losses over training")
+        return quiet(f"There are none in {log_folder}: metrics.jsonl is missing or damaged.")
+    return inline_figure(lambda path: figures.curves(log_folder, path), "Losses over training")
 
 
 def _over_training(log_folder: Path) -> str:
     pictures = logged_samples(log_folder, most=4)
     if not pictures:
-        return quiet(
-            f"There are none in {log_folder}: TensorBoard's files are not there, or not whole."
-        )
+        return quiet(f"There are none in {log_folder}: TensorBoard's files are missing or damaged.")
     shown = [
         figure(png(picture), f"after step {step:,}", "Samples of the same noise")
         for step, picture in pictures.items()
     ]
-    note = quiet("The same noise, decoded after the first validation, the last, and some between.")
+    note = quiet("The same noise, decoded after the first and last validation and some in between.")
     return f'{note}<div class="row">{"".join(shown)}</div>'
 
 
 def search_report(found: SearchResult, name: str) -> str:
-    """Curves, relations, the table of all trials and what was saved, of a finished search."""
+    """Curves, hyperparameters against score, all trials and the settings of a finished search."""
     if not found.winner.best_row:
         raise ConfigError(f"No trial of {found.folder} has a result to report.")
     config = found.config
     parts = [
         section(
-            "Every trial",
-            drawn(
+            "All trials",
+            inline_figure(
                 lambda path: figures.best_config(found, path),
-                "Curves of all trials, the stopped ones grey; each hyperparameter against the "
-                "score; rate against distortion where there are several betas",
+                "Curves of all trials, stopped ones in grey; each hyperparameter against the "
+                "score; rate against distortion if the space has several betas",
             ),
         ),
         section("Table of trials", _trials(found)),
         facts_section(
-            "What was searched",
+            "Settings",
             {"command": _search_command(config, name), **in_effect(config.to_dict())},
         ),
     ]
@@ -189,7 +190,7 @@ def search_report(found: SearchResult, name: str) -> str:
 
 
 def _search_command(config: SearchConfig, name: str) -> str:
-    """The command that searches the same space, data and folders apart."""
+    """The command that repeats the search, without its data and folders."""
     changed = changed_options(config.to_dict(), SearchConfig().to_dict())
     return shlex.join(["vae-hyperband", "search", "--run", name, *changed])
 

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their configuration, what came of it."""
+"""Comparison of runs: differences in their configuration, and their results."""
 
 import dataclasses
 import statistics
@@ -8,18 +8,20 @@ from typing import Any
 
 from vae_hyperband.common.config import Places, in_effect
 from vae_hyperband.common.errors import CheckpointError, ConfigError
-from vae_hyperband.model.checkpoint import BEST, LATEST, LOSS_NAMES, load_ckpt
+from vae_hyperband.model.checkpoint import BEST, LATEST, load_ckpt
+from vae_hyperband.reporting.figures import LogRow
+from vae_hyperband.reporting.tables import LOSS_NAMES, Table
 from vae_hyperband.search.trials import ASKED, RESULT
 from vae_hyperband.training.tracker import read_rows
 
-#: Runs that differ in one of these are judged by different yardsticks.
+#: Losses of runs that differ in one of these cannot be compared.
 YARDSTICKS = ("likelihood", "binarize", "dataset", "data")
 NOTE = "validation split, nats per image"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run: what its best checkpoint and its logs say."""
+    """A trained run, from its best checkpoint and its logs."""
 
     name: str
     config: dict[str, Any]
@@ -27,7 +29,7 @@ class Run:
     weights: str  # SHA-256, of the best checkpoint
     epoch: int
     losses: dict[str, float]  # of the validation that the best checkpoint was written after
-    rows: list[dict[str, Any]]  # of metrics.jsonl
+    rows: list[LogRow]
     images_per_second: float | None  # median; None if it was never logged
 
 
@@ -52,7 +54,7 @@ def read_run(name: str, places: Places) -> Run:
 
 
 def differing(runs: list[Run]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs, with each one's value; None: it has none."""
+    """Settings that differ between runs, with each run's value; None if it does not have one."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     found = {name: [run.config.get(name) for run in runs] for name in names}
     found["data"] = [run.data_digest[:12] for run in runs]
@@ -62,7 +64,7 @@ def differing(runs: list[Run]) -> dict[str, list[Any]]:
 
 
 def incomparable(runs: list[Run]) -> str:
-    """Why the bounds of these runs say nothing about each other, or nothing."""
+    """Why the losses of these runs cannot be compared; empty if they can."""
     names = [name for name in differing(runs) if name in YARDSTICKS]
     if not names:
         return ""
@@ -82,10 +84,10 @@ def as_data(runs: list[Run]) -> dict[str, Any]:
 
 
 def table(runs: list[Run]) -> str:
-    """The comparison as lines of text; the lowest bound has a star, if they can be compared."""
+    """The comparison as lines of text, with a star at the lowest bound if they can be compared."""
     if len({run.name for run in runs}) < max(len(runs), 2):
-        raise ConfigError("compare takes two or more different runs.")
-    rows: list[list[str]] = [["", *(run.name for run in runs)]]
+        raise ConfigError("compare needs two or more different runs.")
+    rows: list[list[str]] = []
     differs = differing(runs)
     for name, values in differs.items():
         rows.append([name, *("-" if value is None else _short(value) for value in values)])
@@ -102,30 +104,20 @@ def table(runs: list[Run]) -> str:
     speeds = [f"{run.images_per_second:,.0f}" if run.images_per_second else "-" for run in runs]
     rows.append(["images/s (median)", *speeds])
     notes = [NOTE, why] if why else [f"* lowest; {NOTE}"]
-    return "\n".join([_lines(rows), "", *notes])
+    lines = Table("runs", rows, head=["", *(run.name for run in runs)]).text()
+    return "\n".join([lines, "", *notes])
 
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _lines(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-# ---- What was trained, found by its name: its best checkpoint, its data, its losses.
+# ---- A run's best checkpoint, found by its name.
 
 
 def best_ckpt(place: Places) -> Path:
-    """The best checkpoint of the run of that name, or a :class:`CheckpointError` that says why
-    there is none."""
+    """The best checkpoint of a run. Raises a :class:`CheckpointError` with the reason if there is
+    none."""
     folder = place.ckpt_folder
     try:
         if (folder / BEST).exists():
@@ -135,14 +127,12 @@ def best_ckpt(place: Places) -> Path:
     if (folder / RESULT).exists():
         why = f"{place.run} is a search, not a run: vae-hyperband report {place.run} shows it."
     elif (folder / ASKED).exists():
-        why = f"{place.run} is a search that has not ended: the command that began it goes on."
+        why = f"{place.run} is a search that has not ended: run its command again to resume it."
     elif (folder / LATEST).exists():
-        why = f"The run {place.run} has not been validated yet: its command goes on."
+        why = f"The run {place.run} has not been validated yet: run its command again to resume it."
     elif related := sorted(path.name for path in place.checkpoints_dir.glob(f"{place.run}-*")):
         # the parts of a job, the runs of a study
-        why = (
-            f"{place.run} is no run, but {', '.join(related[:20])} begin with that name: give one."
-        )
+        why = f"{place.run} is not a run, but {', '.join(related[:20])} begin with it: give one."
     else:
         there = sorted(path.parent.name for path in place.checkpoints_dir.glob(f"*/{BEST}"))
         why = f"{place.checkpoints_dir} has no run {place.run}" + (

@@ -34,8 +34,9 @@ from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.batches import Batches, EpochOrder, SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Split, as_trained, load_split
 from vae_hyperband.evaluation.bounds import Losses, eval_dataloader, eval_epoch
+from vae_hyperband.evaluation.latents import Posteriors, information_per_dimension
 from vae_hyperband.model.checkpoint import tree_digest
-from vae_hyperband.model.objective import batch_losses, held_out_weights, nats_by_dimension
+from vae_hyperband.model.objective import batch_losses, held_out_weights
 from vae_hyperband.model.schedules import settings_at
 from vae_hyperband.training.keeper import Keeper
 from vae_hyperband.training.state import NO_BEST, TrainState, first_state, snapshot
@@ -292,7 +293,8 @@ class Trainer:
             random_samples=state.model.sample(64, generator(state.config.seed, "pictures")),
         )
         with torch.no_grad():
-            nats_Z = nats_by_dimension(state.model, *state.model.encode(images_BCHW))
+            posteriors = Posteriors(*state.model.encode(images_BCHW))
+        nats_Z = information_per_dimension(state.model, posteriors)
         tracker.kl_per_dimension(state.step, nats_Z)
 
     def _log_hyperparameters(self) -> None:

@@ -1,8 +1,7 @@
-"""A study: many configurations, each trained and judged once, in one table.
+"""A study: a grid of configurations, each trained and evaluated once, in one table.
 
-The same call goes on after a stop: a run that is trained is not trained again, a checkpoint that is
-judged is not judged again. What a study may choose from (a beta, a sampler) it judges on the
-validation split; the test split is for the numbers that are published.
+The same call resumes after a stop: what is trained or evaluated is not trained or evaluated again.
+Choose (a beta, a sampler) on the validation split; the test split is for published numbers.
 """
 
 import dataclasses
@@ -21,12 +20,13 @@ from vae_hyperband.common.files import make_folder, write_text
 from vae_hyperband.common.process import pick_device
 from vae_hyperband.data.splits import SplitName, load_split
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate_once
+from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.training.dry_run import a_line_each, busy, seconds_per_step, steps_and_done
 from vae_hyperband.training.loop import fit
 
 Row = dict[str, Any]  # of one run: its configuration, and measures by name, each with its error
 
-#: Measures of a report: their names in a row, and the way to them.
+#: Measures of an evaluation: their names in a row, and their keys in evaluation.json.
 MEASURES: dict[str, tuple[str, ...]] = {
     "bound": ("bound",),
     "recon_loss": ("recon_loss",),
@@ -56,9 +56,9 @@ def run_study(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row] | None:
-    """Train and judge every configuration; None if told to stop (the same call goes on).
+    """Train and evaluate every configuration; None if told to stop (the same call resumes).
 
-    ``configs`` go by the name that their run gets behind ``places.run``. Writes study.json to the
+    The keys of ``configs`` name their runs, after ``places.run``. Writes study.json to the
     log folder after each run.
     """
     rows: list[Row] = []
@@ -69,15 +69,14 @@ def run_study(
         trained = fit(config, where, should_stop=should_stop, quiet=True)
         if not trained.finished or should_stop():
             return None
-        report = evaluate_once(
+        evaluation = evaluate_once(
             trained.log_folder / f"evaluation-{split}.json",
             trained.best,
             split,
-            places.data_dir,
-            places.device,
+            places,
             options,
         )
-        rows.append(row_of(name, report))
+        rows.append(row_of(name, evaluation))
         write_rows(rows, split, places.log_folder / "study.json")
     return rows
 
@@ -111,7 +110,7 @@ def study_dry_run(configs: dict[str, TrainConfig], places: Places, split: SplitN
     return "\n".join(
         [
             a_line_each(shared),
-            f"runs         {len(configs)}, one after the other, judged on the {split} split",
+            f"runs         {len(configs)}, one after the other, evaluated on the {split} split",
             *lines,
             f"device       {device}, {counted(torch.get_num_threads(), 'CPU thread')}",
             f"data         {len(train):,} training images {train.image_shape}",
@@ -122,11 +121,12 @@ def study_dry_run(configs: dict[str, TrainConfig], places: Places, split: SplitN
     )
 
 
-def row_of(name: str, report: dict[str, Any]) -> Row:
-    """The measures of a report in one flat row; those that it lacks are left out."""
-    row: Row = {"name": name, "config": report["config"]}
+def row_of(name: str, evaluation: Evaluation) -> Row:
+    """The measures of an evaluation in one flat row; those that it lacks are left out."""
+    content = evaluation.to_dict()
+    row: Row = {"name": name, "config": evaluation.config}
     for measure, way in MEASURES.items():
-        value: Any = report
+        value: Any = content
         for step in way:
             value = value.get(step) if isinstance(value, dict) else None
         if isinstance(value, dict):  # an estimate with its error

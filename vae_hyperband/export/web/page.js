@@ -1,4 +1,4 @@
-// What a person sees and touches. One z; whoever changes it calls setZ.
+// The page's controls. There is one z, which setZ changes.
 
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
@@ -48,7 +48,7 @@ function setZ(next) {
   return showDecoded(z);
 }
 
-/** Work that is done once at a time; of what is asked for meanwhile, the last only. */
+/** Runs one call at a time; of the calls made meanwhile, only the last. */
 function latest(work) {
   let busy = false, asked = null;
   return async (...what) => {
@@ -101,7 +101,7 @@ function startMini() {
 const sliders = given.order.map((i) => {
   const row = document.createElement("label"), name = document.createElement("span");
   const input = document.createElement("input"), output = document.createElement("span");
-  [output.className, output.ariaHidden] = ["value", "true"]; // the slider says its value itself
+  [output.className, output.ariaHidden] = ["value", "true"]; // screen readers read the slider's own value
   name.textContent = `z[${i}]  ${given.nats[i].toFixed(2)} nats`;
   const [min, max] = [Math.floor(given.low[i]), Math.ceil(given.high[i])];
   Object.assign(input, { type: "range", min, max, step: 0.05, value: given.mean[i] });

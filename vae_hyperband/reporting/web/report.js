@@ -16,7 +16,7 @@ for (const button of document.querySelectorAll("th button")) {
   });
 }
 
-// What scrolls sideways is reached by the keyboard, too.
+// Tables that scroll sideways can be reached by the keyboard.
 const widths = new ResizeObserver((boxes) => {
   for (const { target } of boxes) {
     if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
