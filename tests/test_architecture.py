@@ -49,7 +49,6 @@ EXCEPTIONS = {
     "model/objective.batch_losses": "to be cured",
     "reporting/animations.latent_walk": "to be cured",
     "training/loop.fit": "to be cured",
-    "tune/worker._attempts": "to be cured",
 }
 
 MODULES = {

@@ -9,7 +9,7 @@ from typing import Any
 from vae_hyperband.common.config import Places, in_effect
 from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.model.checkpoint import BEST, LATEST, LOSS_NAMES, load_ckpt
-from vae_hyperband.search.trials import ASKED, RESULT
+from vae_hyperband.search.trials import RESULT, SETTINGS_FILE
 from vae_hyperband.training.tracker import read_rows
 
 #: Runs that differ in one of these are judged by different yardsticks.
@@ -134,7 +134,7 @@ def best_ckpt(place: Places) -> Path:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}.") from error
     if (folder / RESULT).exists():
         why = f"{place.run} is a search, not a run: vae-hyperband report {place.run} shows it."
-    elif (folder / ASKED).exists():
+    elif (folder / SETTINGS_FILE).exists():
         why = f"{place.run} is a search that has not ended: the command that began it goes on."
     elif (folder / LATEST).exists():
         why = f"The run {place.run} has not been validated yet: its command goes on."
