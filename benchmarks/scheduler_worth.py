@@ -1,10 +1,10 @@
 """Is the scheduler worth it? Best validation bound against epochs spent, by method.
 
-Each search is the real one (the same board, rules and draws), on real learning curves: those of
-benchmarks/learning_curves.json, which have every configuration of a grid trained to its end. A
-trial is a function of its configuration and seed, so looking its curve up is running it, and many
-searches cost nothing. One worker; configurations are drawn from the grid without repetition, TPE's
-are moved to the nearest one.
+Each search is the real one (the same board, schedulers and suggestions), on real learning curves:
+those of benchmarks/learning_curves.json, which have every configuration of a grid trained to its
+end. A trial is a function of its configuration and seed, so looking its curve up is running it, and
+many searches cost nothing. One worker; configurations are taken from the grid without repetition,
+TPE's are moved to the nearest one.
 
     python benchmarks/scheduler_worth.py       # a few minutes
 
@@ -12,6 +12,7 @@ Writes benchmarks/scheduler_worth.json and docs/scheduler_worth.png.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -23,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vae_hyperband.reporting.figures import save_figure, styled
-from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.config import Hyperparameters, SearchConfig
 from vae_hyperband.search.decisions import Board
 from vae_hyperband.search.suggest import num_random, suggest_tpe
 from vae_hyperband.search.trials import TrialRecord
@@ -50,9 +51,8 @@ class Memory:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
 
-    def append(self, event: str, **facts: Any) -> dict[str, Any]:
-        self.events.append({"event": event, **facts})
-        return self.events[-1]
+    def append(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
 
 
 class Table:
@@ -71,14 +71,17 @@ class Table:
     def _count(self, rate: float) -> int:
         return sum(row["drawn"]["learning_rate"] == rate for row in self.curves)
 
-    def nearest(self, drawn: dict[str, Any]) -> dict[str, Any]:
-        rate = min(self.rates, key=lambda r: abs(math.log(r / drawn["learning_rate"])))
-        return {**drawn, "learning_rate": rate}
+    def nearest(self, suggested: Hyperparameters) -> Hyperparameters:
+        rate = min(self.rates, key=lambda r: abs(math.log(r / suggested.learning_rate)))
+        return dataclasses.replace(suggested, learning_rate=rate)
 
-    def row(self, drawn: dict[str, Any], epoch: int) -> dict[str, Any]:
-        [found] = [row for row in self.curves if row["drawn"] == drawn]
+    def row(self, hyperparameters: Hyperparameters, epoch: int) -> dict[str, Any]:
+        wanted = hyperparameters.to_dict()
+        [found] = [row for row in self.curves if row["drawn"] == wanted]
         bound, kl = found["bounds"][epoch - 1], found["kls"][epoch - 1]
-        return {"epoch": epoch, "bound": bound, "KL_divergence": kl}
+        # beta is 1 in the whole grid, so the bound is the loss; an epoch has over 200 steps
+        row = {"epoch": epoch, "step": 200 * epoch, "total_loss": bound}
+        return {**row, "bound": bound, "KL_divergence": kl}
 
 
 def search(table: Table, algorithm: str, scheduler: str, seed: int) -> list[float]:
@@ -93,18 +96,18 @@ def search(table: Table, algorithm: str, scheduler: str, seed: int) -> list[floa
     )
     order = np.random.default_rng(seed).permutation(len(table.curves))
 
-    def draw(number: int, trials: list[TrialRecord]) -> dict[str, Any]:
+    def suggest(number: int, trials: list[TrialRecord]) -> Hyperparameters:
         if algorithm == "tpe" and number >= num_random(config):
             return table.nearest(suggest_tpe(config, number, trials))
-        return table.curves[order[number]]["drawn"]
+        return Hyperparameters.from_dict(table.curves[order[number]]["drawn"])
 
-    board = Board(config, Memory(), draw)  # type: ignore[arg-type]
+    board = Board(config, Memory(), suggest)  # type: ignore[arg-type]
     best: list[float] = []
     while not board.finished and len(best) < BUDGET:
         runnable = board.runnable()
-        trial = board.trials[runnable[0]] if runnable else board.draw_next()
+        trial = board.trials[runnable[0]] if runnable else board.suggest_next()
         assert trial is not None
-        row = table.row(trial.drawn, trial.num_epochs + 1)
+        row = table.row(trial.hyperparameters, trial.num_epochs + 1)
         board.reported(trial.number, row)
         best.append(min([row["bound"], *best[-1:]]))
     return best + [best[-1]] * (BUDGET - len(best))

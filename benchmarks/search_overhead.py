@@ -42,7 +42,9 @@ def measure(folder: Path, *more: str) -> dict[str, Any]:
     wall = time.time() - started
     result = read_result(folder / "checkpoints" / "search")
     trials = {
-        trial.name: training_seconds(folder / "logs/search" / trial.name, trial.drawn["batch_size"])
+        trial.name: training_seconds(
+            folder / "logs/search" / trial.name, trial.hyperparameters.batch_size
+        )
         for trial in result.trials
     }
     cores = len(os.sched_getaffinity(0))

@@ -29,6 +29,7 @@ from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
 
 from vae_hyperband import RunOptions, SearchConfig, TrainConfig, fit
 from vae_hyperband.model.checkpoint import BEST, LATEST, copy_ckpt
+from vae_hyperband.search.config import Hyperparameters
 from vae_hyperband.search.suggest import random_search
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -58,7 +59,7 @@ def train_trial(trial: dict[str, Any], data: str) -> None:
         def report(state: Any) -> None:
             tune.report(dict(state.metrics), checkpoint=tune.Checkpoint(str(options.ckpt_folder)))
 
-        config: TrainConfig = CONFIG.trial_config(trial["drawn"])
+        config: TrainConfig = CONFIG.trial_config(Hyperparameters.from_dict(trial["drawn"]))
         fit(config, options, on_validation=report, quiet=True)
 
 
@@ -75,7 +76,7 @@ def drive(scheduler: str, folder: Path, data: str) -> None:
     else:
         tuner = tune.Tuner(
             trainable,
-            param_space={"drawn": tune.grid_search(random_search(CONFIG))},
+            param_space={"drawn": tune.grid_search([h.to_dict() for h in random_search(CONFIG)])},
             tune_config=tune.TuneConfig(
                 metric="bound", mode="min", reuse_actors=True,
                 scheduler=SCHEDULERS[scheduler](time_attr="epoch", max_t=9, reduction_factor=3),

@@ -43,7 +43,6 @@ MAX_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 10, 500, 60, 6
 EXCEPTIONS = {
     "data/batches.get_dataloader": "a public name of the mission; keywords with defaults",
     "evaluation/bounds.eval_epoch": "a public name of the mission; keywords with defaults",
-    "tune/worker._attempts": "to be cured",
 }
 
 MODULES = {

@@ -19,7 +19,7 @@ from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.reporting import figures, report
 from vae_hyperband.reporting.animations import Walk, latent_walk, logged_pictures, logged_samples
-from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.config import Hyperparameters, SearchConfig
 from vae_hyperband.search.trials import SearchResult, TrialRecord, write_result
 from vae_hyperband.train_vae import main
 from vae_hyperband.training.loop import fit
@@ -85,11 +85,19 @@ def write_search(folder, **config):
         return {"epoch": epoch, "step": epoch, "bound": bound, "total_loss": bound,
                 "recon_loss": bound - 9, "KL_divergence": 9.0}  # fmt: skip
 
-    drawn = {"latent_dim": 16, "learning_rate": 1e-3, "batch_size": 64, "beta": 1.0}
+    tried = Hyperparameters(latent_dim=16, learning_rate=1e-3, batch_size=64, beta=1.0)
     trials = [
-        TrialRecord(0, drawn, [row(1, 200.0), row(2, 110.5)], "finished"),
-        TrialRecord(1, {**drawn, "learning_rate": 9e-3}, [], "failed", "<b>diverged</b> & died"),
-        TrialRecord(2, {**drawn, "beta": 4.0}, [row(1, 99.25), row(2, 90.75)], "finished"),
+        TrialRecord(0, tried, [row(1, 200.0), row(2, 110.5)], "finished"),
+        TrialRecord(
+            1,
+            dataclasses.replace(tried, learning_rate=9e-3),
+            [],
+            "failed",
+            "<b>diverged</b> & died",
+        ),
+        TrialRecord(
+            2, dataclasses.replace(tried, beta=4.0), [row(1, 99.25), row(2, 90.75)], "finished"
+        ),
     ]
     config = SearchConfig(num_trials=3, max_epochs=2, dataset="custom", **config)
     folder.mkdir(parents=True)

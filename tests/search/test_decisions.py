@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 
 from vae_hyperband.common.errors import RunFolderError, SearchError
-from vae_hyperband.search.config import SearchConfig
-from vae_hyperband.search.decisions import COLLAPSED_NATS, Board, Journal, read_events
+from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.decisions import (
+    COLLAPSED_NATS,
+    Board,
+    Journal,
+    SuggestEvent,
+    read_events,
+)
 from vae_hyperband.search.trials import TrialRecord
 
 CONFIGS = {
@@ -17,8 +23,12 @@ CONFIGS = {
 }
 
 
-def draw(number: int, trials: list) -> dict:
-    return {"latent_dim": 2, "learning_rate": 1e-3, "batch_size": 8, "beta": 1.0}
+def suggest(number: int, trials: list) -> Hyperparameters:
+    return Hyperparameters(latent_dim=2, learning_rate=1e-3, batch_size=8, beta=1.0)
+
+
+def suggested(number: int) -> SuggestEvent:
+    return {"event": "draw", "trial": number, "drawn": {"learning_rate": 1e-3 / 3}}
 
 
 def row(number: int, epoch: int) -> dict:
@@ -42,7 +52,7 @@ def work(board: Board, random: np.random.Generator, num_reports: int = 10**6) ->
             break
         runnable = board.runnable()
         if len(board.trials) < 11 and (not runnable or random.random() < 0.3):
-            board.draw_next()
+            board.suggest_next()
             continue
         trial = board.trials[random.choice(runnable)]
         if trial.number == 8 and trial.num_epochs == 1:
@@ -61,7 +71,7 @@ def test_a_search_killed_anywhere_takes_the_decisions_it_would_have_taken(tmp_pa
     """100 searches, each killed up to 8 times, most of them in the middle of writing a line."""
     config = CONFIGS[scheduler]
     with Journal(tmp_path / "undisturbed") as journal:
-        undisturbed = Board(config, journal, draw)
+        undisturbed = Board(config, journal, suggest)
         assert work(undisturbed, np.random.default_rng(0))
     by_outcome = {trial.outcome for trial in undisturbed.trials}
     assert by_outcome >= {"finished", "failed"} | ({"stopped"} if scheduler != "none" else set())
@@ -72,7 +82,7 @@ def test_a_search_killed_anywhere_takes_the_decisions_it_would_have_taken(tmp_pa
         while not finished:
             with Journal(path) as journal:
                 budget = int(random.integers(1, 20)) if kills_here < 8 else 10**6
-                board = Board(config, journal, draw)
+                board = Board(config, journal, suggest)
                 finished = work(board, random, budget)
             kills, kills_here = kills + (not finished), kills_here + 1
             content = path.read_bytes()
@@ -90,7 +100,7 @@ def test_a_search_killed_anywhere_takes_the_decisions_it_would_have_taken(tmp_pa
 def test_what_disqualifies_a_trial_is_named_and_the_others_are_judged_without_it(tmp_path):
     config = SearchConfig(num_trials=11, max_epochs=9, scheduler="none")
     with Journal(tmp_path / "log") as journal:
-        board = Board(config, journal, draw)
+        board = Board(config, journal, suggest)
         work(board, np.random.default_rng(0))
     whys = {trial.number: trial.why for trial in board.trials if trial.outcome == "failed"}
     assert whys[4] == "bound was nan after epoch 3"
@@ -100,8 +110,8 @@ def test_what_disqualifies_a_trial_is_named_and_the_others_are_judged_without_it
     assert all(board.trials[number].score("bound") == math.inf for number in whys)
     config = SearchConfig(num_trials=2, max_epochs=9, metric="iwae")
     with Journal(tmp_path / "other") as journal:
-        board = Board(config, journal, draw)
-        board.draw_next(), board.draw_next()
+        board = Board(config, journal, suggest)
+        board.suggest_next(), board.suggest_next()
         board.reported(0, {**row(0, 1), "iwae": 239.0})
         board.reported(1, row(1, 1))
         assert (board.trials[1].outcome, board.trials[1].why) == (
@@ -114,11 +124,11 @@ def test_what_disqualifies_a_trial_is_named_and_the_others_are_judged_without_it
 
 def test_a_kl_just_above_the_threshold_is_no_collapse(tmp_path):
     with Journal(tmp_path / "log") as journal:
-        board = Board(SearchConfig(num_trials=2), journal, draw)
-        board.draw_next()
+        board = Board(SearchConfig(num_trials=2), journal, suggest)
+        board.suggest_next()
         board.reported(0, {**row(0, 1), "KL_divergence": 1.01 * COLLAPSED_NATS})
         assert board.trials[0].outcome is None
-        board.draw_next()
+        board.suggest_next()
         untrained = {**row(1, 1), "KL_divergence": 0.1 * COLLAPSED_NATS, "step": 99}
         board.reported(1, untrained)
         assert board.trials[1].outcome != "failed"
@@ -126,8 +136,8 @@ def test_a_kl_just_above_the_threshold_is_no_collapse(tmp_path):
 
 def test_a_report_that_was_made_before_changes_nothing(tmp_path):
     with Journal(tmp_path / "log") as journal:
-        board = Board(CONFIGS["asha"], journal, draw)
-        board.draw_next()
+        board = Board(CONFIGS["asha"], journal, suggest)
+        board.suggest_next()
         board.reported(0, row(0, 1))
         before = list(journal.events)
         board.reported(0, row(0, 1))
@@ -138,7 +148,7 @@ def test_a_torn_last_line_is_taken_back_and_a_damaged_one_is_refused(tmp_path):
     path = tmp_path / "log"
     with Journal(path) as journal:
         for number in range(4):
-            journal.append("draw", trial=number, drawn={"learning_rate": 1e-3 / 3})
+            journal.append(suggested(number))
     whole = path.read_bytes()
     first_three = b"".join(whole.splitlines(keepends=True)[:3])
     for end in range(len(first_three), len(whole)):
@@ -146,7 +156,7 @@ def test_a_torn_last_line_is_taken_back_and_a_damaged_one_is_refused(tmp_path):
         assert len(read_events(path)) == 3
         with Journal(path) as journal:
             assert path.read_bytes() == first_three
-            journal.append("draw", trial=3, drawn={"learning_rate": 1e-3 / 3})
+            journal.append(suggested(3))
         assert path.read_bytes() == whole
     path.write_bytes(first_three + b"\0" * 50 + b"\n")  # a power cut: the length, not the content
     assert len(read_events(path)) == 3
@@ -166,7 +176,7 @@ def test_every_line_is_on_disk_before_anything_follows_from_it(tmp_path, monkeyp
     with Journal(tmp_path / "log") as journal:
         assert len(synced) == 1  # the name of the file
         seen = []
-        board = Board(CONFIGS["asha"], journal, draw, lambda b, e: seen.append(len(synced)))
+        board = Board(CONFIGS["asha"], journal, suggest, lambda b, e: seen.append(len(synced)))
         work(board, np.random.default_rng(0), 40)
     assert seen == list(range(2, len(seen) + 2))
     assert len(seen) > 30
@@ -175,14 +185,14 @@ def test_every_line_is_on_disk_before_anything_follows_from_it(tmp_path, monkeyp
 def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path, monkeypatch):
     path = tmp_path / "log"
     with Journal(path) as journal:
-        journal.append("draw", trial=0, drawn={})
+        journal.append(suggested(0))
 
         def full(handle: int) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("vae_hyperband.search.decisions.os.fsync", full)
         with pytest.raises(RunFolderError, match=r"No space left.*the same command goes on"):
-            journal.append("draw", trial=1, drawn={})
+            journal.append(suggested(1))
     assert [json.loads(line)["trial"] for line in path.read_text().splitlines()] == [0]
 
 
@@ -192,6 +202,6 @@ def test_a_trial_counts_by_the_bound_of_its_best_checkpoint():
         {"epoch": 1, "bound": 10.0, "total_loss": 9.0},
         {"epoch": 2, "bound": 12.0, "total_loss": 8.0},
     ]
-    trial = TrialRecord(0, {}, rows)
+    trial = TrialRecord(0, suggest(0, []), rows)
     assert trial.best_row == rows[1]
     assert trial.score("bound") == 12

@@ -114,17 +114,17 @@ def random_streams(random: np.random.Generator, max_epochs: int, gaps: bool) -> 
     return streams
 
 
-def run_in_any_order(random: np.random.Generator, streams: list[Stream], rule) -> list[int]:
-    """Let trials report in random order wherever the rule lets them go on; last epoch of each."""
+def run_in_any_order(random: np.random.Generator, streams: list[Stream], scheduler) -> list[int]:
+    """Let trials report in random order where the scheduler lets them; last epoch of each."""
     curves = [Curve() for _ in streams]
     left = [list(stream.items()) for stream in streams]
     while True:
-        found = rule(curves)
+        found = scheduler(curves)
         # a trial that ended at its last epoch has nothing left
         runnable = [
             n
             for n, verdict in enumerate(found)
-            if verdict.action == "go on" and left[n] and not curves[n].failed
+            if verdict.action == "continue" and left[n] and not curves[n].failed
         ]
         if not runnable:
             break
@@ -135,7 +135,7 @@ def run_in_any_order(random: np.random.Generator, streams: list[Stream], rule) -
         else:
             curves[n].values[epoch] = value
     for verdict, curve, rest in zip(found, curves, left, strict=True):
-        assert verdict.action != "wait"  # nobody waits for ever
+        assert verdict.action != "pause"  # no trial waits for ever
         assert verdict.action == "stop" or not rest or curve.failed
     return [max(curve.values, default=0) for curve in curves]
 
@@ -199,7 +199,7 @@ def test_a_verdict_to_stop_is_final(scheduler):
             active = [
                 n
                 for n, verdict in enumerate(found)
-                if verdict.action == "go on" and len(curves[n].values) < 9
+                if verdict.action == "continue" and len(curves[n].values) < 9
             ]
             if not active:
                 break

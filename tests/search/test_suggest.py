@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vae_hyperband.common.config import TrainConfig
-from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.config import Hyperparameters, SearchConfig
 from vae_hyperband.search.suggest import (
     MIN_FOR_IMPORTANCE,
     grid,
@@ -23,52 +23,52 @@ from vae_hyperband.search.trials import TrialRecord
 TPE = SearchConfig(num_trials=30, algorithm="tpe")
 
 
-def bound(drawn: dict) -> float:
+def bound(tried: Hyperparameters) -> float:
     """A valley along the learning rate; the rest matters little."""
-    return 240 + 10 * abs(math.log(drawn["learning_rate"] / 2e-3)) + drawn["latent_dim"] / 1000
+    return 240 + 10 * abs(math.log(tried.learning_rate / 2e-3)) + tried.latent_dim / 1000
 
 
 def searched(config: SearchConfig, num_trials: int) -> list[TrialRecord]:
-    """Trials as a search would have drawn and run them, every other one stopped after 2 epochs."""
+    """Trials as a search would have run them, every other one stopped after 2 epochs."""
     trials: list[TrialRecord] = []
     for number in range(num_trials):
-        drawn = suggest(config, number, trials)
+        tried = suggest(config, number, trials)
         epochs = 2 if number % 2 else config.max_epochs
         rows = [
             {"epoch": epoch, "bound": value, "total_loss": value}
             for epoch in range(1, epochs + 1)
-            for value in [bound(drawn) + 9 - epoch]
+            for value in [bound(tried) + 9 - epoch]
         ]
-        trials.append(TrialRecord(number, drawn, rows, "stopped" if number % 2 else "finished"))
+        trials.append(TrialRecord(number, tried, rows, "stopped" if number % 2 else "finished"))
     return trials
 
 
-def test_random_draws_are_a_function_of_the_seed():
+def test_random_search_is_a_function_of_the_seed():
     config = SearchConfig(num_trials=40)
-    drawn = random_search(config)
-    assert drawn == random_search(dataclasses.replace(config, max_epochs=3))
-    assert drawn[1:] != random_search(dataclasses.replace(config, seed=1))[1:]
-    assert drawn[:10] == random_search(dataclasses.replace(config, num_trials=10))
-    assert {trial["latent_dim"] for trial in drawn} == {16, 32, 64}
-    assert {trial["batch_size"] for trial in drawn} == {64, 128, 256}
-    assert all(5e-4 <= trial["learning_rate"] <= 1e-2 for trial in drawn)
-    default = TrainConfig()
-    assert drawn[0] == {name: getattr(default, name) for name in drawn[0]}
-    for trial in drawn:
-        config.trial_config(trial)
+    found = random_search(config)
+    assert found == random_search(dataclasses.replace(config, max_epochs=3))
+    assert found[1:] != random_search(dataclasses.replace(config, seed=1))[1:]
+    assert found[:10] == random_search(dataclasses.replace(config, num_trials=10))
+    assert {each.latent_dim for each in found} == {16, 32, 64}
+    assert {each.batch_size for each in found} == {64, 128, 256}
+    assert all(5e-4 <= each.learning_rate <= 1e-2 for each in found)
+    default = TrainConfig().to_dict()
+    assert found[0].to_dict().items() <= default.items()
+    for each in found:
+        config.trial_config(each)
 
 
 def test_a_grid_has_every_combination_once_in_an_order_of_the_seed():
     config = SearchConfig(algorithm="grid", grid_points=3, betas=(0.5, 1.0))
     cells = grid(config)
     assert len(cells) == config.total_trials == 3 * 3 * 3 * 2
-    rates = sorted({cell["learning_rate"] for cell in cells})
+    rates = sorted({cell.learning_rate for cell in cells})
     assert rates == pytest.approx([5e-4, math.sqrt(5e-4 * 1e-2), 1e-2])
-    found = {tuple(cell.values()) for cell in cells}
+    found = {dataclasses.astuple(cell) for cell in cells}
     assert found == set(itertools.product((16, 32, 64), rates, (64, 128, 256), (0.5, 1.0)))
     assert cells == grid(dataclasses.replace(config, max_epochs=3))
     assert cells != grid(dataclasses.replace(config, seed=1))
-    assert cells != sorted(cells, key=lambda cell: tuple(cell.values()))
+    assert cells != sorted(cells, key=dataclasses.astuple)
 
 
 def test_tpe_is_a_function_of_the_seed_the_number_and_what_has_ended():
@@ -84,17 +84,17 @@ def test_tpe_is_a_function_of_the_seed_the_number_and_what_has_ended():
 
 
 def test_tpe_learns_where_the_valley_is():
-    """Closer to it than chance: the median over all that it drew after its random beginning."""
+    """Closer to it than chance: the median over all that it suggested after the random ones."""
 
-    def distance(drawn: dict) -> float:
-        return abs(math.log(drawn["learning_rate"] / 2e-3))
+    def distance(tried: Hyperparameters) -> float:
+        return abs(math.log(tried.learning_rate / 2e-3))
 
     found, chance = [], []
     for seed in range(5):
         config = dataclasses.replace(TPE, seed=seed)
         trials = searched(config, 30)
-        found += [distance(trial.drawn) for trial in trials[num_random(config) :]]
-        chance += [distance(drawn) for drawn in random_search(config)[num_random(config) :]]
+        found += [distance(trial.hyperparameters) for trial in trials[num_random(config) :]]
+        chance += [distance(tried) for tried in random_search(config)[num_random(config) :]]
     assert sorted(found)[len(found) // 2] < 0.6 * sorted(chance)[len(chance) // 2]
 
 
@@ -125,9 +125,9 @@ def test_suggestions_are_those_of_version_0_1(golden):
     trials: list[TrialRecord] = []
     for number, expected in enumerate(golden["suggested"]):
         found = suggest(config, number, trials)
-        assert found == pytest.approx(expected, rel=1e-9)
-        value = 250 + 10 * abs(found["learning_rate"] - 4e-3) / 4e-3
-        value += found["latent_dim"] / 16 + found["beta"]
+        assert found.to_dict() == pytest.approx(expected, rel=1e-9)
+        value = 250 + 10 * abs(found.learning_rate - 4e-3) / 4e-3
+        value += found.latent_dim / 16 + found.beta
         stopped = number % 3 == 2
         rows = [
             {

@@ -12,7 +12,7 @@ from vae_hyperband.commands import run
 from vae_hyperband.commands.run import MainJob
 from vae_hyperband.common.config import in_effect
 from vae_hyperband.common.errors import DataError
-from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.config import Hyperparameters, SearchConfig
 from vae_hyperband.search.suggest import random_search
 from vae_hyperband.search.trials import (
     SearchResult,
@@ -47,10 +47,10 @@ def test_a_new_search_is_foretold_and_nothing_is_written(
     there = json.loads(said[: said.index("}") + 1])
     result = read_result(searched[0] / "checkpoints/s")
     assert there == json.loads(json.dumps(in_effect(result.config.to_dict())))
-    for trial in result.trials:  # which the real search drew
-        assert f"{trial.number:>3}        {describe(trial.drawn)}\n" in said
-    assert "scheduler    asha: at most 81 epochs, fewer by what it stops early\n" in said
-    assert re.search(r"cpu, \d+ trials side by side, CPU threads of each: 1\n", said)
+    for trial in result.trials:  # which the real search tried
+        assert f"{trial.number:>3}        {describe(trial.hyperparameters)}\n" in said
+    assert "scheduler    asha: at most 81 epochs, fewer with early stopping\n" in said
+    assert re.search(r"cpu, \d+ trials in parallel, CPU threads of each: 1\n", said)
     assert re.search(r"training     [\d.]+ s an epoch, measured", said)
     assert "state" not in said
 
@@ -66,7 +66,7 @@ def test_a_search_that_is_there_is_said_and_left_as_it_is(
     assert "state        finished: its result would be shown\n" in said
     assert "training" not in said.partition("state")[2]
     assert train_vae.main([*command, "--fresh"]) == 0
-    assert "state        what is in the folder would be moved aside\n" in capsys.readouterr().out
+    assert "state        the existing folder would be moved aside\n" in capsys.readouterr().out
     assert train_vae.main([*command, "--seed", "1"]) == 2
     assert "other settings (seed: 0 -> 1)" in capsys.readouterr().err
     assert written(tmp_path) == before
@@ -80,7 +80,7 @@ def test_a_search_that_is_there_is_said_and_left_as_it_is(
     before = written(tmp_path)
     assert train_vae.main(command) == 0
     said = capsys.readouterr().out
-    assert f"it would go on with {ended} trials ended and 5 epochs trained\n" in said
+    assert f"it would resume with {ended} trials ended and 5 epochs trained\n" in said
     assert "s an epoch, measured" in said
     assert written(tmp_path) == before
 
@@ -92,7 +92,7 @@ def test_the_training_of_the_winner_is_foretold_too(
     assert train_vae.main([*command, "--final-epochs", "2"]) == 0
     said = capsys.readouterr().out
     _, _, rest = said.partition("== then train the winner; if it is trial 0, as s-best\n")
-    batch = random_search(read_result(searched[0] / "checkpoints/s").config)[0]["batch_size"]
+    batch = random_search(read_result(searched[0] / "checkpoints/s").config)[0].batch_size
     assert f"steps        {2 * -(-300 // batch)} in 2 epochs\n" in rest
     assert list(tmp_path.iterdir()) == []
 
@@ -103,8 +103,8 @@ def test_tpe_does_not_foretell_what_it_has_yet_to_learn(tmp_path, small_data, mo
     argv += ["--batch-sizes", "32", "--algorithm", "tpe", "--num-trials", "9", "--device", "cpu"]
     assert train_vae.main(argv) == 0
     said = capsys.readouterr().out
-    drawn = random_search(SearchConfig(batch_sizes=(32,), num_trials=9))
-    assert [describe(trial) in said for trial in drawn] == [True] * 4 + [False] * 5
+    found = random_search(SearchConfig(batch_sizes=(32,), num_trials=9))
+    assert [describe(trial) in said for trial in found] == [True] * 4 + [False] * 5
     assert "  ...\n" in said
 
 
@@ -120,7 +120,7 @@ def test_a_dry_run_refuses_what_the_search_would(tmp_path, small_data, monkeypat
     monkeypatch.chdir(tmp_path)
     argv = ["search", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
     for wrong, message in (
-        (["--batch-sizes", "32", "--cpus-per-trial", "1000"], "asks for 1000 CPU"),
+        (["--batch-sizes", "32", "--cpus-per-trial", "1000"], "needs 1000 CPU"),
         (["--batch-sizes", "64", "1000"], "more than the 300 training images"),
         (["--data-dir", str(tmp_path / "none")], "none"),
     ):
@@ -138,7 +138,7 @@ def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, mon
         "== then train the winner; if it is trial 0, as"
     )
     assert search.startswith("== search, as fashion-search\n")
-    assert "trials       8, drawn by random\n" in search
+    assert "trials       8, suggested by random\n" in search
     line = _line(rest, "command")
     assert "train --run fashion-best --dataset custom --device cpu --data-dir" in line
     assert "steps        30 in 10 epochs\n" in rest
@@ -151,9 +151,9 @@ def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, mon
     folder.mkdir(parents=True)
     asked = {**config.to_dict(), "id": "0", "storage": None}
     (folder / "search.json").write_text(json.dumps(asked))
-    drawn = {"latent_dim": 64, "learning_rate": 1e-3, "batch_size": 64, "beta": 1.0}
+    tried = Hyperparameters(latent_dim=64, learning_rate=1e-3, batch_size=64, beta=1.0)
     row = {"epoch": 3, "step": 9, "bound": 90.0, "total_loss": 90.0}
-    write_result(SearchResult(config, [TrialRecord(0, drawn, [row], "finished")], folder))
+    write_result(SearchResult(config, [TrialRecord(0, tried, [row], "finished")], folder))
     before = written(tmp_path)
     assert train_vae.main(argv) == 0
     said = capsys.readouterr().out

@@ -139,7 +139,7 @@ def test_a_trial_that_diverges_ranks_last_and_harms_no_other(tmp_path, small_dat
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = read_result(tmp_path / "checkpoints/d")
-    wild = [trial for trial in result.trials if trial.drawn["beta"] > 1]
+    wild = [trial for trial in result.trials if trial.hyperparameters.beta > 1]
     assert 0 < len(wild) < 6
     for trial in result.trials:
         assert trial.outcome == ("failed" if trial in wild else "finished")
@@ -147,7 +147,7 @@ def test_a_trial_that_diverges_ranks_last_and_harms_no_other(tmp_path, small_dat
         assert trial not in wild or f"{trial.name} failed: diverged: " in done.stdout
     assert all(trial.why.startswith("diverged: Training diverged at step") for trial in wild)
     assert result.epochs_saved == 0  # failing is not stopping early
-    assert result.winner.drawn["beta"] == 1
+    assert result.winner.hyperparameters.beta == 1
     assert f"{len(wild)} failed" in done.stdout
 
 
@@ -169,7 +169,7 @@ def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, s
     assert not (tmp_path / "checkpoints/c/trials.json").exists()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "going on with the search" in done.stdout
+    assert "resuming the search" in done.stdout
     result = read_result(tmp_path / "checkpoints/c")
     assert len(result.trials) == 6
     assert max(trial.num_epochs for trial in result.trials) == 60
@@ -185,7 +185,7 @@ def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, s
         ({"max_epochs": 1}, "nothing to stop"),
         ({"scheduler": "median", "grace_period": 9}, "nothing to stop"),
         ({"scheduler": "hyperband", "max_epochs": 2}, "no rung"),
-        ({"num_trials": 1}, "nothing to be compared"),
+        ({"num_trials": 1}, "there is only one"),
         ({"latent_dims": (16, 16)}, "a value twice"),
         ({"metric": "loss"}, "must be one of"),
         ({"algorithm": "bohb"}, "must be one of"),

@@ -35,5 +35,5 @@ def nodes(monkeypatch):
 def test_places_and_shares(nodes, options, resources, places, each):
     nodes(resources)
     options = SearchOptions(**options)
-    assert session.num_places(session.nodes(), options) == places
+    assert session.num_concurrent(session.nodes(), options) == places
     assert session.trial_resources(options) == each

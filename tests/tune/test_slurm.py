@@ -135,7 +135,7 @@ def test_a_job_told_that_its_time_is_nearly_up_requeues_itself_and_goes_on(
     job.wait("back to the queue: the search goes on where it stopped")
     job.wait("restart 1")
     job.wait()
-    assert "going on with the search" in job.log.read_text()
+    assert "resuming the search" in job.log.read_text()
     assert job.result == undisturbed
 
 

@@ -16,13 +16,13 @@ def test_a_url_store_gives_back_what_was_pushed(tmp_path):
     (folder / "latest.pt").write_bytes(b"one")
     store.push("trial_000", folder)
     (folder / "latest.pt").write_bytes(b"two, not pushed")
-    store.leave(folder)
+    store.discard(folder)
     assert not folder.exists()
     again = store.work_folder("trial_000")
     assert (again / "latest.pt").read_bytes() == b"one"
     store.fetch("trial_000", "latest.pt", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"one"
-    store.leave(again)
+    store.discard(again)
     assert list(store.work_folder("trial_001").iterdir()) == []
 
 
@@ -36,7 +36,7 @@ def test_a_folder_store_is_trained_in_without_copies(tmp_path):
     folder.mkdir(parents=True)
     (folder / "best.pt").write_bytes(b"one")
     store.push("trial_000", folder)
-    store.leave(folder)
+    store.discard(folder)
     store.fetch("trial_000", "best.pt", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"one"
 

@@ -13,9 +13,9 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.training.loop import fit
 from vae_hyperband.tune import worker
 from vae_hyperband.tune.storage import TrialStore
-from vae_hyperband.tune.worker import SharedSplit
+from vae_hyperband.tune.worker import SharedSplit, TrialJob
 
-DRAWN = {"latent_dim": 2, "learning_rate": 4e-3, "batch_size": 32, "beta": 1.0}
+TRIED = {"latent_dim": 2, "learning_rate": 4e-3, "batch_size": 32, "beta": 1.0}
 
 
 class Paused(SystemExit):
@@ -30,7 +30,7 @@ def train(tmp_path, small_data, monkeypatch):
         run="s", checkpoints_dir=tmp_path / "c", logs_dir=tmp_path / "l", device="cpu"
     )
 
-    def run(pause_at=None, drawn=DRAWN, data=small_data, **changes):
+    def run(pause_at=None, tried=TRIED, data=small_data, **changes):
         reports = []
         splits = [load_split(name, data, "custom") for name in ("train", "validation")]
 
@@ -42,12 +42,14 @@ def train(tmp_path, small_data, monkeypatch):
         monkeypatch.setattr(worker.tune, "report", report)
         with contextlib.suppress(Paused):
             worker.train_trial(
-                {"number": 0, "drawn": drawn},
-                config=config,
-                options=SearchOptions(**{**vars(options), **changes}),
-                store=TrialStore(str(tmp_path / "t")),
-                device="cpu",
-                splits=tuple(map(SharedSplit.of, splits)),
+                {"number": 0, "hyperparameters": tried},
+                job=TrialJob(
+                    config,
+                    SearchOptions(**{**vars(options), **changes}),
+                    TrialStore(str(tmp_path / "t")),
+                    tuple(map(SharedSplit.of, splits)),
+                    "cpu",
+                ),
             )
         return reports
 
@@ -122,7 +124,7 @@ def test_progress_gives_a_trial_all_its_attempts_back(train, monkeypatch):
 def test_divergence_is_not_tried_again(train, monkeypatch):
     calls = []
     monkeypatch.setattr(worker, "fit", lambda *a, **k: (calls.append(1), fit(*a, **k))[1])
-    [row] = train(drawn=DRAWN | {"beta": 1e38})
+    [row] = train(tried=TRIED | {"beta": 1e38})
     assert row["failed"].startswith("diverged: Training diverged at step")
     assert len(calls) == 1
 

@@ -56,7 +56,7 @@ class MainJob(Places):
     parts: tuple[Part, ...] = PARTS
     """What the final evaluation looks at; without images the job is a minute or two shorter."""
     seed: int = 0
-    """Decides the configurations drawn, and every run's weights, order and noise."""
+    """Seed of the suggested configurations, and of every run's weights, order and noise."""
     dry_run: bool = False
     """Print what would be searched and trained, where and how long that would take; then end."""
 
@@ -187,7 +187,7 @@ def _print_summary(
 ) -> None:
     _heading("done")
     rows = {
-        "best configuration": describe(best.to_dict()),
+        "best configuration": describe(best),
         "validation bound": f"{trained.state.best['bound']:.2f} nats/image, beta = 1",
         **_test_bound(evaluation),
         "checkpoint": trained.best,

@@ -267,10 +267,10 @@ def _draw_trials(axes: Axes, result: SearchResult) -> None:
 
 
 def _write_winner(axes: Axes, result: SearchResult) -> None:
-    config, drawn = result.config, result.winner.drawn
+    config, best = result.config, result.winner.hyperparameters
     lines = [
-        f"latent_dim {drawn['latent_dim']}    learning_rate {drawn['learning_rate']:.3g}    "
-        f"batch_size {drawn['batch_size']}    beta {drawn['beta']:g}    seed {config.seed}",
+        f"latent_dim {best.latent_dim}    learning_rate {best.learning_rate:.3g}    "
+        f"batch_size {best.batch_size}    beta {best.beta:g}    seed {config.seed}",
         f"{result.epochs_spent} epochs trained, {result.epochs_saved} saved by stopping early",
     ]
     if failed := result.with_outcome("failed"):
@@ -303,10 +303,11 @@ def _mark(axes: Axes, result: SearchResult, trial: TrialRecord, x: float, y: flo
 
 def _draw_relation(axes: Axes, result: SearchResult, name: str) -> None:
     """The trials' scores against one hyperparameter."""
-    values = sorted({trial.drawn[name] for trial in result.trials})
+    values = sorted({getattr(trial.hyperparameters, name) for trial in result.trials})
     categorical = name != "learning_rate"
     for trial in _usable(result):
-        x = values.index(trial.drawn[name]) if categorical else trial.drawn[name]
+        value = getattr(trial.hyperparameters, name)
+        x = values.index(value) if categorical else value
         _mark(axes, result, trial, x, trial.score(result.config.metric))
     if categorical:
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
@@ -329,8 +330,8 @@ def _draw_rate_distortion(axes: Axes, result: SearchResult) -> None:
         rate, distortion = trial.best_row["KL_divergence"], trial.best_row["recon_loss"]
         _mark(axes, result, trial, rate, distortion)
         axes.annotate(
-            f"{trial.drawn['beta']:g}", (rate, distortion), (4, 3), textcoords="offset points",
-            fontsize=6, color="#606060",
+            f"{trial.hyperparameters.beta:g}", (rate, distortion), (4, 3),
+            textcoords="offset points", fontsize=6, color="#606060",
         )  # fmt: skip
     axes.set(xlabel="rate: KL (nats/image)", ylabel="distortion (nats)")
     axes.set_title("numbers: beta", fontsize=8, color="#606060")

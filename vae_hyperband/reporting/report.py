@@ -30,7 +30,14 @@ from vae_hyperband.reporting.runs import best_ckpt
 from vae_hyperband.reporting.summaries import summary_of
 from vae_hyperband.reporting.tables import LOSS_NAMES, evaluation_tables, headline
 from vae_hyperband.search.config import METRICS, SearchConfig
-from vae_hyperband.search.trials import RESULT, WINNER, SearchResult, TrialRecord, read_result
+from vae_hyperband.search.trials import (
+    RESULT,
+    WINNER,
+    Column,
+    SearchResult,
+    TrialRecord,
+    read_result,
+)
 from vae_hyperband.training.loop import train_command
 
 
@@ -195,7 +202,7 @@ def _search_command(config: SearchConfig, name: str) -> str:
     return shlex.join(["vae-hyperband", "search", "--run", name, *changed])
 
 
-def _best(loss: str) -> Callable[[TrialRecord], Any]:
+def _best(loss: Column) -> Callable[[TrialRecord], Any]:
     return lambda trial: trial.best_row[loss] if trial.best_row else ""
 
 
@@ -203,11 +210,13 @@ _COLUMNS: dict[str, Callable[[TrialRecord], Any]] = {
     "trial": lambda trial: trial.number,
     "outcome": lambda trial: trial.outcome or "",
     "epochs": lambda trial: trial.num_epochs,
-    "latent_dim": lambda trial: trial.drawn["latent_dim"],
-    "learning_rate": lambda trial: trial.drawn["learning_rate"],
-    "batch_size": lambda trial: trial.drawn["batch_size"],
-    "beta": lambda trial: trial.drawn["beta"],
-    **{loss: _best(loss) for loss in ("bound", "recon_loss", "KL_divergence")},
+    "latent_dim": lambda trial: trial.hyperparameters.latent_dim,
+    "learning_rate": lambda trial: trial.hyperparameters.learning_rate,
+    "batch_size": lambda trial: trial.hyperparameters.batch_size,
+    "beta": lambda trial: trial.hyperparameters.beta,
+    "bound": _best("bound"),
+    "recon_loss": _best("recon_loss"),
+    "KL_divergence": _best("KL_divergence"),
     "why": lambda trial: trial.why,
 }
 

@@ -11,7 +11,7 @@ from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.model.checkpoint import BEST, LATEST, load_ckpt
 from vae_hyperband.reporting.figures import LogRow
 from vae_hyperband.reporting.tables import LOSS_NAMES, Table
-from vae_hyperband.search.trials import ASKED, RESULT
+from vae_hyperband.search.trials import RESULT, SETTINGS_FILE
 from vae_hyperband.training.tracker import read_rows
 
 #: Losses of runs that differ in one of these cannot be compared.
@@ -126,7 +126,7 @@ def best_ckpt(place: Places) -> Path:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}.") from error
     if (folder / RESULT).exists():
         why = f"{place.run} is a search, not a run: vae-hyperband report {place.run} shows it."
-    elif (folder / ASKED).exists():
+    elif (folder / SETTINGS_FILE).exists():
         why = f"{place.run} is a search that has not ended: run its command again to resume it."
     elif (folder / LATEST).exists():
         why = f"The run {place.run} has not been validated yet: run its command again to resume it."

@@ -70,12 +70,12 @@ def summary_of(found: SearchResult) -> str:
     full = config.total_trials * config.max_epochs
     lines = [
         f"{found.winner.name} won with {found.best_score:.2f} ({METRICS[config.metric]}): "
-        f"{describe(found.winner.drawn)}.",
+        f"{describe(found.winner.hyperparameters)}.",
         f"{len(found.with_outcome('stopped'))} of {len(found.trials)} trials were stopped early, "
         f"{len(failed)} failed; {found.epochs_spent} epochs were trained, {found.epochs_saved} "
         f"saved (without early stopping: {full}).",
     ]
-    lines += [f"{trial.name} failed: {trial.why} ({describe(trial.drawn)})" for trial in failed]
+    lines += [trial.summary for trial in failed]
     if found.importance:
         shares = sorted(found.importance.items(), key=lambda item: -item[1])
         words = ", ".join(f"{name} {share:.0%}" for name, share in shares)

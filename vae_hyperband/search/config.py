@@ -1,13 +1,16 @@
-"""Every knob of a search, once. ``SearchConfig`` decides what is tried and what wins;
-``SearchOptions`` says where and on what it is computed, and never changes the result.
+"""Every setting of a search, once: :class:`SearchConfig` and :class:`SearchOptions`.
+
+``SearchConfig`` decides which trials there are and which one wins. ``SearchOptions`` says where and
+on which hardware they are computed, and never changes the result.
 """
 
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Self
 
 from vae_hyperband.common.config import (
     CommonConfig,
@@ -18,51 +21,82 @@ from vae_hyperband.common.config import (
     require_values,
 )
 
-#: Importance samples of a trial's IWAE bound where that is the metric.
+#: Importance samples per image of a trial's IWAE bound, if that is the metric. Each one costs a
+#: pass through the decoder at every validation; ``evaluate`` takes 100 of the winner.
 IWAE_SAMPLES = 10
 
-#: Draws of the prior for a trial's FID where that is the metric.
+#: Samples of the prior for a trial's FID, if that is the metric. A small sample biases FID upward
+#: (Chong & Forsyth 2020): compare it with that of other trials, not with ``evaluate``'s.
 FID_SAMPLES = 5000
 
-#: What a search may decide by, as a reader is told; lower is better.
-METRICS = {
+Metric = Literal["bound", "iwae", "fid"]
+
+#: What a search compares trials by, in words; lower is better.
+METRICS: dict[Metric, str] = {
     "bound": "validation bound at beta = 1, nats/image",
     "iwae": "validation IWAE bound, nats/image",
     "fid": "validation FID, z from the prior",
 }
 
 
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What a search chooses for each trial; all other settings are the same in all of them."""
+
+    latent_dim: int
+    learning_rate: float
+    batch_size: int
+    beta: float
+
+    def to_dict(self) -> dict[str, float]:
+        """By name, in the order of the fields: as JSON files and Optuna have them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float]) -> Self:
+        """The inverse of :meth:`to_dict`. Raises :class:`KeyError` if a value is missing."""
+        return cls(
+            latent_dim=int(values["latent_dim"]),
+            learning_rate=float(values["learning_rate"]),
+            batch_size=int(values["batch_size"]),
+            beta=float(values["beta"]),
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(CommonConfig):
-    """The space that is searched, how, and what all its trials share. Trial 0 has the default
-    configuration's values, where the space has them (a grid: none has to)."""
+    """The search space, how it is searched, and the settings that all trials share.
+
+    Trial 0 of a random or TPE search has the default configuration's values, where the space
+    contains them.
+    """
 
     num_trials: int = 12
-    """Configurations to try (a grid tries all of its own)."""
+    """Number of configurations to try (grid: all combinations, whatever this says)."""
     max_epochs: int = 9
-    """Epochs of a trial that is never stopped."""
+    """Epochs of a trial that is never stopped early."""
     algorithm: Literal["random", "grid", "tpe"] = "random"
     """random, grid (every combination), or tpe (Optuna's; learns from the trials that ended)."""
     scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
     """asha (Li et al. 2020), hyperband (Li et al. 2018), median (Golovin et al. 2017) or none."""
-    metric: Literal["bound", "iwae", "fid"] = "bound"
-    """What decides: the validation bound at beta = 1, the tighter IWAE bound, or FID."""
+    metric: Metric = "bound"
+    """Compare trials by the validation bound at beta = 1, the tighter IWAE bound, or FID."""
     grace_period: int = 1
     """asha, median: epochs before a trial may be stopped."""
     reduction_factor: int = 3
-    """asha, hyperband: one in this many trials goes on at each rung."""
+    """asha, hyperband: one in this many trials continues at each rung."""
     latent_dims: tuple[int, ...] = (16, 32, 64)
     """Latent dimensions to choose from."""
     learning_rates: tuple[float, float] = (5e-4, 1e-2)
-    """Lowest and highest peak learning rate; drawn log-uniformly."""
+    """Lowest and highest peak learning rate; sampled log-uniformly."""
     grid_points: int = 4
-    """grid: learning rates to try, evenly spaced on the log scale."""
+    """grid: number of learning rates, evenly spaced on the log scale."""
     batch_sizes: tuple[int, ...] = (64, 128, 256)
     """Batch sizes to choose from."""
     betas: tuple[float, ...] = (1.0,)
     """KL weights to choose from; trials are always compared at beta = 1."""
     seed: int = 0
-    """Decides the configurations drawn, and the seed that every trial trains with."""
+    """Seed of the suggested configurations, and of every trial's training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,8 +113,10 @@ class SearchConfig(CommonConfig):
             f"--learning-rates is {low!r} {high!r}, but must be two numbers, 0 < lowest < highest.",
         )
         self._check_scheduler()
-        for trial in self._corner_trials():  # every value must be one that a trial can train with
-            self.trial_config(trial)
+        # TrainConfig knows what each value must be, and what does not go together: let it say so
+        # here, in one line, instead of once per trial on a worker
+        for hyperparameters in self._extremes():
+            self.trial_config(hyperparameters)
 
     def _check_scheduler(self) -> None:
         """Refuse settings with which the scheduler would never stop a trial."""
@@ -90,6 +126,7 @@ class SearchConfig(CommonConfig):
             f"--grace-period {self.grace_period} leaves nothing to stop: it must be below "
             f"--max-epochs {self.max_epochs} {instead}.",
         )
+        # fewer epochs than the factor: s_max of Li et al. 2018 is 0, a single bracket of full runs
         require(
             self.scheduler != "hyperband" or self.max_epochs >= self.reduction_factor,
             f"--max-epochs {self.max_epochs} leaves hyperband no rung: it must be at least "
@@ -97,12 +134,13 @@ class SearchConfig(CommonConfig):
         )
         require(
             self.scheduler == "none" or self.total_trials > 1,
-            f"--scheduler {self.scheduler} compares trials, and one has nothing to be compared "
-            f"with: raise --num-trials {instead}.",
+            f"--scheduler {self.scheduler} compares trials, and there is only one: raise "
+            f"--num-trials {instead}.",
         )
 
     @property
     def total_trials(self) -> int:
+        """Number of trials of a search that runs to its end."""
         if self.algorithm != "grid":
             return self.num_trials
         lists = (self.latent_dims, self.batch_sizes, self.betas)
@@ -110,28 +148,43 @@ class SearchConfig(CommonConfig):
 
     @property
     def rungs(self) -> list[int]:
-        """The epochs at which asha decides; hyperband's lie at the same ratio, by bracket."""
+        """The epochs after which ASHA decides: r * eta^k below R (Li et al. 2020, section 3).
+
+        HyperBand's rungs differ by bracket: :func:`~vae_hyperband.search.schedulers.brackets`.
+        """
+        # max_epochs itself is no rung: a trial that gets there has finished
         counts = itertools.takewhile(
             lambda epochs: epochs < self.max_epochs,
             (self.grace_period * self.reduction_factor**k for k in itertools.count()),
         )
         return list(counts)
 
-    def _corner_trials(self) -> list[dict[str, Any]]:
-        """One trial per listed value, the others at their first: what validation has to see."""
-        lists = {"latent_dim": self.latent_dims, "batch_size": self.batch_sizes, "beta": self.betas}
-        first = {name: values[0] for name, values in lists.items()}
-        first["learning_rate"] = self.learning_rates[0]
-        return [first | {name: value} for name, values in lists.items() for value in values]
+    def _extremes(self) -> list[Hyperparameters]:
+        """Each listed value once, the others at their first: enough to check every value."""
+        # no combination of these four settings is refused, so the full grid would find no more
+        first = Hyperparameters(
+            self.latent_dims[0], self.learning_rates[0], self.batch_sizes[0], self.betas[0]
+        )
+        return [
+            *(dataclasses.replace(first, latent_dim=value) for value in self.latent_dims),
+            *(dataclasses.replace(first, batch_size=value) for value in self.batch_sizes),
+            *(dataclasses.replace(first, beta=value) for value in self.betas),
+        ]
 
-    def trial_config(self, drawn: dict[str, Any]) -> TrainConfig:
-        """The full configuration of the trial whose hyperparameters were ``drawn``."""
+    def trial_config(self, hyperparameters: Hyperparameters) -> TrainConfig:
+        """The full configuration of a trial. Raises :class:`ConfigError` if it is impossible."""
         return TrainConfig(
             **self.common(),
-            **drawn,
+            latent_dim=hyperparameters.latent_dim,
+            learning_rate=hyperparameters.learning_rate,
+            batch_size=hyperparameters.batch_size,
+            beta=hyperparameters.beta,
+            # the schedule of a trial that is stopped early is that of the full training: what it
+            # has reached at a rung is what the winner had reached there
             epochs=self.max_epochs,
+            # one seed for all: trials differ by their hyperparameters, not by their luck
             seed=self.seed,
-            val_interval=1,
+            val_interval=1,  # every epoch may be a rung
             iwae_samples=IWAE_SAMPLES if self.metric == "iwae" else 0,
             fid_samples=FID_SAMPLES if self.metric == "fid" else 0,
         )
@@ -139,27 +192,27 @@ class SearchConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Places):
-    """Where and on what a search runs. Nothing here changes which configurations are tried."""
+    """Where and on which hardware a search runs. Nothing here changes what is tried."""
 
     run: str = "search"
     """Name of the search: its folder under checkpoints/ and logs/."""
     fresh: bool = False
-    """Move an existing search of that name aside and start anew."""
+    """Move an existing search of that name aside and start from the beginning."""
     address: str | None = None
-    """Join the Ray cluster at this address (host:port); default: a local one, started for this."""
+    """Join the Ray cluster at this address (host:port); default: start a local one."""
     storage: str | None = None
-    """Keep the trials' files here, a folder or URL such as s3://bucket/folder that all nodes reach
-    (default: with the search's own, which is enough where the nodes share a file system)."""
+    """Keep the trials' files in this folder or URL (s3://bucket/...), which all nodes must reach
+    (default: in the search's own folder; fine if the nodes share a file system)."""
     cpus_per_trial: int = 1
-    """CPU cores, and threads, of each trial; as many trials run side by side as there is room."""
+    """CPU cores, and threads, of each trial; trials run in parallel as far as cores allow."""
     gpus_per_trial: float | None = None
     """GPUs of each trial, fractions allowed (default: 1 if there is one and --device allows)."""
     max_concurrent: int | None = None
-    """Run at most this many trials side by side (default: as many as there is room for)."""
+    """Run at most this many trials in parallel (default: as many as the hardware allows)."""
     max_failures: int = 2
-    """Try a trial again this many times in a row when it fails without having got further."""
+    """Retry a trial this many times in a row when it fails without making progress."""
     trial_timeout: float = 1800.0
-    """Seconds after which a trial that has not finished an epoch counts as hanging."""
+    """Seconds without a finished epoch after which a trial counts as hanging."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,12 +223,14 @@ class SearchOptions(Places):
             require_number("max_concurrent", self.max_concurrent, 1)
         if self.gpus_per_trial is not None:
             require_number("gpus_per_trial", self.gpus_per_trial, 0)
+            # Ray can share one GPU, but not 1.5 of them
             require(
                 self.gpus_per_trial <= 1 or self.gpus_per_trial.is_integer(),
                 f"--gpus-per-trial is {self.gpus_per_trial}, but must be a fraction of one GPU or "
                 "a whole number of them.",
             )
         gpus = self.gpus_per_trial
+        # "cuda:1" is refused: Ray shows a trial its own GPUs only, numbered from 0
         require(
             self.device in ("auto", "cpu", "cuda"),
             f"--device is {self.device!r}, but must be auto, cpu or cuda for a search.",
@@ -186,7 +241,8 @@ class SearchOptions(Places):
         )
 
     def absolute(self) -> "SearchOptions":
-        """The same places whatever the working folder: trials run in other processes."""
+        """The same options with absolute paths."""
+        # Ray's workers run in folders of their own, where a relative path means another place
         local = self.storage is not None and "://" not in self.storage
         return dataclasses.replace(
             self,

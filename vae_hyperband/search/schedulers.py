@@ -1,13 +1,16 @@
-"""Who goes on, who waits, who is stopped: ASHA, HyperBand and median stopping as functions.
+"""Which trials continue, pause or stop: ASHA, HyperBand and median stopping as pure functions.
 
-A rule sees what every trial has reported and says what becomes of each. It keeps nothing in
-between, so there is nothing to lose when a search is killed: the same reports give the same
-verdicts. And it takes trials in the order in which they were drawn, not in which their reports
-arrive, so that chance (a slow disk, a second worker, a restart) decides nothing either. The price
-is that a trial may have to wait at a rung for an earlier one; it gives up its place meanwhile.
+A scheduler sees what every trial has reported and returns a verdict on each. It keeps no state, so
+a killed search loses nothing: the same reports give the same verdicts. It compares trials in the
+order of their numbers, not in the order in which their reports arrive, so timing (a slow disk, a
+second worker, a restart) decides nothing either. The price is that a trial may have to pause at a
+rung for an earlier one; another trial gets its worker meanwhile.
 
 Values are losses: lower is better.
 """
+
+# Ray's own schedulers decide when a report arrives, and keep what has arrived in memory: two runs
+# of a search on two workers stop different trials, and a restored one has forgotten its rungs.
 
 import bisect
 import math
@@ -18,7 +21,7 @@ from typing import Literal
 
 from vae_hyperband.search.config import SearchConfig
 
-#: Median stopping compares with at least this many earlier trials.
+#: Median stopping needs at least this many earlier trials; the median of one or two is noise.
 MIN_EARLIER = 3
 
 
@@ -26,7 +29,7 @@ MIN_EARLIER = 3
 class Curve:
     """What one trial has reported so far: its value after each epoch, and whether it failed.
 
-    A failed trial takes part in the rungs that it has reached; beyond, it is as if it were absent.
+    A failed trial counts at the rungs that it reached; beyond, it is as if it did not exist.
     """
 
     values: dict[int, float] = field(default_factory=dict)  # epoch -> value
@@ -43,20 +46,21 @@ class Curve:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a trial, from which rung on, and why."""
+    """What happens to a trial, the rung at which that was decided, and why."""
 
-    action: Literal["go on", "wait", "stop"]
+    action: Literal["continue", "pause", "stop"]
     rung: int = 0
     why: str = ""
 
 
-GO_ON = Verdict("go on")
+CONTINUE = Verdict("continue")
 
 
 def verdicts(config: SearchConfig, curves: Sequence[Curve]) -> list[Verdict]:
-    """The verdict on each trial, in the order in which they were drawn.
+    """The verdict on each trial, in the order of their numbers.
 
-    Trials that have not started have an empty curve. A verdict of "stop" never changes again.
+    ``curves`` has one for every trial of the search; those that have not started are empty. A
+    verdict of "stop" never changes again.
     """
     if config.scheduler == "asha":
         return asha(curves, config.rungs, config.reduction_factor)
@@ -64,20 +68,23 @@ def verdicts(config: SearchConfig, curves: Sequence[Curve]) -> list[Verdict]:
         return hyperband(curves, config.max_epochs, config.reduction_factor)
     if config.scheduler == "median":
         return median_stopping(curves, config.grace_period, config.max_epochs)
-    return [GO_ON] * len(curves)
+    return [CONTINUE] * len(curves)
 
 
 def asha(curves: Sequence[Curve], rungs: Sequence[int], reduction_factor: int) -> list[Verdict]:
     """Asynchronous successive halving, Li et al. 2020 (arXiv 1810.05934), as a stopping rule.
 
     A trial passes a rung if it is among the best 1/reduction_factor (algorithm 2, ``top_k``; at
-    least one) of itself and the trials drawn before it that got there. This is the run that one
-    worker would make, one trial after the other; the first trial always goes on.
+    least one) of itself and the earlier trials that got there. This is what a single worker would
+    do, one trial after the other; so the first trial always runs to its end.
     """
+    # The paper pauses a trial that is not in top_k, since it may be promoted when later ones turn
+    # out worse. Stopping it instead needs no pool of paused trials, and is what Ray's ASHA does.
 
     def passes(value: float, earlier: list[float]) -> bool:
-        num_going_on = max(1, (len(earlier) + 1) // reduction_factor)
-        return bisect.bisect_left(earlier, value) < num_going_on  # so many are strictly better
+        num_promoted = max(1, (len(earlier) + 1) // reduction_factor)
+        # bisect_left counts the strictly better ones: a tie is no reason to stop
+        return bisect.bisect_left(earlier, value) < num_promoted
 
     def score(curve: Curve, rung: int) -> tuple[float, float] | None:
         value = curve.at(rung)
@@ -91,8 +98,8 @@ def median_stopping(
 ) -> list[Verdict]:
     """The median stopping rule of Vizier, Golovin et al. 2017, section 3.2.1.
 
-    After each epoch, a trial is stopped whose best value so far is worse than the median of the
-    running averages, up to that epoch, of the trials drawn before it.
+    After each epoch, a trial is stopped if its best value so far is worse than the median of the
+    earlier trials' running averages up to that epoch.
     """
 
     def passes(best: float, averages: list[float]) -> bool:
@@ -102,9 +109,11 @@ def median_stopping(
         if curve.at(rung) is None:
             return None
         so_far = [value for epoch, value in curve.values.items() if epoch <= rung]
+        # a trial that has reported only later epochs is judged by the first of them
         so_far = so_far or [value for value in (curve.at(rung),) if value is not None]
         return min(so_far), sum(so_far) / len(so_far)
 
+    # every epoch is a rung, except the last: nothing is saved by stopping a finished trial
     rungs = range(grace_period, max_epochs)
     return _in_order(curves, rungs, score, passes, "the median of earlier averages")
 
@@ -116,30 +125,34 @@ def _in_order(
     passes: Callable[[float, list[float]], bool],
     hurdle: str,
 ) -> list[Verdict]:
-    """Take the trials of each rung in order; who comes after one that is still on its way waits.
+    """Judge the trials of each rung in order; a trial waits until all earlier ones have arrived.
 
-    ``score`` gives the value that a trial is judged by and the one that it is remembered with.
+    ``score`` gives the value that a trial is judged by and the one that later trials are compared
+    with; ``passes`` compares the former with a sorted list of the latter.
     """
-    result = [GO_ON] * len(curves)
+    result = [CONTINUE] * len(curves)
     for rung in rungs:
-        earlier: list[float] = []  # what is remembered of this rung, sorted
-        complete = True  # whether all that will be remembered of earlier trials is known
+        earlier: list[float] = []  # values of this rung that later trials are compared with, sorted
+        complete = True  # whether all earlier trials that will reach this rung have reached it
         for number, curve in enumerate(curves):
+            # stopped at a lower rung: it will never get here, so nobody waits for it
             if result[number].action == "stop":
                 continue
             scores = score(curve, rung)
-            if result[number].action == "wait" or (scores is None and not curve.failed):
+            # one that is paused below may still come, and so may one that is being trained
+            if result[number].action == "pause" or (scores is None and not curve.failed):
                 complete = False
-            elif scores is None:
+            elif scores is None:  # failed on its way here
                 continue
             elif not complete:
-                result[number] = Verdict("wait", rung)
+                result[number] = Verdict("pause", rung)
             else:
-                judged, remembered = scores
-                if not passes(judged, earlier):
-                    place = f"{bisect.bisect_left(earlier, judged) + 1} of {len(earlier) + 1}"
-                    why = f"{judged:.2f} after epoch {rung} was number {place}: not {hurdle}"
+                value, remembered = scores
+                if not passes(value, earlier):
+                    place = f"{bisect.bisect_left(earlier, value) + 1} of {len(earlier) + 1}"
+                    why = f"{value:.2f} after epoch {rung} was number {place}: not {hurdle}"
                     result[number] = Verdict("stop", rung, why)
+                # stopped or not, it has been at this rung, as in the papers
                 bisect.insort(earlier, remembered)
     return result
 
@@ -155,15 +168,18 @@ class Bracket:
 def brackets(num_trials: int, max_epochs: int, reduction_factor: int) -> list[Bracket]:
     """HyperBand's brackets, Li et al. 2018 (arXiv 1603.06560), algorithm 1, filled in order.
 
-    From the most to the least aggressive, then around again until no trial is left; the last one
-    may be smaller than the paper's. Rungs are whole epochs, rounded down.
+    From the most to the least aggressive, then again from the first until no trial is left; the
+    last bracket may be smaller than the paper's. Rungs are whole epochs, rounded down.
     """
+    # s_max = floor(log_eta(R)) in integers: math.log(243, 3) is 4.999..., one bracket too few
     s_max = 0
     while reduction_factor ** (s_max + 1) <= max_epochs:
         s_max += 1
     result: list[Bracket] = []
     first = 0
     while first < num_trials:
+        # s counts the halvings of a bracket: with s_max most trials, each with the fewest epochs
+        # at first; with 0 a few that are trained to the end without any comparison
         s = s_max - len(result) % (s_max + 1)
         size = math.ceil((s_max + 1) * reduction_factor**s / (s + 1))
         members = range(first, min(first + size, num_trials))
@@ -174,22 +190,24 @@ def brackets(num_trials: int, max_epochs: int, reduction_factor: int) -> list[Br
 
 
 def hyperband(curves: Sequence[Curve], max_epochs: int, reduction_factor: int) -> list[Verdict]:
-    """HyperBand: successive halving in each bracket, and every trial of a rung waits for the rest.
+    """HyperBand: successive halving in each bracket; trials pause at a rung until all are there.
 
-    Of the trials at a rung the best 1/reduction_factor (rounded down, at least one) go on; where
-    two are equal, the one drawn first.
+    Of the trials at a rung the best 1/reduction_factor continue (rounded down, at least one); of
+    equal ones, the one with the lower number.
     """
-    result = [GO_ON] * len(curves)
+    result = [CONTINUE] * len(curves)
     for bracket in brackets(len(curves), max_epochs, reduction_factor):
         members = list(bracket.members)
         for rung in bracket.rungs[:-1]:
             arrived = [(value, n) for n in members if (value := curves[n].at(rung)) is not None]
             there = {n for _, n in arrived}
+            # only a failed trial is not waited for: it will never come
             if any(n not in there and not curves[n].failed for n in members):
                 for n in there:
-                    result[n] = Verdict("wait", rung)
-                break
+                    result[n] = Verdict("pause", rung)
+                break  # higher rungs have nobody yet
             arrived.sort()
+            # a share of those that arrived: failed trials are as if never in the bracket
             keep = max(1, len(arrived) // reduction_factor)
             for place, (value, n) in enumerate(arrived[keep:], start=keep + 1):
                 why = (

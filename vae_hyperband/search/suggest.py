@@ -1,13 +1,13 @@
-"""Which configurations a search tries: at random, all of a grid, or where TPE expects the best.
+"""Which configurations a search tries: random search, a grid, or TPE.
 
-The hyperparameters of trial n are a function of the space, the seed, n, and, for TPE, of the trials
-that have ended. No state is kept between calls, so a search that was killed continues as if it had
-not been.
+The hyperparameters of trial n are a function of the search space, the seed, n and, for TPE, the
+trials that have ended. No state is kept between calls, so a search that was killed continues as if
+it had not been.
 """
 
 import functools
 import itertools
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import optuna
@@ -16,16 +16,19 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState, create_trial
 
 from vae_hyperband.common.config import TrainConfig
-from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.config import Hyperparameters, SearchConfig
 from vae_hyperband.search.trials import TrialRecord
 
+# its log lines, one per trial, would come between those of the console
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-#: With fewer comparable trials, saying what mattered would be guessing.
+#: Importances of fewer comparable trials are not computed: they would be mostly noise.
 MIN_FOR_IMPORTANCE = 8
 
+Value = TypeVar("Value")
 
-def suggest(config: SearchConfig, number: int, trials: list[TrialRecord]) -> dict[str, Any]:
+
+def suggest(config: SearchConfig, number: int, trials: list[TrialRecord]) -> Hyperparameters:
     """The hyperparameters of the trial with that number, given the trials so far."""
     if config.algorithm == "grid":
         return grid(config)[number]
@@ -35,67 +38,70 @@ def suggest(config: SearchConfig, number: int, trials: list[TrialRecord]) -> dic
 
 
 @functools.lru_cache
-def random_search(config: SearchConfig) -> list[dict[str, Any]]:
+def random_search(config: SearchConfig) -> list[Hyperparameters]:
     """Random search: the hyperparameters of every trial, a function of the space and the seed.
 
-    Trial 0 is the default configuration, so that a search never ends below it; its values are taken
-    from the space where the space does not contain them.
+    Trial 0 is the default configuration, so that a search never ends below it; a value that the
+    space does not contain is replaced by one that it does.
     """
+    # RandomState's streams are frozen by numpy's policy (NEP 19), those of default_rng are not:
+    # a new numpy must not change the trials of a search that is half done
     random = np.random.RandomState(config.seed)
     low, high = config.learning_rates
     default = TrainConfig()
 
-    def choice(values: tuple[Any, ...]) -> Any:
-        return values[random.choice(len(values), size=1)[0]]
+    def choice(values: tuple[Value, ...]) -> Value:
+        return values[int(random.choice(len(values), size=1)[0])]
 
-    def configuration() -> dict[str, Any]:
+    def configuration() -> Hyperparameters:
         # the order of these lines is part of the result; Ray's search domains, from which 0.1 took
         # its values, sample the same numbers (tests/golden/suggestions.json)
-        return {
-            "latent_dim": choice(config.latent_dims),
-            "learning_rate": float(np.exp(random.uniform(np.log(low), np.log(high), size=1))[0]),
-            "batch_size": choice(config.batch_sizes),
-            "beta": choice(config.betas),
-        }
+        return Hyperparameters(
+            latent_dim=choice(config.latent_dims),
+            # log-uniform: from 1e-3 to 2e-3 is as far as from 2e-3 to 4e-3
+            learning_rate=float(np.exp(random.uniform(np.log(low), np.log(high), size=1))[0]),
+            batch_size=choice(config.batch_sizes),
+            beta=choice(config.betas),
+        )
 
-    first = {
-        "latent_dim": _default_or_first(default.latent_dim, config.latent_dims),
-        "learning_rate": min(max(default.learning_rate, low), high),
-        "batch_size": _default_or_first(default.batch_size, config.batch_sizes),
-        "beta": _default_or_first(default.beta, config.betas),
-    }
+    first = Hyperparameters(
+        latent_dim=_default_or_first(default.latent_dim, config.latent_dims),
+        learning_rate=min(max(default.learning_rate, low), high),
+        batch_size=_default_or_first(default.batch_size, config.batch_sizes),
+        beta=_default_or_first(default.beta, config.betas),
+    )
     return [first, *(configuration() for _ in range(config.num_trials - 1))]
 
 
-def _default_or_first(default: Any, choices: tuple[Any, ...]) -> Any:
+def _default_or_first(default: Value, choices: tuple[Value, ...]) -> Value:
     return default if default in choices else choices[0]
 
 
 @functools.lru_cache
-def grid(config: SearchConfig) -> list[dict[str, Any]]:
+def grid(config: SearchConfig) -> list[Hyperparameters]:
     """Every combination of the listed values, in a random order that the seed decides.
 
-    Without the shuffle the first trials, which a scheduler compares the others with, would be
-    alike. Learning rates are evenly spaced on the log scale.
+    Learning rates are evenly spaced on the log scale, both ends included.
     """
-    axes = {
-        "latent_dim": config.latent_dims,
-        "learning_rate": np.geomspace(*config.learning_rates, config.grid_points).tolist(),
-        "batch_size": config.batch_sizes,
-        "beta": config.betas,
-    }
-    cells = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    rates = np.geomspace(*config.learning_rates, config.grid_points).tolist()
+    cells = [
+        Hyperparameters(*values)
+        for values in itertools.product(config.latent_dims, rates, config.batch_sizes, config.betas)
+    ]
+    # without the shuffle the first trials, which ASHA compares the others with, would be alike
     order = np.random.RandomState(config.seed).permutation(len(cells))
     return [cells[i] for i in order]
 
 
 def num_random(config: SearchConfig) -> int:
     """How many random trials TPE starts with, before it has seen enough to learn from."""
+    # Optuna's default is 10 of any number; of a dozen trials that would leave TPE two
     return min(10, max(4, config.num_trials // 3))
 
 
 def distributions(config: SearchConfig) -> dict[str, BaseDistribution]:
-    """The space in Optuna's terms."""
+    """The search space in Optuna's terms."""
+    # categorical, although they are numbers: the space lists a few values, not a range
     return {
         "latent_dim": CategoricalDistribution(config.latent_dims),
         "learning_rate": FloatDistribution(*config.learning_rates, log=True),
@@ -104,52 +110,56 @@ def distributions(config: SearchConfig) -> dict[str, BaseDistribution]:
     }
 
 
-def suggest_tpe(config: SearchConfig, number: int, trials: list[TrialRecord]) -> dict[str, Any]:
+def suggest_tpe(config: SearchConfig, number: int, trials: list[TrialRecord]) -> Hyperparameters:
     """Tree-structured Parzen estimator (Bergstra et al. 2011), Optuna's.
 
     It learns from the trials that have ended; one that was stopped counts as pruned, which TPE
     ranks below those that got further. With several workers it depends on timing which trials have
     ended, so the suggestions differ from run to run; with ``max_concurrent`` 1 they do not.
     """
+    # a sampler and a study for each suggestion, made from the trials: Optuna's own would hold
+    # random state that a kill loses. One seed per number, or all trials would be the same sample.
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
     study = optuna.create_study(sampler=sampler, direction="minimize")
     space = distributions(config)
     for trial in trials:
+        # failed ones are left out: they have no value, and any stand-in would be arbitrary
         if trial.outcome in ("finished", "stopped"):
             study.add_trial(
                 create_trial(
                     state=TrialState.PRUNED if trial.outcome == "stopped" else TrialState.COMPLETE,
                     value=trial.score(config.metric),
-                    params=trial.drawn,
+                    params=trial.hyperparameters.to_dict(),
                     distributions=space,
                     intermediate_values=dict(enumerate(trial.curve(config.metric))),
                 )
             )
-    suggested = study.ask(fixed_distributions=space).params
-    return {name: suggested[name] for name in space}
+    return Hyperparameters.from_dict(study.ask(fixed_distributions=space).params)
 
 
 def importance(config: SearchConfig, trials: list[TrialRecord]) -> dict[str, float] | None:
-    """How much each hyperparameter mattered, adding up to 1; None if there is too little to tell.
+    """How much each hyperparameter mattered, adding up to 1; None if there are too few trials.
 
-    The share of the variance of the values that it explains: fANOVA (Hutter et al. 2014), Optuna's,
-    over what trials reached by the last epoch that all of them have in common, so that stopped
-    trials are not penalised.
+    The share of the variance of the metric that it explains: fANOVA (Hutter et al. 2014), Optuna's,
+    over the values at the last epoch that all trials have in common, so that stopped trials are not
+    penalised.
     """
     usable = [trial for trial in trials if trial.outcome in ("finished", "stopped")]
     if len(usable) < MIN_FOR_IMPORTANCE:
         return None
     epoch = min(trial.num_epochs for trial in usable)
+    tried = [trial.hyperparameters.to_dict() for trial in usable]
     space = {
         name: domain
         for name, domain in distributions(config).items()
-        if len({trial.drawn[name] for trial in usable}) > 1
+        if len({values[name] for values in tried}) > 1  # a constant explains no variance
     }
     study = optuna.create_study()
-    for trial in usable:
-        params = {name: trial.drawn[name] for name in space}
+    for trial, values in zip(usable, tried, strict=True):
+        params = {name: values[name] for name in space}
         value = trial.curve(config.metric)[epoch - 1]
         study.add_trial(create_trial(params=params, distributions=space, value=value))
+    # it grows a random forest, whose randomness is the search's own
     found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=config.seed))
     return {name: float(found[name]) for name in space}

@@ -1,34 +1,61 @@
 """What each trial of a search did, and ``trials.json``, which keeps it. Reading it needs no Ray."""
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NotRequired, Self, TypedDict
 
 from vae_hyperband.common.config import TrainConfig, read_json
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import write_text
-from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.config import Hyperparameters, Metric, SearchConfig
 
-ASKED, RESULT, WINNER = "search.json", "trials.json", "winner.pt"  # files of a search
+# Files of a search's folder: its settings, its result, and the best trial's best checkpoint.
+SETTINGS_FILE, RESULT, WINNER = "search.json", "trials.json", "winner.pt"
 
-Row = dict[str, Any]  # of one validation: epoch, step, and losses in nats per image
+
+class ValidationRow(TypedDict):
+    """What a trial reports after an epoch: losses in nats per image, means over the split."""
+
+    step: int
+    epoch: int
+    recon_loss: float
+    KL_divergence: float
+    total_loss: float  # what the trial minimises, with its own beta
+    bound: float  # at beta = 1
+    iwae: NotRequired[float]  # if it is the metric
+    fid: NotRequired[float]
+
+
+Column = Literal[
+    "step", "epoch", "recon_loss", "KL_divergence", "total_loss", "bound", "iwae", "fid"
+]
 Outcome = Literal["finished", "stopped", "failed"]
 
 
+class TrialDict(TypedDict):
+    """A trial in ``trials.json``. The keys are those of version 0.1, "drawn" among them."""
+
+    number: int
+    drawn: dict[str, float]
+    rows: list[ValidationRow]
+    outcome: Outcome | None
+    why: str
+
+
 def trial_name(number: int) -> str:
+    """The trial's folder under ``trials/`` and under the search's logs."""
     return f"trial_{number:03d}"
 
 
 @dataclass
 class TrialRecord:
-    """One trial: the hyperparameters drawn for it, its validations, how it ended and why."""
+    """One trial: its hyperparameters, its validations, how it ended and why."""
 
     number: int
-    drawn: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)  # one per epoch, from the first on
+    hyperparameters: Hyperparameters
+    rows: list[ValidationRow] = field(default_factory=list)  # one per epoch, from the first on
     outcome: Outcome | None = None  # None: not ended yet
     why: str = ""
 
@@ -38,26 +65,59 @@ class TrialRecord:
 
     @property
     def num_epochs(self) -> int:
+        """Epochs trained and reported so far."""
         return self.rows[-1]["epoch"] if self.rows else 0
 
-    def curve(self, name: str) -> list[float]:
-        return [row[name] for row in self.rows]
+    @property
+    def summary(self) -> str:
+        """How far the trial got, how it ended and why, in one line."""
+        if self.outcome == "failed":  # "why" says when; what was tried helps to avoid it
+            return f"{self.name} failed: {self.why} ({describe(self.hyperparameters)})"
+        why = f": {self.why}" if self.why else ""
+        return f"{self.name} {self.outcome or 'is'} at epoch {self.num_epochs}{why}"
+
+    def curve(self, column: Column) -> list[float]:
+        """One value per epoch."""
+        return [row[column] for row in self.rows]
 
     @property
-    def best_row(self) -> Row | None:
+    def best_row(self) -> ValidationRow | None:
         """The validation with the lowest total_loss: what the trial's best.pt holds."""
         if self.outcome == "failed" or not self.rows:
             return None
         return min(self.rows, key=lambda row: row["total_loss"])
 
-    def score(self, metric: str) -> float:
+    def score(self, metric: Metric) -> float:
         """What the trial is ranked by, lower is better; infinity if it failed."""
+        # of the best checkpoint, not the lowest of the curve: with a beta other than 1 these may be
+        # different epochs, and only the checkpoint can be evaluated and used
         return self.best_row[metric] if self.best_row else math.inf
+
+    def to_dict(self) -> TrialDict:
+        """The trial as ``trials.json`` holds it."""
+        return {
+            "number": self.number,
+            "drawn": self.hyperparameters.to_dict(),
+            "rows": self.rows,
+            "outcome": self.outcome,
+            "why": self.why,
+        }
+
+    @classmethod
+    def from_dict(cls, record: TrialDict) -> Self:
+        """The inverse of :meth:`to_dict`. Raises :class:`KeyError` if something is missing."""
+        return cls(
+            record["number"],
+            Hyperparameters.from_dict(record["drawn"]),
+            record["rows"],
+            record["outcome"],
+            record["why"],
+        )
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All trials of a search, in the order they were drawn, and the configuration that won."""
+    """All trials of a finished search, in the order of their numbers, and which of them won."""
 
     config: SearchConfig
     trials: list[TrialRecord]
@@ -66,7 +126,7 @@ class SearchResult:
 
     @property
     def winner(self) -> TrialRecord:
-        # the first one where two are equal
+        """The trial with the lowest score; the first one of equals."""
         return min(self.trials, key=lambda trial: trial.score(self.config.metric))
 
     @property
@@ -75,7 +135,8 @@ class SearchResult:
 
     @property
     def best_config(self) -> TrainConfig:
-        return self.config.trial_config(self.winner.drawn)
+        """The winner's full configuration, with the epochs of the search."""
+        return self.config.trial_config(self.winner.hyperparameters)
 
     def with_outcome(self, outcome: Outcome) -> list[TrialRecord]:
         return [trial for trial in self.trials if trial.outcome == outcome]
@@ -87,14 +148,16 @@ class SearchResult:
     @property
     def epochs_saved(self) -> int:
         """Epochs that running the stopped trials to their end would have cost on top."""
+        # failed trials are left out: they did not stop early, they could not go any further
         max_epochs = self.config.max_epochs
         return sum(max_epochs - trial.num_epochs for trial in self.with_outcome("stopped"))
 
 
 def write_result(result: SearchResult) -> None:
+    """Write ``trials.json``; its existence is what says that a search has finished."""
     content = {
         "search": result.config.to_dict(),
-        "trials": [dataclasses.asdict(trial) for trial in result.trials],
+        "trials": [trial.to_dict() for trial in result.trials],
         "importance": result.importance,
     }
     write_text(result.folder / RESULT, json.dumps(content, indent=1) + "\n")
@@ -104,18 +167,18 @@ def read_result(folder: Path) -> SearchResult:
     """The result of a finished search. Raises :class:`ConfigError` if there is none."""
     content = read_json(folder / RESULT)
     try:
-        trials = [TrialRecord(**record) for record in content["trials"]]
+        trials = [TrialRecord.from_dict(record) for record in content["trials"]]
         config = SearchConfig(**content["search"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder / RESULT} is damaged: it holds no result of a search."
         ) from error
     return SearchResult(config, trials, folder, content.get("importance"))
 
 
-def describe(drawn: dict[str, Any]) -> str:
-    """Hyperparameters in a few words."""
+def describe(settings: Hyperparameters | TrainConfig) -> str:
+    """The hyperparameters in a few words."""
     return (
-        f"latent {drawn['latent_dim']}, lr {drawn['learning_rate']:.2g}, "
-        f"batch {drawn['batch_size']}, beta {drawn['beta']:g}"
+        f"latent {settings.latent_dim}, lr {settings.learning_rate:.2g}, "
+        f"batch {settings.batch_size}, beta {settings.beta:g}"
     )

@@ -1,12 +1,12 @@
-"""Hyperparameter search: Ray Tune runs the trials, our rules stop the worse ones early.
+"""Hyperparameter search: :func:`search`, from its folder's state to its result.
 
-A trial is :func:`vae_hyperband.training.loop.fit` with one CPU thread, nothing else; so what the
-search reports for a configuration is what training it alone gives. Trials are compared on held-out
-bounds at beta = 1, never on the training loss, and the test split is never opened.
+A trial is :func:`vae_hyperband.training.loop.fit` in a process of its own, nothing else; so what
+the search reports for a configuration is what training it alone gives. Trials are compared on the
+validation split at beta = 1, never on the training loss, and the test split is never opened.
 
-A search is a folder, ``checkpoints/<run>/``: ``search.json`` (what was asked for),
-``decisions.jsonl`` (what happened: the one thing it goes on from), ``trials/`` (a run each), and at
-the end ``trials.json`` (every curve), ``best_config.json`` and ``winner.pt``.
+A search is a folder, ``checkpoints/<run>/``: ``search.json`` (its settings), ``decisions.jsonl``
+(what happened: all that it resumes from), ``trials/`` (a run each), and at the end ``trials.json``
+(every curve), ``best_config.json`` and ``winner.pt``.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -29,16 +28,17 @@ from vae_hyperband.common.errors import SearchError, SearchFailedError
 from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.common.process import only_writer, stop_flag
 from vae_hyperband.data.splits import Split, load_split
-from vae_hyperband.model.checkpoint import BEST, LATEST, copy_ckpt, load_ckpt
+from vae_hyperband.model.checkpoint import BEST, LATEST, Checkpoint, copy_ckpt, load_ckpt
 from vae_hyperband.search.config import METRICS, SearchConfig, SearchOptions
-from vae_hyperband.search.console import Watch
+from vae_hyperband.search.console import Console
 from vae_hyperband.search.decisions import Board, Journal, read_events
 from vae_hyperband.search.suggest import importance, suggest
 from vae_hyperband.search.trials import (
-    ASKED,
     RESULT,
+    SETTINGS_FILE,
     WINNER,
     SearchResult,
+    TrialRecord,
     read_result,
     write_result,
 )
@@ -47,7 +47,7 @@ from vae_hyperband.tune.storage import TrialStore, store_for
 from vae_hyperband.tune.tuner import run_trials
 
 DECISIONS = "decisions.jsonl"
-STOPPING = "stopping; what was done is kept"
+STOPPING = "stopping; finished work is kept"
 
 
 def search(
@@ -55,10 +55,11 @@ def search(
     options: SearchOptions | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> SearchResult | None:
-    """Run a search to its end, from where its folder says it is; None if it was told to stop.
+    """Run a search to its end; None if it was stopped before, and the same call will resume it.
 
-    By ``should_stop``, or without it by SIGINT, SIGTERM or SIGUSR1. The same call goes on after a
-    stop or a kill. Raises :class:`SearchError`, :class:`SearchFailedError` and the data's errors.
+    It stops when ``should_stop()`` is true; without that argument, on SIGINT, SIGTERM or SIGUSR1. A
+    search that was stopped or killed resumes from its folder. Raises :class:`SearchError`,
+    :class:`SearchFailedError` if every trial failed, and :class:`DataError`.
     """
     if should_stop is None:
         with stop_flag(STOPPING) as should_stop:
@@ -70,32 +71,46 @@ def search(
     with only_writer(folder):
         if options.fresh:
             _move_aside(options)
-        found = search_there(config, options)
-        store = store_for(options, _begin(config, options) if found is None else found)
-        if not (folder / RESULT).exists():
-            store.check()
-            with Journal(folder / DECISIONS) as journal:
-                begun, watch = bool(journal.events), Watch()
-                board = Board(config, journal, functools.partial(suggest, config), watch)
-                if begun:
-                    print(f"going on with the search in {folder}: {watch.sum(board)}", flush=True)
-                if not board.finished:
-                    _train(board, journal, options, store, should_stop)
-                if not board.finished:
-                    return None
-                _write_result(board, options, store)
+        search_id = existing_search(config, options)
+        store = store_for(options, _begin(config, options) if search_id is None else search_id)
+        if not (folder / RESULT).exists() and not _run(config, options, store, should_stop):
+            return None
         return read_result(folder)
 
 
+def _run(
+    config: SearchConfig,
+    options: SearchOptions,
+    store: TrialStore,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Run or resume a search; whether it finished, and its result was written."""
+    folder = options.ckpt_folder
+    store.check()
+    with Journal(folder / DECISIONS) as journal:
+        begun, console = bool(journal.events), Console()
+        board = Board(config, journal, functools.partial(suggest, config), console)
+        if begun:
+            print(f"resuming the search in {folder}: {console.progress(board)}", flush=True)
+        # a kill may have come between the last decision and the result
+        if not board.finished:
+            _train(board, journal, options, store, should_stop)
+        if board.finished:
+            _write_result(board, options, store)
+        return board.finished
+
+
 def _make_private(folder: Path) -> None:
-    """Make a folder, if it is not there, that others cannot write to, whatever the umask."""
+    """Make a folder, if it does not exist, that others cannot write to, whatever the umask."""
+    # refuse_foreign would refuse it otherwise: who can write to it can change what is trained
     if not folder.exists():
         make_folder(folder)
         folder.chmod(folder.stat().st_mode & ~0o002)
 
 
 def _move_aside(options: SearchOptions) -> None:
-    """Make room for a new search; the old one is kept, and its winner's training, too."""
+    """Rename the folders of an existing search, and those of its winner's training."""
+    # the winner's too: its name follows from the search's, so the new winner would resume it
     best = dataclasses.replace(options, run=f"{options.run}-best")
     with only_writer(best.ckpt_folder):
         for where in (options, best):
@@ -112,52 +127,55 @@ def _move_aside(options: SearchOptions) -> None:
         best.ckpt_folder.rmdir()  # the lock made it
 
 
-def search_there(config: SearchConfig, options: SearchOptions) -> str | None:
-    """The id of the search in the folder, which the same command goes on with; None if there is
-    none. Changes nothing; raises :class:`SearchError` where the folder holds something else.
+def existing_search(config: SearchConfig, options: SearchOptions) -> str | None:
+    """The id of the search in the folder; None if there is none. Changes nothing.
+
+    Raises :class:`SearchError` if the folder holds a search with other settings, or something else.
     """
     folder = options.ckpt_folder
+    # settings alone are no search: a command that was refused, for its data say, leaves them
     begun = (folder / RESULT).exists() or read_events(folder / DECISIONS)
-    if begun and (folder / ASKED).exists():
-        there = read_json(folder / ASKED)
+    if begun and (folder / SETTINGS_FILE).exists():
+        there = read_json(folder / SETTINGS_FILE)
         search_id = there.pop("id", "")
-        if changed := differences(there, _asked(config, options)):
+        if changed := differences(there, _settings(config, options)):
             raise SearchError(
                 f"{folder} holds a search with other settings ({'; '.join(changed)}): give the "
-                "same ones to go on, --fresh to start anew, or choose another --run."
+                "same ones to resume it, --fresh to start over, or choose another --run."
             )
         return str(search_id)
     if (folder / LATEST).exists():
         raise SearchError(f"{folder} holds a training run: choose another --run for the search.")
-    if any((folder / "trials").glob(f"*/{LATEST}")):  # what was trained is not for us to remove
+    # hours of training may be in there, so it is not for this command to remove
+    if any((folder / "trials").glob(f"*/{LATEST}")):
         raise SearchError(
-            f"{folder} holds trials, but not the log of their search, {DECISIONS}: bring it back, "
-            "give --fresh to start anew, or choose another --run."
+            f"{folder} holds trials, but not the log of their search, {DECISIONS}: restore it, "
+            "give --fresh to start over, or choose another --run."
         )
     return None
 
 
-def _asked(config: SearchConfig, options: SearchOptions) -> dict[str, Any]:
-    """What a search is known by, as its search.json holds it."""
+def _settings(config: SearchConfig, options: SearchOptions) -> dict[str, object]:
+    """What makes two searches the same one, as search.json holds it."""
+    # through JSON and back, so that tuples compare as the lists that the file has; the storage is
+    # one of them, since a resumed search has to find its trials
     return {**json.loads(json.dumps(config.to_dict())), "storage": options.storage}
 
 
 def _begin(config: SearchConfig, options: SearchOptions) -> str:
-    """Note what is searched in a folder without a search; the new search's id."""
+    """Write the settings of a new search into its folder; its id."""
     folder = options.ckpt_folder
-    shutil.rmtree(folder / "trials", ignore_errors=True)  # of one that was refused
+    shutil.rmtree(folder / "trials", ignore_errors=True)  # of a search that was refused
     search_id = secrets.token_hex(4)
-    store_for(options, search_id).check()  # a mistake about it must not be noted as what was asked
-    asked = {"id": search_id, **_asked(config, options)}
-    write_text(folder / ASKED, json.dumps(asked, indent=2) + "\n")
+    store_for(options, search_id).check()  # before a --storage that cannot be used is written down
+    settings = {"id": search_id, **_settings(config, options)}
+    write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
     return search_id
 
 
 def load_splits(config: SearchConfig, options: SearchOptions) -> tuple[Split, Split]:
-    """The training and the validation split.
-
-    A user's mistake about them must be one sentence here, not one per trial.
-    """
+    """The training and the validation split. Raises :class:`DataError`, :class:`SearchError`."""
+    # here and not in the trials: an invalid file or batch size is then one message, not one each
     train = load_split("train", options.data_dir, config.dataset)
     held_out = load_split("validation", options.data_dir, config.dataset)
     if max(config.batch_sizes) > len(train):
@@ -166,14 +184,19 @@ def load_splits(config: SearchConfig, options: SearchOptions) -> tuple[Split, Sp
 
 
 def _check_same_data(journal: Journal, train: Split, held_out: Split) -> None:
-    """Trials of two data sets would be compared with each other."""
-    digests = {"training": train.digest, "validation": held_out.digest}
+    """Raise :class:`SearchError` if an earlier call trained on other data."""
+    # the losses of different images cannot be compared
+    digests = _digests(train, held_out)
     for event in journal.events:
         if event["event"] == "start" and event["data"] != digests:
             raise SearchError(
-                f"{journal.path.parent} was begun with other data: give the same --data-dir to go "
-                "on, --fresh to start anew, or choose another --run."
+                f"{journal.path.parent} was begun with other data: give the same --data-dir to "
+                "resume it, --fresh to start over, or choose another --run."
             )
+
+
+def _digests(train: Split, held_out: Split) -> dict[str, str]:
+    return {"training": train.digest, "validation": held_out.digest}
 
 
 def _train(
@@ -183,13 +206,13 @@ def _train(
     store: TrialStore,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Start or join Ray and train until the board is finished, or a signal comes."""
+    """Start or join Ray and train until the board is finished or ``should_stop`` is true."""
     config = board.config
     train, held_out = load_splits(config, options)
     _check_same_data(journal, train, held_out)
     print(
         f"{counted(config.total_trials, 'trial')} of up to {counted(config.max_epochs, 'epoch')} "
-        f"on {len(train):,} images, drawn by {config.algorithm}, scheduler {config.scheduler}; "
+        f"on {len(train):,} images, algorithm {config.algorithm}, scheduler {config.scheduler}; "
         "starting Ray",
         flush=True,
     )
@@ -198,22 +221,26 @@ def _train(
         check_resources(nodes(), options)
         check_shared(options, store)
         journal.append(
-            "start",
-            host=socket.gethostname(),
-            process=os.getpid(),
-            ray=ray.__version__,
-            python=platform.python_version(),
-            data={"training": train.digest, "validation": held_out.digest},
+            {
+                "event": "start",
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+                "ray": ray.__version__,
+                "python": platform.python_version(),
+                "data": _digests(train, held_out),
+            }
         )
         run_trials(board, options, store, (train, held_out), should_stop)
 
 
 def check_shared(options: SearchOptions, store: TrialStore) -> None:
-    """Refuse a cluster some node of which cannot see the trials' folder."""
+    """Raise :class:`SearchError` if a node of the cluster cannot see the trials' folder."""
+    # the trials there would start from nothing in a folder of the node's own, and be lost with it
     alive = [node for node in ray.nodes() if node["Alive"]]
     if len(alive) == 1 or store.is_url:
         return
-    token = Path(store.root) / f".seen-{secrets.token_hex(4)}"  # another folder has no such file
+    # a random name: a folder with the same path on another disk has no such file
+    token = Path(store.root) / f".seen-{secrets.token_hex(4)}"
     make_folder(token.parent)
     token.touch()
     sees = ray.remote(num_cpus=0)(os.path.exists)
@@ -223,37 +250,59 @@ def check_shared(options: SearchOptions, store: TrialStore) -> None:
             if not ray.get(sees.options(scheduling_strategy=place).remote(str(token))):
                 raise SearchError(
                     f"{node['NodeManagerHostname']} does not see {store.root}: start the search "
-                    "on storage that all nodes share, or give some with --storage."
+                    "on storage that all nodes share, or name such storage with --storage."
                 )
     finally:
         token.unlink()
 
 
 def _write_result(board: Board, options: SearchOptions, store: TrialStore) -> None:
-    """best_config.json and winner.pt, then trials.json, which says that the search is over."""
+    """Write best_config.json and winner.pt, then trials.json.
+
+    Raises :class:`SearchFailedError` if every trial failed, :class:`SearchError` if the winner's
+    checkpoint is not the model that was reported.
+    """
     config, folder = board.config, options.ckpt_folder
     result = SearchResult(config, board.trials, folder, importance(config, board.trials))
     winner = result.winner
     if winner.best_row is None:
         raise SearchFailedError(
-            f"Every trial failed ({winner.why}): change the space and start anew with --fresh, or "
+            f"Every trial failed ({winner.why}): change the space and start over with --fresh, or "
             "with another --run."
         )
+    best = _best_config(result, _fetch_winner(winner, folder, store))
+    write_text(folder / "best_config.json", json.dumps(best, indent=2) + "\n")
+    write_result(result)  # last: it says that the search has finished
+
+
+def _fetch_winner(winner: TrialRecord, folder: Path, store: TrialStore) -> Checkpoint:
+    """Copy the winner's best checkpoint to winner.pt; it must be the one that was reported."""
+    assert winner.best_row is not None
+    # through a temporary file: copy_ckpt is atomic and durable, a download is not
     store.fetch(winner.name, BEST, folder / "winner.tmp")
     copy_ckpt(folder / "winner.tmp", folder / WINNER)
     (folder / "winner.tmp").unlink()
     checkpoint = load_ckpt(folder / WINNER)
+    # to the last bit: else the files in trials/ are not those of the decision log
     if checkpoint.metrics != winner.best_row:
         raise SearchError(
             f"{BEST} of {winner.name} is not the model that the decision log has (epoch "
-            f"{checkpoint.metrics.get('epoch')}, not {winner.best_row['epoch']}): start anew with "
+            f"{checkpoint.metrics.get('epoch')}, not {winner.best_row['epoch']}): start over with "
             "--fresh."
         )
-    where = checkpoint.environment  # of the machine that trained it, which need not be this one
-    best = {
+    return checkpoint
+
+
+def _best_config(result: SearchResult, checkpoint: Checkpoint) -> dict[str, object]:
+    """The content of best_config.json: what ``train --config`` needs to repeat the winner."""
+    config, winner = result.config, result.winner
+    assert winner.best_row is not None
+    # of the machine that trained it, which need not be this one
+    environment = checkpoint.environment
+    return {
         "config": result.best_config.to_dict(),
-        "device": "cpu" if where["device"] == "cpu" else "cuda",
-        "num_threads": where["num_threads"],
+        "device": "cpu" if environment["device"] == "cpu" else "cuda",
+        "num_threads": environment["num_threads"],
         "metric": {
             "name": f"{METRICS[config.metric]}, lower is better",
             "value": result.best_score,
@@ -261,7 +310,5 @@ def _write_result(board: Board, options: SearchOptions, store: TrialStore) -> No
         },
         "seed": config.seed,
         "trial": winner.name,
-        "environment": where | {"ray": ray.__version__},
+        "environment": environment | {"ray": ray.__version__},
     }
-    write_text(folder / "best_config.json", json.dumps(best, indent=2) + "\n")
-    write_result(result)

@@ -1,15 +1,15 @@
-"""Ray itself: one of our own on loopback for the time of a search, or a cluster that is there."""
+"""The Ray session of a search: a local one on loopback while it runs, or an existing cluster."""
 
 import dataclasses
+import functools
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -17,62 +17,74 @@ from ray._private import ray_constants
 from vae_hyperband.common.errors import SearchError
 from vae_hyperband.search.config import SearchOptions
 
-#: No usage report, no second set of logs, no advice between our lines; the user's own values win.
+#: No usage report, no second set of logs, no advice between the console's lines. Ray reads these
+#: from the environment; what the user has set there wins.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # that a process died is one line of ours
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours stops in order, too, and SIGTERM as well
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the console reports a dead worker in one line
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # stop_flag handles it, and SIGTERM, too
     "TUNE_MAX_PENDING_TRIALS_PG": "16",  # start the workers of a large machine side by side
 }
 
 
 @contextmanager
 def ray_for(options: SearchOptions) -> Iterator[None]:
-    """A connection to the cluster at --address, or a Ray of our own on loopback, then stopped."""
+    """Connect to the cluster at --address, or start a local Ray and stop it in the end.
+
+    Raises :class:`SearchError` if no cluster answers.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    init = functools.partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
     before = signal.getsignal(signal.SIGTERM)
     if options.address:
-        _join(options.address, quiet)
+        _join(options.address, init)
     else:
-        # a Ray on the same machine that does not answer is dead; Ray would wait for a minute
+        # a local Ray that does not answer is dead; by default Ray would wait for a minute
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
-        # Ray takes loopback to be a mistake where there may be clusters, and would listen on the
-        # address by which other machines reach this one
+        # where it supports clusters (Linux), Ray replaces a loopback address by the one that other
+        # machines reach: then anyone on the network could run code here
         clusters = ray_constants.ENABLE_RAY_CLUSTER
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
-            ray.init(
+            init(
                 address="local",
+                # the cores of this process, as Slurm or a container limits it, not the machine's
                 num_cpus=len(os.sched_getaffinity(0)),
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
-                **quiet,
             )
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = clusters
-    signal.signal(signal.SIGTERM, before)  # ray.init sets one of its own, which exits at once
+    signal.signal(signal.SIGTERM, before)  # ray.init sets a handler that exits at once
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _join(address: str, quiet: dict[str, Any]) -> None:
-    """Join a running cluster; asked first whether it is one, since Ray would knock for minutes."""
-    asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+def _join(address: str, init: Callable[..., object]) -> None:
+    """Join a running cluster by ``init``. Raises :class:`SearchError` if there is none."""
+    # checked first, since ray.init would keep trying for minutes
+    health_check = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "health-check",
+        "--address",
+        address,
+    ]
     try:
         host, _, port = address.rpartition(":")
-        if port.isdecimal():  # a closed port says so at once, Ray's own check after its time-out
+        if port.isdecimal():  # a closed port refuses at once; Ray's own check takes its time-out
             socket.create_connection((host, int(port)), timeout=10).close()
         if address != "auto":
-            subprocess.run(asked, check=True, capture_output=True, timeout=20)
-        ray.init(address=address, **quiet)
+            subprocess.run(health_check, check=True, capture_output=True, timeout=20)
+        init(address=address)
     except (OSError, OverflowError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
         raise SearchError(
             f"No Ray cluster answers at {address}: start one with ray start --head and give its "
@@ -80,21 +92,21 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
         ) from error
 
 
-#: What one machine has of each kind: {"CPU": 8, "GPU": 1}.
+#: Amounts by kind, of one machine or for one trial: {"CPU": 8, "GPU": 1}.
 Resources = dict[str, float]
 
 
 def nodes() -> list[Resources]:
-    """The machines of the cluster as they are now; nodes may come and go."""
+    """The resources of each machine of the cluster at this moment; machines may come and go."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def with_gpus(options: SearchOptions, machines: list[Resources]) -> SearchOptions:
-    """The options with their GPUs per trial filled in.
+    """The options with ``gpus_per_trial`` filled in.
 
-    "auto" takes a whole GPU per trial if there is one; several trials share one if
-    --gpus-per-trial says a fraction.
+    With --device auto, a whole GPU per trial if any machine has one, else none.
     """
+    # never a fraction unless told: two models that fit a GPU alone may not fit it together
     if options.gpus_per_trial is not None:
         return options
     wanted = options.device.startswith("cuda")
@@ -104,33 +116,35 @@ def with_gpus(options: SearchOptions, machines: list[Resources]) -> SearchOption
 
 
 def trial_device(options: SearchOptions) -> str:
-    """What a trial computes on: the GPU that Ray shows it as its only one, or the CPU."""
+    """The device of every trial: "cuda" is the GPU that Ray shows it as its only one, or "cpu"."""
     return "cuda" if options.gpus_per_trial else "cpu"
 
 
-def num_places(machines: list[Resources], options: SearchOptions) -> int:
-    """How many trials can run side by side."""
-    places = 0
+def num_concurrent(machines: list[Resources], options: SearchOptions) -> int:
+    """How many trials can run in parallel; at least 1."""
+    total = 0
     for machine in machines:
+        # by machine: the free cores of two of them do not add up to one trial
         on_machine = int(machine.get("CPU", 0) // options.cpus_per_trial)
         if options.gpus_per_trial:
             on_machine = min(on_machine, int(machine.get("GPU", 0) / options.gpus_per_trial))
-        places += on_machine
-    return max(1, min(places, options.max_concurrent or places))
+        total += on_machine
+    return max(1, min(total, options.max_concurrent or total))
 
 
 def trial_resources(options: SearchOptions) -> Resources:
-    """What Ray keeps free for each trial."""
+    """What Ray reserves for each trial; its keys are in lower case here."""
     return {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial or 0}
 
 
 def check_resources(machines: list[Resources], options: SearchOptions) -> None:
-    """Without this, Ray would wait for resources that never come."""
-    asked = {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial or 0}
-    for kind, amount in asked.items():
+    """Raise :class:`SearchError` if no machine can run a trial."""
+    # Ray would wait without a word: on a cluster that grows, the resources may yet come
+    needed = {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial or 0}
+    for kind, amount in needed.items():
         most = max((machine.get(kind, 0.0) for machine in machines), default=0.0)
         if amount > most:
             raise SearchError(
-                f"A trial asks for {amount:g} {kind}, but no machine has more than {most:g}: lower "
+                f"A trial needs {amount:g} {kind}, but no machine has more than {most:g}: lower "
                 f"--{kind.lower()}s-per-trial."
             )

@@ -1,9 +1,12 @@
-"""Where the files of a search's trials lie: a folder that all nodes share, or an object store.
+"""Where the trials of a search keep their files: a folder that all nodes share, or a URL.
 
-A trial is trained in a folder. If the store is a folder, it is that one; if it is a URL
-(s3://bucket/folder, gs://..., any that Arrow's file systems open), the trial is trained in a folder
-of the node, which is copied to the store after every validation and from it before going on.
+In a shared folder, a trial trains in its own subfolder. With a URL (s3://bucket/folder, gs://...,
+whatever Arrow's file systems open), it trains in a temporary folder of the node, which is copied to
+the store after every validation, and from the store before the trial continues.
 """
+
+# Ray Tune has checkpoint storage of its own, but keeps there what it decides to, under names that
+# its own record explains; here a trial is a run like any other, which any command can read.
 
 import contextlib
 import shutil
@@ -22,7 +25,7 @@ from vae_hyperband.search.config import SearchOptions
 
 @dataclass(frozen=True)
 class TrialStore:
-    """One folder or URL that holds a folder per trial."""
+    """A folder or URL that holds one folder per trial. Methods take the trial's name."""
 
     root: str
 
@@ -31,9 +34,10 @@ class TrialStore:
         return "://" in self.root
 
     def work_folder(self, name: str) -> Path:
-        """The folder to train in, with what the store has of the trial."""
+        """The folder to train in; it holds what the store has of the trial."""
         if not self.is_url:
             return Path(self.root) / name
+        # a new one each time: the process before may be alive, on this node or another
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-")) / name
         make_folder(folder)
         remote, path = fs.FileSystem.from_uri(self._url(name))
@@ -42,25 +46,27 @@ class TrialStore:
         return folder
 
     def push(self, name: str, folder: Path) -> None:
-        """Copy a work folder to the store; latest.pt last, since it speaks of all the rest."""
+        """Copy a work folder to the store; nothing to do if it is in the store already."""
         if not self.is_url:
             return
         remote, path = fs.FileSystem.from_uri(self._url(name))
         inside = sorted(folder.rglob("*"))
         files = [file for file in inside if file.is_file() and file.name[0] != "."]  # no locks
+        # latest.pt last: it names the others, so a kill in between must not leave it without them
         for file in sorted(files, key=lambda file: file.name == LATEST):
             target = f"{path}/{file.relative_to(folder)}"
+            # object stores have no folders, but file:// and hdfs:// do
             remote.create_dir(target.rpartition("/")[0])
             fs.copy_files(str(file), target, destination_filesystem=remote)
 
-    def leave(self, folder: Path) -> None:
-        """Remove a work folder that is a copy."""
+    def discard(self, folder: Path) -> None:
+        """Remove a work folder, if it is a copy."""
         if self.is_url:
             shutil.rmtree(folder.parent, ignore_errors=True)
 
     def fetch(self, name: str, file: str, target: Path) -> None:
-        """Copy one file of a trial to ``target``."""
-        with self._one_sentence():
+        """Copy one file of a trial to ``target``. Raises :class:`SearchError` if that fails."""
+        with self._as_search_error():
             if self.is_url:
                 remote, path = fs.FileSystem.from_uri(self._url(f"{name}/{file}"))
                 fs.copy_files(path, str(target), source_filesystem=remote)
@@ -68,8 +74,9 @@ class TrialStore:
                 shutil.copyfile(Path(self.root) / name / file, target)
 
     def check(self) -> None:
-        """Raise :class:`SearchError` now if the store cannot be used."""
-        with self._one_sentence():
+        """Raise :class:`SearchError` if the store cannot be used."""
+        # before Ray is started, rather than in every trial
+        with self._as_search_error():
             if self.is_url:
                 remote, path = fs.FileSystem.from_uri(self.root)
                 remote.create_dir(path)
@@ -77,10 +84,10 @@ class TrialStore:
                 make_folder(Path(self.root))
 
     @contextlib.contextmanager
-    def _one_sentence(self) -> Iterator[None]:
+    def _as_search_error(self) -> Iterator[None]:
         try:
             yield
-        # Arrow raises whatever the file system of that scheme does
+        # any: Arrow passes on whatever the library behind the scheme raises
         except Exception as error:
             raise SearchError(
                 f"--storage {self.root} cannot be used ({str(error).splitlines()[0]}): give a "
@@ -88,16 +95,14 @@ class TrialStore:
             ) from error
 
     def _url(self, name: str) -> str:
-        """The URL of something in the store; what follows a "?" are the file system's options."""
+        """The URL of something in the store; options after a "?" stay at the end."""
         address, mark, options = self.root.partition("?")
         return f"{address.rstrip('/')}/{name}{mark}{options}"
 
 
 def store_for(options: SearchOptions, search_id: str) -> TrialStore:
-    """The store of a search whose options have absolute paths.
-
-    ``search_id`` keeps apart what searches of one name, from other places, keep in one store.
-    """
+    """The store of the search with that id; ``options`` must have absolute paths."""
+    # the id keeps searches apart that share a --storage and a name, but not a folder
     if options.storage is None:
         return TrialStore(str(options.ckpt_folder / "trials"))
     address, mark, rest = options.storage.partition("?")

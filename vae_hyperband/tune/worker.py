@@ -1,7 +1,7 @@
-"""One trial, in a process of Ray's: a run of ``fit`` like any other.
+"""One trial, in a process of Ray's: a call of :func:`~vae_hyperband.training.loop.fit`.
 
-The trial's folder says how far it is, so whoever died in between, the same call goes on. What goes
-wrong in here ends as a report to the search, never as an error of Ray's.
+The trial's folder says how far it is; so if its process dies, the same call in another one
+continues. Errors in here become a report to the search; Ray never sees an exception.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, TypedDict
 
 import numpy as np
 import torch
@@ -33,26 +33,27 @@ from vae_hyperband.common.errors import (
 from vae_hyperband.common.files import make_folder
 from vae_hyperband.common.process import lacks_memory
 from vae_hyperband.data.splits import Split
-from vae_hyperband.search.config import SearchConfig, SearchOptions
+from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
 from vae_hyperband.search.trials import trial_name
 from vae_hyperband.training.keeper import newest_good
 from vae_hyperband.training.loop import fit
 from vae_hyperband.training.state import TrainState
 from vae_hyperband.tune.storage import TrialStore
 
-#: Seconds to wait for the lock of a trial whose last process is still dying, on another node maybe.
-PATIENCE = 120.0
+#: Seconds to wait for the lock of a trial whose last process is still dying, maybe on another node.
+LOCK_SECONDS = 120.0
 
-#: Seconds to wait for the interpreter to report a hang; then it is what hangs.
+#: Seconds more for the interpreter to report a hang; after them it is what hangs.
 INTERPRETER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class SharedSplit:
-    """A split whose arrays Ray keeps once per node, in memory that all its processes share."""
+    """A split as numpy arrays: Ray keeps these once per node, in memory that processes share."""
 
-    images_NCHW: np.ndarray
-    labels_N: np.ndarray
+    # tensors are pickled by value: each worker would have a copy of the data set of its own
+    images_NCHW: np.ndarray  # uint8
+    labels_N: np.ndarray  # int64
     digest: str
 
     @classmethod
@@ -60,7 +61,8 @@ class SharedSplit:
         return cls(split.images_NCHW.numpy(), split.labels_N.numpy(), split.digest)
 
     def split(self) -> Split:
-        with warnings.catch_warnings():  # that the memory is read-only: nothing writes to it
+        """The split itself, on the same memory."""
+        with warnings.catch_warnings():  # Ray's memory is read-only, and nothing writes to a split
             warnings.simplefilter("ignore", UserWarning)
             images_NCHW, labels_N = map(torch.from_numpy, (self.images_NCHW, self.labels_N))
         return Split(images_NCHW, labels_N, self.digest)
@@ -69,130 +71,141 @@ class SharedSplit:
 SharedSplits = tuple[SharedSplit, SharedSplit]  # training, validation
 
 
-def train_trial(
-    trial: dict[str, Any],
-    *,
-    config: SearchConfig,
-    options: SearchOptions,
-    store: TrialStore,
-    device: str,
-    splits: SharedSplits,
-) -> None:
-    """Train the trial on, from where its folder says it is, until the search stops asking for more.
+@dataclass(frozen=True)
+class TrialJob:
+    """What all trials of a search have in common; Ray keeps one copy per node."""
 
-    ``trial`` has its "number" and what was "drawn" for it; it is computed on ``device``.
+    config: SearchConfig
+    options: SearchOptions
+    store: TrialStore
+    splits: SharedSplits
+    device: str  # "cpu" or "cuda": the only GPU that Ray shows the process
+
+    def run_options(self, name: str, folder: Path) -> RunOptions:
+        """How :func:`fit` computes the trial of that name, in that folder."""
+        options = self.options
+        return RunOptions(
+            run=name,
+            device=self.device,
+            data_dir=options.data_dir,
+            checkpoints_dir=folder.parent,
+            # a store that is not a folder of this node keeps the logs, too
+            logs_dir=folder / "logs" if self.store.is_url else options.log_folder,
+            # bits depend on the number of threads, so it must not depend on the machine
+            num_threads=options.cpus_per_trial,
+            keep_ckpts=0,  # a trial whose files are damaged can be trained again
+        )
+
+
+class TrialSpec(TypedDict):
+    """What Ray calls the config of a trial."""
+
+    number: int
+    hyperparameters: dict[str, float]  # a dictionary, since Ray makes its own copies of it
+
+
+def train_trial(trial: TrialSpec, *, job: TrialJob) -> None:
+    """Train the trial from where its folder says it is, until it ends or the search stops it.
+
+    Reports a :class:`~vae_hyperband.search.trials.ValidationRow` per epoch, or ``{"failed": why}``.
     """
     # Ray gives a process up that takes longer to leave a trial, as it may on a slow file system
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
-    name, hopeless = trial_name(trial["number"]), ""
+    name, failure = trial_name(trial["number"]), ""
     try:
-        with Watchdog(hang_report(options, name), options.trial_timeout) as watchdog:
-            folder = store.work_folder(name)
+        with Watchdog(hang_report(job.options, name), job.options.trial_timeout) as watchdog:
+            folder = job.store.work_folder(name)
             try:
-                run = RunOptions(
-                    run=name,
-                    device=device,
-                    data_dir=options.data_dir,
-                    checkpoints_dir=folder.parent,
-                    # a store that is not a folder of this node keeps the logs, too
-                    logs_dir=folder / "logs" if store.is_url else options.log_folder,
-                    num_threads=options.cpus_per_trial,
-                    keep_ckpts=0,  # a trial whose files are damaged can be trained again
-                )
-                hopeless = _attempts(trial, config, options, store, run, splits, watchdog)
+                failure = _train(trial, job, job.run_options(name, folder), watchdog)
             finally:
-                store.leave(folder)
+                job.store.discard(folder)
+    # anything: to Ray an exception is a crash of the actor, which it would restart for ever, while
+    # the board has to know the reason
     except Exception as error:
-        hopeless = reason(error)
-    if hopeless:
-        tune.report({"failed": hopeless})
+        failure = reason(error)
+    if failure:
+        tune.report({"failed": failure})
 
 
-def _attempts(
-    trial: dict[str, Any],
-    config: SearchConfig,
-    options: SearchOptions,
-    store: TrialStore,
-    run: RunOptions,
-    splits: SharedSplits,
-    watchdog: "Watchdog",
-) -> str:
-    """Train to the end; or the reason why it is not to be tried again.
+def _train(trial: TrialSpec, job: TrialJob, run: RunOptions, watchdog: "Watchdog") -> str:
+    """Train to the end; an empty string, or why the trial failed.
 
-    An error is tried again from the last checkpoint, as often in a row as ``max_failures`` says
-    without getting further.
+    After an error it is tried again from the last checkpoint, up to ``max_failures`` times in a row
+    without progress.
     """
-    in_memory = (splits[0].split(), splits[1].split())
-    count, last_step, started = 0, -1, time.monotonic()
+    config = job.config.trial_config(Hyperparameters.from_dict(trial["hyperparameters"]))
+    train, held_out = (split.split() for split in job.splits)
 
-    def report(row: dict[str, Any]) -> None:
-        with watchdog.asleep():  # waiting for the search's answer is not hanging
-            tune.report(row)  # leaves by SystemExit if the search pauses or stops the trial here
+    def report(row: Mapping[str, float]) -> None:
+        with watchdog.paused():  # waiting for the search's answer is not hanging
+            tune.report(dict(row))  # leaves by SystemExit if the search pauses or stops the trial
 
     def validated(state: TrainState) -> None:
-        store.push(run.run, run.ckpt_folder)
-        report(dict(state.metrics))
+        # in this order: what was reported may be asked for on another node at once
+        job.store.push(run.run, run.ckpt_folder)
+        report(state.metrics)
 
+    attempts, last_step, started = 0, -1, time.monotonic()
     while True:
-        watchdog.wake()
+        watchdog.restart()
         step, row = _progress(run.ckpt_folder)
         try:
             if row:  # a kill may have come between its checkpoint and the search's log
                 report(row)
-            fit(
-                config.trial_config(trial["drawn"]),
-                run,
-                splits=in_memory,
-                on_validation=validated,
-                quiet=True,
-            )
+            fit(config, run, splits=(train, held_out), on_validation=validated, quiet=True)
             return ""
         except (DivergedError, ConfigError, ResumeError) as error:
             return reason(error)  # the same bits would do the same
         except FolderInUseError as error:
-            if time.monotonic() - started > PATIENCE:
+            if time.monotonic() - started > LOCK_SECONDS:
                 return reason(error)
             time.sleep(0.5)
-            continue
+            continue  # no failure: it has not begun
         except DamagedError as error:
-            said = reason(error)
+            why = reason(error)
             shutil.rmtree(run.ckpt_folder)  # the trial from its start gives the same reports
-        except Exception as error:
-            said = reason(error)
-        torch.cuda.empty_cache()
-        count = count + 1 if step == last_step else 1
+        except Exception as error:  # a full disk, too little memory: it may pass
+            why = reason(error)
+        torch.cuda.empty_cache()  # after an out-of-memory error, the next attempt needs all of it
+        attempts = attempts + 1 if step == last_step else 1
         last_step = step
-        if count > options.max_failures:
-            return f"{said}; tried {count} times"
+        if attempts > job.options.max_failures:
+            return f"{why}; tried {attempts} times"
 
 
-def _progress(folder: Path) -> tuple[int, dict[str, Any]]:
+def _progress(folder: Path) -> tuple[int, Mapping[str, float]]:
     """Step and last validation of the checkpoint to go on from; -1 and nothing without one."""
+    # damaged files are not reported here: fit finds the same damage and raises it
     with contextlib.suppress(CheckpointError):
         if found := newest_good(folder):
-            return found.step, dict(found.metrics)
+            return found.step, found.metrics
     return -1, {}
 
 
 def hang_report(options: SearchOptions, name: str) -> Path:
-    """Where a trial's process writes what it was doing when it was ended for hanging."""
+    """Where a trial's process writes its stacks when it is ended for hanging."""
     return options.log_folder / name / "hung.txt"
 
 
 class Watchdog:
-    """Ends the process, with a report of where it was, if it is awake for too long.
+    """A context manager that ends the process if it makes no progress for ``seconds``.
 
-    A thread of Python's writes the report, since the others stand still while it runs: to read
-    the stack of a thread that runs gives half a stack, or none and a crash. Code that hangs without
-    letting go of the interpreter keeps that thread from running; then, some seconds later, a thread
-    in C does it, and nothing moves either.
+    Before that it writes the stacks of all threads to ``report``. Ray has no time limit per report:
+    a trial that hangs would hold its worker until the search is stopped.
     """
+
+    # A thread of Python's writes the report, since the others stand still while it runs: reading
+    # the stack of a running thread, as faulthandler's own timer does, gives half a stack, or none
+    # and a crash. Code that hangs without releasing the interpreter's lock keeps that thread from
+    # running; then, some seconds later, faulthandler's timer, a thread in C, does it after all, and
+    # nothing moves then either.
 
     def __init__(self, report: Path, seconds: float) -> None:
         self._report, self._seconds = report, seconds
 
     def __enter__(self) -> Self:
         make_folder(self._report.parent)
+        # opened now: a process that hangs may be short of memory, descriptors or disk
         self._file = self._report.open("w", encoding="utf-8")
         self._start()
         return self
@@ -200,22 +213,24 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._cancel()
         self._file.close()
-        self._report.unlink(missing_ok=True)
+        self._report.unlink(missing_ok=True)  # what is left of a process tells how it ended
 
     @contextlib.contextmanager
-    def asleep(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
+        """Do not count the time inside of this block."""
         self._cancel()
         yield
+        # not in a finally: an exception leaves the trial, and __exit__ has nothing to cancel
         self._start()
 
-    def wake(self) -> None:
-        """Count the seconds anew."""
+    def restart(self) -> None:
+        """Count the seconds from 0 again."""
         self._cancel()
         self._start()
 
     def _start(self) -> None:
         self._timer = threading.Timer(self._seconds, self._end)
-        self._timer.daemon = True
+        self._timer.daemon = True  # or a process that is done would wait for it
         self._timer.start()
         later = self._seconds + INTERPRETER_SECONDS
         faulthandler.dump_traceback_later(later, exit=True, file=self._file)
@@ -226,11 +241,11 @@ class Watchdog:
 
     def _end(self) -> None:
         faulthandler.dump_traceback(self._file)
-        os._exit(1)
+        os._exit(1)  # at once: sys.exit in a thread ends the thread, and clean-up may hang as well
 
 
 def reason(error: Exception) -> str:
-    """An exception in one line."""
+    """An exception in one line, as the decision log and the console show it."""
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, DivergedError):
         return f"diverged: {first}"
