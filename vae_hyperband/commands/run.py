@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.commands.search import train_winner
-from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig, counted
+from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig, plural
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.common.process import pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
@@ -131,8 +131,8 @@ def run_main_job(job: MainJob) -> bool:
         print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
 
     _heading(
-        f"2/5  search: {counted(job.num_trials, 'configuration')}, up to "
-        f"{counted(job.max_epochs, 'epoch')} each"
+        f"2/5  search: {plural(job.num_trials, 'configuration')}, up to "
+        f"{plural(job.max_epochs, 'epoch')} each"
     )
     with stop_flag(STOPPING) as should_stop:
         found = search(config, options, should_stop)
@@ -141,7 +141,7 @@ def run_main_job(job: MainJob) -> bool:
         picture = figures.best_config(found, options.log_folder / "best_config.png")
         print(summary_of(found), flush=True)
 
-        _heading(f"3/5  train the best configuration for {counted(job.epochs, 'epoch')}")
+        _heading(f"3/5  train the best configuration for {plural(job.epochs, 'epoch')}")
         trained = train_winner(found, job.epochs, job.winner(), should_stop)
     best = trained.state.config
     if not trained.finished:

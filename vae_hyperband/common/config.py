@@ -292,7 +292,7 @@ def require(ok: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
-def counted(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
     """As a sentence has it: "1 epoch", "2 epochs"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 

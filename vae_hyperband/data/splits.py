@@ -23,7 +23,7 @@ from vae_hyperband.common.config import CommonConfig, Dataset
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.idx import read_idx_once
-from vae_hyperband.data.synthetic import NUM_DRAWN, draw_factors, draw_garments
+from vae_hyperband.data.synthetic import NUM_SYNTHETIC, render_garments, sample_factors
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS = get_args(SplitName)
@@ -138,7 +138,7 @@ def load_split(
         if value not in known:
             raise ConfigError(f"The {name} {value!r} is none of {', '.join(known)}.")
     if dataset == "drawn":
-        return drawn_split(split)
+        return synthetic_split(split)
     data_dir = None if data_dir is None else Path(data_dir)
     if dataset == "custom" and data_dir is None:
         raise ConfigError(
@@ -172,10 +172,10 @@ def load_split(
 
 
 @functools.cache
-def drawn_split(name: SplitName, num: int | None = None) -> Split:
+def synthetic_split(name: SplitName, num: int | None = None) -> Split:
     """Synthetic garments, as many as asked for; their labels are the kinds."""
-    levels_NF = draw_factors(name, num or NUM_DRAWN[name])
-    images_NCHW = draw_garments(levels_NF)
+    levels_NF = sample_factors(name, num or NUM_SYNTHETIC[name])
+    images_NCHW = render_garments(levels_NF)
     digest = hashlib.sha256(images_NCHW.numpy().tobytes()).hexdigest()
     return Split(images_NCHW, levels_NF[:, 0], digest)
 

@@ -18,7 +18,7 @@ SIZE = 28
 SLOPE = 0.5**0.5
 KINDS = ("top", "dress", "coat")
 #: Images of the splits train, validation, test.
-NUM_DRAWN = {"train": 10_000, "validation": 2_000, "test": 2_000}
+NUM_SYNTHETIC = {"train": 10_000, "validation": 2_000, "test": 2_000}
 
 #: How many of the 23,328 combinations of factors belong to each, in this order.
 NUM_COMBINATIONS = [16_328, 3_500, 3_500]
@@ -43,7 +43,7 @@ FACTORS = (
 )
 
 
-def draw_factors(split: str, num: int) -> Tensor:
+def sample_factors(split: str, num: int) -> Tensor:
     """Levels of the factors of a split's images, int64, shape (N, F).
 
     Every combination of levels belongs to one split alone, in a shuffled order, so that no held-out
@@ -52,12 +52,12 @@ def draw_factors(split: str, num: int) -> Tensor:
     """
     sizes = [factor.levels for factor in FACTORS]
     order = torch.randperm(math.prod(sizes), generator=generator(0, "drawn"))
-    shares = dict(zip(NUM_DRAWN, order.split(NUM_COMBINATIONS), strict=True))
+    shares = dict(zip(NUM_SYNTHETIC, order.split(NUM_COMBINATIONS), strict=True))
     combination_N = shares[split][torch.arange(num) % len(shares[split])]
     return torch.stack(torch.unravel_index(combination_N, sizes), dim=1)
 
 
-def draw_garments(levels_NF: Tensor) -> Tensor:
+def render_garments(levels_NF: Tensor) -> Tensor:
     """The pictures of factor levels, bytes, shape (N, 1, H, W)."""
     return torch.cat([_draw(part) for part in levels_NF.split(500)])
 

@@ -27,7 +27,7 @@ from vae_hyperband.common.files import write_text
 from vae_hyperband.common.process import environment, pick_device
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, SplitName, as_trained, load_split, per_split
-from vae_hyperband.data.synthetic import FACTORS, draw_factors
+from vae_hyperband.data.synthetic import FACTORS, sample_factors
 from vae_hyperband.evaluation.bounds import (
     entropy_floor,
     eval_dataloader,
@@ -245,7 +245,7 @@ def _pixel_probes(train: Split, held_out: Split) -> dict[str, dict[str, float]]:
 
 def _factors(subject: Subject, mu_NZ: Tensor) -> dict[str, Any]:
     """How cleanly the dimensions separate the factors that the split was drawn from."""
-    levels_NF = draw_factors(subject.split, len(mu_NZ))
+    levels_NF = sample_factors(subject.split, len(mu_NZ))
     return {
         "names": [factor.name for factor in FACTORS],
         "mig": mutual_information_gap(mu_NZ, levels_NF),

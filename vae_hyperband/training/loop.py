@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch.utils.data import DataLoader
 
-from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, counted, in_effect
+from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect, plural
 from vae_hyperband.common.errors import DivergedError, OutOfMemoryError, RunFolderError
 from vae_hyperband.common.process import (
     cpu_threads,
@@ -163,8 +163,8 @@ def fit(
             )
             if not quiet:
                 print(
-                    f"training {options.run} for {counted(config.epochs, 'epoch')} on "
-                    f"{len(train):,} images, {counted(torch.get_num_threads(), 'thread')}, "
+                    f"training {options.run} for {plural(config.epochs, 'epoch')} on "
+                    f"{len(train):,} images, {plural(torch.get_num_threads(), 'thread')}, "
                     f"{device}",
                     flush=True,
                 )

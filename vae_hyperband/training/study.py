@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from scipy.special import stdtrit
 
-from vae_hyperband.common.config import Places, RunOptions, TrainConfig, counted, in_effect
+from vae_hyperband.common.config import Places, RunOptions, TrainConfig, in_effect, plural
 from vae_hyperband.common.files import make_folder, write_text
 from vae_hyperband.common.process import pick_device
 from vae_hyperband.data.splits import SplitName, load_split
@@ -113,7 +113,7 @@ def study_dry_run(configs: dict[str, TrainConfig], places: Places, split: SplitN
             a_line_each(shared),
             f"runs         {len(configs)}, one after the other, judged on the {split} split",
             *lines,
-            f"device       {device}, {counted(torch.get_num_threads(), 'CPU thread')}",
+            f"device       {device}, {plural(torch.get_num_threads(), 'CPU thread')}",
             f"data         {len(train):,} training images {train.image_shape}",
             f"logs         {places.log_folder}",
             f"training     about {seconds:,.0f} s; validation and evaluation on top",
