@@ -1,14 +1,14 @@
-"""The command ``evaluate``: what a checkpoint is worth."""
+"""The command ``evaluate``: measure a trained model."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import RunOptions
+from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
+from vae_hyperband.common.config import Folders, RunOptions
 from vae_hyperband.common.files import check_place, write_text
 from vae_hyperband.common.process import cpu_threads
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
@@ -17,27 +17,25 @@ from vae_hyperband.reporting.summaries import say, table_of
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Say what a checkpoint is worth: bounds, latent space, generated images, all with errors.
+    """Measure a trained model: bounds, latent space, generated images, with standard errors.
 
-    vae-hyperband evaluate checkpoints/mine/best.pt --split test --json mine.json
+    vae-hyperband evaluate mine --split test --json mine.json
 
-    A mixture or flow that is not there yet is fitted first and kept beside the checkpoint.
+    A mixture or flow is fitted on first use and saved beside the checkpoint.
     """
 
-    ckpt: tyro.conf.Positional[Path]
-    """The checkpoint."""
+    run: RunArg
     evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions]
     split: Literal["train", "validation", "test"] = "validation"
-    """Which images; choose between models on validation, report on test."""
+    """The images to measure on: choose between models on validation, publish numbers on test."""
     json: Path | None = None
-    """Also write the result, with its protocol and environment, to this .json file; with "-" print
-    it instead of the tables."""
-    data_dir: Path | None = None
-    """A folder with the four IDX files, plain or gzipped."""
+    """Also write the result, with its protocol and environment, to this .json file; - prints it
+    instead of the tables."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     num_threads: int | None = None
     """CPU threads (default: PyTorch's own choice)."""
+    folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 
 def evaluate_command(argv: list[str]) -> int:
@@ -45,9 +43,12 @@ def evaluate_command(argv: list[str]) -> int:
     RunOptions(num_threads=args.num_threads)  # checks it
     stdout = args.json == Path("-")
     if args.json and not stdout:
-        check_place(args.json, ".json", option="--json")  # a mistake before the work
+        check_place(args.json, ".json", option="--json")  # before the work
     with cpu_threads(args.num_threads):
-        report = evaluate(args.ckpt, args.split, args.data_dir, args.device, args.evaluation, say)
+        ckpt = find_ckpt(args.run, args.folders)
+        report = evaluate(
+            ckpt, args.split, args.folders.data_dir, args.device, args.evaluation, say
+        )
     if args.json and not stdout:
         write_text(args.json, json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2) if stdout else table_of(report))

@@ -1,20 +1,21 @@
-"""``export``: a trained model in the forms that other programs, and people, can use."""
+"""The command ``export``: a trained model for other programs, or as a web page."""
 
 import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import flag, read_json, require, require_number
+from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
+from vae_hyperband.commands.sample import sampler_for
+from vae_hyperband.common.config import Folders, flag, read_json, require, require_number
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text, write_together
-from vae_hyperband.data.splits import Split, as_trained, load_split
+from vae_hyperband.data.splits import Split, as_trained
 from vae_hyperband.evaluation.bounds import eval_dataloader
 from vae_hyperband.evaluation.latents import encode_split
 from vae_hyperband.evaluation.samplers import (
@@ -23,7 +24,6 @@ from vae_hyperband.evaluation.samplers import (
     Prior,
     SamplerConfig,
     SamplerName,
-    get_sampler,
 )
 from vae_hyperband.export.hub import DATA_NAMES, write_shared
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
@@ -33,38 +33,36 @@ from vae_hyperband.reporting.summaries import LABEL_NAMES, say
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write a trained model for other programs, or as a page to touch. Nothing is uploaded.
+    """Write a trained model for other programs, or as an interactive web page. Nothing is uploaded.
 
-    vae-hyperband export checkpoints/mine/best.pt --format web --out explorer
+    vae-hyperband export mine --format web --out explorer
 
-    web: explorer/index.html, which runs encoder and decoder in any browser, without a network.
-    onnx: encoder.onnx and decoder.onnx, compared with PyTorch as they are written.
-    safetensors: weights, config.json and a model card, as model hubs lay them out; load_model
+    web: one index.html that runs encoder and decoder in any browser, without a network.
+    onnx: encoder.onnx and decoder.onnx, verified against PyTorch.
+    safetensors: weights, config.json and a model card, as model hubs expect them; load_model
     reads the folder.
     """
 
-    ckpt: tyro.conf.Positional[Path]
-    """The checkpoint."""
+    run: RunArg
     format: Literal["web", "onnx", "safetensors"]
-    """What to write."""
+    """The format to write."""
     out: Path
-    """The folder to write it to; made if it is not there."""
+    """Folder to write to; created if missing."""
     fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
     license: str = "mit"
-    """The weights' licence, for the card (safetensors)."""
+    """safetensors: licence of the weights, for the model card."""
     evaluation: Path | None = None
-    """What "evaluate --json" wrote of this checkpoint, for the card (safetensors)."""
+    """safetensors: the file that "evaluate --json" wrote, for the model card."""
     sampler: SamplerName = "prior"
-    """Also draw z from the mixture or the flow fitted to the training latents (web)."""
+    """web: also sample z from the mixture or flow fitted to the training latents."""
     split: Literal["validation", "test"] = "validation"
-    """Whose images are on the map (web)."""
+    """web: split whose images are on the map."""
     num_images: int = 1000
-    """How many images are on the map (web)."""
-    data_dir: Path | None = None
-    """A folder with the four IDX files, plain or gzipped (web)."""
+    """web: number of images on the map."""
+    folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 
-#: Options that one format alone looks at, and what they are where they are not given.
+#: Options of a single format, with their defaults.
 ONLY_FOR: dict[str, tuple[str, Any]] = {
     "license": ("safetensors", ExportArgs.license),
     "evaluation": ("safetensors", ExportArgs.evaluation),
@@ -80,14 +78,14 @@ def export(argv: list[str]) -> int:
     for name, (format, usual) in ONLY_FOR.items():
         require(
             args.format == format or getattr(args, name) == usual,
-            f"{flag(name)} is for --format {format}: leave it out.",
+            f"{flag(name)} is for --format {format}: remove it.",
         )
     require(
         args.sampler != "prior" or args.fitting == SamplerConfig(),
-        "How a sampler is fitted (--components, --flow-...) is for --sampler mixture or flow: give "
-        "that, too.",
+        "The options for fitting a sampler (--components, --flow-...) need --sampler mixture or "
+        "flow.",
     )
-    checkpoint = load_ckpt(args.ckpt)
+    checkpoint = load_ckpt(find_ckpt(args.run, args.folders))
     write = {"web": _web, "onnx": _onnx, "safetensors": _safetensors}[args.format]
     for path in write(args, checkpoint):
         print(path)
@@ -97,7 +95,7 @@ def export(argv: list[str]) -> int:
 def _safetensors(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     report = read_json(args.evaluation) if args.evaluation else None
     if report is not None and report.get("checkpoint_digest") != checkpoint.digest:
-        raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
+        raise ConfigError(f"{args.evaluation} is not an evaluation of {checkpoint.path}.")
     return write_shared(checkpoint, args.out, args.license, report)
 
 
@@ -132,10 +130,10 @@ def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
         from vae_hyperband.export.explorer import page
     config = checkpoint.config
     model = checkpoint.model()
-    split = _first(checkpoint.split(args.split, args.data_dir), args.num_images)
+    split = _first(checkpoint.split(args.split, args.folders.data_dir), args.num_images)
     split = as_trained(split, config)
     out = args.out / "index.html"
-    check_place(out)  # a mistake before the work
+    check_place(out)  # before the work
     posteriors = encode_split(model, eval_dataloader(split))
     html = page(
         model,
@@ -168,19 +166,13 @@ def _shown(checkpoint: Checkpoint, model: VAE) -> dict[str, str]:
 
 
 def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow | None:
-    sampler = get_sampler(
-        args.sampler,
-        checkpoint,
-        lambda: load_split("train", args.data_dir, checkpoint.config.dataset),
-        args.fitting,
-        say,
-    )
+    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders.data_dir)
     return None if isinstance(sampler, Prior) else sampler
 
 
 @contextlib.contextmanager
 def needs_onnx() -> Iterator[None]:
-    """Around imports of what is installed on request only."""
+    """Around imports of optional packages: a missing one becomes a :class:`ConfigError`."""
     try:
         yield
     except ModuleNotFoundError as error:
