@@ -250,7 +250,7 @@ MISTAKES = {
         "--license is for --format safetensors",
     ),
     "export components of no use": ("export {ckpt} --format web --out o --components 3", "mixture"),
-    "study of two betas of one name": ("study --betas 1 1.0000001", "would name the same run"),
+    "study of two betas of one name": ("study --betas 1 1.0000001", "give runs the same name"),
     "study of no epochs": ("study --epochs 0", "--epochs is 0"),
     "study of no beta": ("study --betas", "--betas names no value to choose from"),
     "study of a seed twice": ("study --seeds 1 1", "--seeds names a value twice"),

@@ -372,7 +372,9 @@ def test_what_is_not_in_the_logs_is_said(runs, small_data, tmp_path, capsys):
     places = ["--checkpoints-dir", str(runs / "checkpoints"), "--logs-dir", str(tmp_path / "logs")]
     out = tmp_path / "c.png"
     assert main(["compare", "one", "other", "--out", str(out), *places]) == 0
-    assert f"{tmp_path}/logs has no metrics.jsonl of other: plotted without" in capsys.readouterr().err
+    assert (
+        f"{tmp_path}/logs has no metrics.jsonl of other: plotted without" in capsys.readouterr().err
+    )
     shutil.rmtree(tmp_path / "logs/one")
     out.unlink()
     assert main(["compare", "one", "other", "--out", str(out), *places]) == 2
