@@ -44,8 +44,7 @@ class BetaArgs(Places):
     seed: int = 0
     """The same for every beta: equal initial weights, order of the images and noise."""
     dataset: Dataset = "fashion-mnist"
-    """fashion-mnist: verified by its digests; custom: the IDX files in --data-dir; drawn: synthetic
-    garments with known factors."""
+    """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
     port: int = 6006
     """Port of TensorBoard, which listens on 127.0.0.1 only."""
     serve: bool = True

@@ -1,4 +1,4 @@
-"""Studies: a grid trained and judged once, in one table and one picture."""
+"""Studies: a grid trained and evaluated once, in one table and one picture."""
 
 import dataclasses
 import itertools
@@ -223,7 +223,7 @@ def test_a_run_that_fails_stops_the_others(tmp_path, small_data, monkeypatch, ca
     (tmp_path / "checkpoints/study-z32-b1-s0").write_text("in the way")
     argv = ["study", "--dataset", "custom", "--data-dir", str(small_data), "--betas", "1", "2"]
     assert train_vae.main([*argv, "--epochs", "100000", "--device", "cpu", "--jobs", "2"]) == 2
-    assert "checkpoints/study-z32-b1-s0 cannot be made" in capsys.readouterr().err
+    assert "checkpoints/study-z32-b1-s0 cannot be created" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, monkeypatch, capsys):

@@ -29,8 +29,7 @@ class EvaluateArgs:
     split: Literal["train", "validation", "test"] = "validation"
     """The images to measure on: choose between models on validation, publish numbers on test."""
     json: Path | None = None
-    """Also write the result, with its protocol and environment, to this .json file; - prints it
-    instead of the tables."""
+    """Also write the result with its protocol to this .json file; - prints it, without tables."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     num_threads: int | None = None

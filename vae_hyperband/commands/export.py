@@ -38,7 +38,9 @@ class ExportArgs:
     vae-hyperband export mine --format web --out explorer
 
     web: one index.html that runs encoder and decoder in any browser, without a network.
+
     onnx: encoder.onnx and decoder.onnx, verified against PyTorch.
+
     safetensors: weights, config.json and a model card, as model hubs expect them; load_model
     reads the folder.
     """

@@ -44,8 +44,7 @@ class AnimateArgs:
 
     run: RunArg
     kind: Literal["walk", "training"] = "walk"
-    """walk: a path through the latent space from image to image; training: samples from the same
-    noise after each validation."""
+    """walk: from image to image through the latent space; training: samples per validation."""
     out: Path | None = None
     """File to write, .gif or .webp (default: walk.gif or training.gif)."""
     seed: int = 0

@@ -50,7 +50,7 @@ class StudyArgs(Places):
     epochs: int = 10
     """Passes over the training split, per run."""
     jobs: int = 1
-    """Runs to train at a time, each in a process of its own, with one thread if above 1."""
+    """Runs to train at a time; above 1, each in its own process with one thread."""
     split: Literal["validation", "test"] = "validation"
     """The images to evaluate on: choose between models on validation, publish numbers on test."""
     dry_run: bool = False

@@ -2,7 +2,7 @@
 
 ``TrainConfig`` decides what a run computes: on one class of machine, equal configurations give
 equal weights. ``CommonConfig`` is the part of it that searches and studies share. ``RunOptions``
-says where and how a run is computed, which changes the result by rounding at most.
+says where and how a run is computed, which changes rounding (and on a GPU the noise) only.
 """
 
 import dataclasses
@@ -37,11 +37,9 @@ class CommonConfig:
     """Data, objective and model: the same for all runs of a search or a study."""
 
     dataset: Dataset = "fashion-mnist"
-    """fashion-mnist: verified by its digests; custom: the IDX files in --data-dir; drawn: synthetic
-    garments with known factors."""
+    """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
     binarize: Literal["none", "dynamic"] = "none"
-    """dynamic: sample every pixel as black or white again at each step, as papers that report
-    likelihoods do."""
+    """dynamic: sample every pixel as black or white at each step, as likelihood papers do."""
     objective: Literal["elbo", "free-bits", "capacity", "beta-tc", "iwae"] = "elbo"
     """What is minimised: the beta-weighted bound, or a variant of it (docs/objectives.md)."""
     free_bits: float = 0.1
@@ -101,8 +99,7 @@ class CommonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(CommonConfig):
-    """Model, objective and optimiser. Losses are in nats per image: sums over pixels and latent
-    dimensions."""
+    """Model, objective and optimiser. Losses are in nats/image: sums over pixels and dimensions."""
 
     latent_dim: int = 32
     """Number of latent dimensions of z."""
@@ -201,7 +198,7 @@ class Folders:
 
 @dataclass(frozen=True, kw_only=True)
 class Places(Folders, RunName):
-    """Where a run or a search computes, reads and writes. It changes no more than last bits."""
+    """Where a run or a search computes, reads and writes."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -224,12 +221,12 @@ class Places(Folders, RunName):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Places):
-    """Where and how one run is computed. Device and threads change the result by rounding only."""
+    """Where and how one run is computed, which changes rounding (and on a GPU the noise) only."""
 
     num_threads: int | None = None
     """CPU threads (default: PyTorch's own choice)."""
     resume_ckpt: Path | None = None
-    """Continue from this checkpoint. Not needed to continue a run by its name."""
+    """Checkpoint to continue from; not needed if the same --run is given again."""
     log_interval: int = 100
     """Write training losses every this many steps."""
     ckpt_seconds: float = 60.0
