@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # The hyperparameter search on a Slurm cluster. From the project's folder:
 #
-#   sbatch vae_hyperband/slurm_job.sh                                   # a first run, no edit needed
+#   sbatch vae_hyperband/slurm_job.sh                                   # works without any edit
 #   sbatch --nodes=4 --cpus-per-task=16 vae_hyperband/slurm_job.sh --num-trials 64 --max-epochs 27
 #   sbatch --gres=gpu:2 vae_hyperband/slurm_job.sh --device cuda --gpus-per-trial 0.25
 #   sbatch --array=0-4 vae_hyperband/slurm_job.sh                       # five searches, seeds 0 to 4
 #
 # Options before the script are Slurm's, options after it are those of "vae-hyperband search".
-# Before the time limit the search is stopped in order, the job goes back to the queue, and the same
-# job goes on. The project's folder has to be on storage that all nodes share.
+# Before the time limit the search saves and stops, the job is requeued, and the same job continues.
+# The project's folder has to be on storage that all nodes share.
 #
-# Environment variables, all optional (sbatch hands yours on):
+# Environment variables, all optional (sbatch passes them on):
 #   RUN         name of the search (default search-JOBID; in an array search-ARRAYID-seed-N)
 #   SEARCH      more options of "vae-hyperband search", in one string
-#   VENV        virtual environment, made if it is missing (default .venv), or instead
-#   CONDA_ENV   conda environment, made if it is missing
+#   VENV        virtual environment, created if missing (default .venv), or instead
+#   CONDA_ENV   conda environment, created if missing
 #   MODULES     modules to load first, such as "python/3.11 cuda/12.4"
-#   RAY_PORT    port of this job's Ray (default: one that depends on the job's number)
+#   RAY_PORT    port of this job's Ray (default: derived from the job's number)
 #
 #SBATCH --job-name=vae-hyperband
 #SBATCH --nodes=1
@@ -29,7 +29,7 @@
 
 set -euo pipefail
 
-: "${SLURM_JOB_ID:?Start this with sbatch; without a cluster run: vae-hyperband search}"
+: "${SLURM_JOB_ID:?Start this with sbatch; without a cluster, run vae-hyperband search}"
 cd "${SLURM_SUBMIT_DIR:-.}"
 read -ra options <<<"${SEARCH:-}"
 options+=("$@")
@@ -41,7 +41,7 @@ RUN=${RUN:-search-$SLURM_JOB_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
 mkdir -p logs
 mark=logs/.slurm-$SLURM_JOB_ID
-if [[ -e $mark.begun ]]; then # what this job began is to be gone on with, not moved aside
+if [[ -e $mark.begun ]]; then # continue what this job began, do not move it aside
     kept=()
     for option in ${options[@]+"${options[@]}"}; do
         [[ $option == --fresh ]] || kept+=("$option")
@@ -57,22 +57,22 @@ say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart $restarts, search $RUN"
 driver=
 stop_asked=
 # shellcheck disable=SC2317  # the trap calls it
-on_usr1() { # Slurm may send it up to a minute early: in a short job even before the search began
-    say "time is nearly up: stopping in order"
+on_usr1() { # Slurm may send it up to a minute early, in a short job before the search starts
+    say "the time limit is near: saving, then stopping"
     stop_asked=1
     [[ -z $driver ]] || kill -USR1 "$driver"
 }
 trap on_usr1 USR1
 back_to_the_queue() {
-    say "back to the queue: $1"
+    say "requeueing: $1"
     scontrol requeue "$SLURM_JOB_ID"
 }
-broke_down() { # what was done is on disk, so it is worth another try, but not for ever
+broke_down() { # finished work is on disk, so try again, but not forever
     echo "$1" >>"$mark.broken"
     (($(wc -l <"$mark.broken") > 5)) || back_to_the_queue "$1"
 }
 
-# --- the environment: modules, then conda or a virtual environment, made if it is missing ---------
+# --- the environment: modules, then conda or a virtual environment, created if missing ------------
 for module in ${MODULES:-}; do
     module load "$module"
 done
@@ -80,7 +80,7 @@ exec 9>logs/.setup.lock # jobs of an array start together
 flock 9
 if [[ -n ${CONDA_ENV:-} ]]; then
     set +u # conda's own scripts read variables that are not set
-    # shellcheck disable=SC1091  # where conda lies is known on the cluster only
+    # shellcheck disable=SC1091  # only the cluster knows where conda lies
     source "$(conda info --base)/etc/profile.d/conda.sh"
     conda env list | grep -q "^$CONDA_ENV " || conda create -y -n "$CONDA_ENV" python=3.11
     conda activate "$CONDA_ENV"
@@ -99,10 +99,10 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 address=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 head_ip=$(getent ahostsv4 "$address" | awk 'NR == 1 {print $1}')
-port=${RAY_PORT:-$((10000 + SLURM_JOB_ID % 10000))} # below those that a system hands out itself
-folder=/tmp/vae-ray-$SLURM_JOB_ID # short: the paths of its sockets may have 107 bytes at most
-rm -rf "$folder" "$folder.over" # of a start that was killed
-# Ray has no authentication unless told so; without it, everyone who reaches the port runs code here
+port=${RAY_PORT:-$((10000 + SLURM_JOB_ID % 10000))} # below the ports that the system assigns itself
+folder=/tmp/vae-ray-$SLURM_JOB_ID # short: socket paths may have at most 107 bytes
+rm -rf "$folder" "$folder.over" # left by a start that was killed
+# by default Ray has no authentication: everyone who reaches its port could run code here
 RAY_AUTH_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
 
@@ -111,7 +111,7 @@ background=()
 end() {
     local status=$?
     [[ -n $driver || -n $stop_asked ]] || broke_down "Ray did not start (status $status)"
-    # only what this job started: "ray stop" would end other jobs' Ray on the same node, too
+    # only what this job started: "ray stop" would also end the Ray of other jobs on the node
     touch "$folder.over"
     for process in ${background[@]+"${background[@]}"}; do
         kill "$process" 2>/dev/null || true
@@ -162,28 +162,28 @@ PYTHON
 
 # --- the same search as everywhere ----------------------------------------------------------------
 if [[ -n $stop_asked ]]; then
-    back_to_the_queue "there was no time to begin"
+    back_to_the_queue "there was no time to start"
     exit 75
 fi
 # bash runs a trap only between commands, so the driver has to be in the background
 touch "$mark.begun"
 vae-hyperband search --run "$RUN" --address "$head_ip:$port" ${options[@]+"${options[@]}"} &
 driver=$!
-[[ -z $stop_asked ]] || kill -USR1 "$driver" # it came in this very moment
+[[ -z $stop_asked ]] || kill -USR1 "$driver" # it came just now
 status=0
 wait "$driver" || status=$?
-while kill -0 "$driver" 2>/dev/null; do # wait returned because of the signal, not of the end
+while kill -0 "$driver" 2>/dev/null; do # a signal ended wait, not the driver's end
     status=0
     wait "$driver" || status=$?
 done
-if ((status > 128)); then # the signal's number, perhaps, where the driver ended in that moment
+if ((status > 128)); then # may be the signal's number, if the driver ended at that moment
     again=0
     wait "$driver" || again=$?
     ((again == 127)) || status=$again
 fi
 case $status in
-75) back_to_the_queue "the search goes on where it stopped" ;; # see vae-hyperband --help
-0 | 2 | 3) ;; # done; a mistake in the options; every trial failed
+75) back_to_the_queue "the search will continue" ;; # see vae-hyperband --help
+0 | 2 | 3) ;; # done; invalid options; every trial failed
 *) broke_down "the search ended with status $status" ;;
 esac
 exit "$status"

@@ -1,8 +1,8 @@
 """The main entry: ``vae-hyperband train``, or ``python -m vae_hyperband.train_vae train``.
 
-Exit status: 0 done; 2 a user's mistake, told in one sentence; 3 training diverged, or every trial
-of a search failed; 70 Ray broke down; 75 stopped on request and saved; 128 + n ended at once by
-signal n. After the last three the same command goes on.
+Exit status: 0 done; 2 invalid option or file, with a one-line error; 3 training diverged, or every
+trial of a search failed; 70 Ray broke down; 75 stopped on request and saved; 128 + n ended at once
+by signal n. After the last three, the same command continues.
 """
 
 import importlib
@@ -23,29 +23,29 @@ __all__ = ["eval_epoch", "get_dataloader", "main", "save_ckpt", "train_epoch"]
 
 USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
 
-  run       the whole job: data, search, train the winner, evaluate, figures
-  search    search hyperparameters with Ray Tune (ASHA, HyperBand)
-  train     train one VAE or beta-VAE, or go on training it
-  evaluate  what a checkpoint is worth: bounds, latent space, FID ..., with standard errors
-  sample    draw images from a checkpoint
-  export    a checkpoint as ONNX, as safetensors with a card, or as a page that runs in a browser
-  report    a run or a search as one HTML file to keep and hand on
-  compare   runs side by side: what differs, what came of it, their curves
-  animate   a moving picture: samples over training, or a walk through the latent space
-  study     a grid of betas and latent sizes, trained and judged: the rate-distortion picture
-  data      find or fetch Fashion-MNIST and check it
-  completion  print what a shell completes commands and options by
+  run         run everything: data, search, training of the best configuration, evaluation, figures
+  search      search hyperparameters with Ray Tune (ASHA, HyperBand)
+  train       train a VAE or beta-VAE, or continue its training
+  evaluate    measure a trained model: bounds, latent space, FID ..., with standard errors
+  sample      generate images with a trained model
+  export      write a trained model as ONNX, as safetensors, or as an interactive web page
+  report      write a report of a run or a search: one HTML file
+  compare     compare runs: configurations, results, curves
+  animate     write an animation: samples over training, or a path through the latent space
+  study       train and evaluate a grid of betas and latent sizes; plot rate against distortion
+  data        find or download Fashion-MNIST and verify it
+  completion  print a shell-completion script
 
-"vae-hyperband COMMAND --help" explains each. Hyphens and underscores in options are the same.
-Exit status: 0 done, 2 a mistake in the command or its files, 3 training diverged or every trial of
-a search failed, 70 Ray broke down, 75 stopped on request (SIGINT, SIGTERM, SIGUSR1), 128 + n ended
-at once by signal n. After 70, 75, 128 + n and a kill the same command goes on.
+"vae-hyperband COMMAND --help" explains each. Options take hyphens and underscores alike.
+Exit status: 0 done; 2 invalid option or file; 3 training diverged, or every trial of a search
+failed; 70 Ray broke down; 75 stopped on request (SIGINT, SIGTERM, SIGUSR1); 128 + n ended at once
+by signal n. After 70, 75, 128 + n and a kill, the same command continues.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    keep_freed_memory()  # evaluation and sampling, too; ``fit`` does so for those who call it
+    keep_freed_memory()  # for evaluation and sampling; ``fit`` does it itself
     with lossy_output():
         return _status_of(argv)
 
@@ -59,18 +59,18 @@ def _status_of(argv: list[str]) -> int:
             print(metadata.version("vae-hyperband"))
             return 0
         if argv[0] not in COMMANDS:
-            raise ConfigError(f"{argv[0]!r} is no command: use one of {', '.join(COMMANDS)}.")
+            raise ConfigError(f"{argv[0]!r} is not a command: use one of {', '.join(COMMANDS)}.")
         module, _, function = COMMANDS[argv[0]].partition(":")
         command = getattr(importlib.import_module(f"vae_hyperband.{module}"), function)
         return command(argv[1:])
     except VAEHyperbandError as error:
         print(f"vae-hyperband: {error}", file=sys.stderr)
         return error.exit_status
-    except BrokenPipeError:  # as in "--help | head": who reads has enough
+    except BrokenPipeError:  # as in "--help | head": the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:  # outside of training and search, which end in order
-        print("vae-hyperband: interrupted; the same command goes on.", file=sys.stderr)
+    except KeyboardInterrupt:  # training and searches handle signals themselves
+        print("vae-hyperband: interrupted; the same command continues.", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

@@ -109,7 +109,7 @@ def test_a_signal_to_the_beta_comparison_reaches_every_training(tmp_path, small_
             time.sleep(0.1)
         process.terminate()
         assert process.wait(30) == 75
-        assert "the same command goes on" in process.stdout.read()
+        assert "the same command continues" in process.stdout.read()
     for path in files:
         assert load_ckpt(path).step > 0
 

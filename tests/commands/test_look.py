@@ -223,7 +223,7 @@ MISTAKES = {
     "one run": (["compare", "one"], "two or more"),
     "one run twice": (["compare", "one", "one"], "two or more"),
     "no such run": (["compare", "one", "none"], "has no run none; there are one, other, same."),
-    "another folder": (["compare", "one", "../one"], "plain name"),
+    "another folder": (["compare", "one", "../one"], ".. has no run one, and no other."),
     "a strange file": (["compare", "one", "other", "--out", "x.txt"], "must end in"),
     "a strange picture": (["animate", "one", "--out", "x.mp4"], "must end in"),
     "a checkpoint as report": (["report", "one", "--out", "best.pt"], "must end in .html"),
@@ -380,11 +380,13 @@ def test_what_is_not_in_the_logs_is_said(runs, small_data, tmp_path, capsys):
     places = ["--checkpoints-dir", str(runs / "checkpoints"), "--logs-dir", str(tmp_path / "logs")]
     out = tmp_path / "c.png"
     assert main(["compare", "one", "other", "--out", str(out), *places]) == 0
-    assert f"{tmp_path}/logs has no metrics.jsonl of other: drawn" in capsys.readouterr().err
+    assert (
+        f"{tmp_path}/logs has no metrics.jsonl of other: plotted without" in capsys.readouterr().err
+    )
     shutil.rmtree(tmp_path / "logs/one")
     out.unlink()
     assert main(["compare", "one", "other", "--out", str(out), *places]) == 2
-    assert "there are no curves to draw" in capsys.readouterr().err
+    assert "there are no curves to plot" in capsys.readouterr().err
     assert not out.exists()
     assert main(["report", "one", *places, "--data-dir", str(small_data)]) == 0
     page = (tmp_path / "logs/one/report.html").read_text()

@@ -106,7 +106,7 @@ def test_each_pass_has_an_order_of_its_own(small_data):
 
 def test_unknown_names_are_refused(small_data):
     for split, dataset in (("Train", "custom"), ("tset", "custom"), ("train", "fashion_mnist")):
-        with pytest.raises(ConfigError, match="is none of"):
+        with pytest.raises(ConfigError, match="must be one of"):
             load_split(split, small_data, dataset)
 
 
@@ -155,10 +155,10 @@ def damaged(tmp_path, change):
         (lambda b: b"<html>" + b, "is not an IDX file"),
         (lambda b: gzip.compress(b)[:-9], "cannot be read"),
         (lambda b: b"\x1f\x8b" + b, "cannot be read"),
-        (lambda b: b[:4] + b"\xff" * 8 + b[12:], "which no data set here has"),
+        (lambda b: b[:4] + b"\xff" * 8 + b[12:], "but needs 1 to 1073741824 bytes"),
         (lambda b: idx_bytes(np.zeros((360, 8, 12))), "square"),
         (lambda b: idx_bytes(np.zeros((360, 6, 6))), "multiple of 4"),
-        (lambda b: idx_bytes(np.zeros((12, 8, 8))), "not of one data set"),
+        (lambda b: idx_bytes(np.zeros((12, 8, 8))), "do not belong together"),
         (lambda b: idx_bytes(np.zeros(360)), "is not an IDX file of 3-dimensional"),
     ],
 )

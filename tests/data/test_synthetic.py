@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.splits import drawn_split, load_split
-from vae_hyperband.data.synthetic import FACTORS, NUM_DRAWN, draw_factors, draw_garments
+from vae_hyperband.data.splits import load_split, synthetic_split
+from vae_hyperband.data.synthetic import FACTORS, NUM_SYNTHETIC, render_garments, sample_factors
 from vae_hyperband.evaluation.latents import (
     dci_disentanglement,
     factor_vae_score,
@@ -18,7 +18,7 @@ from vae_hyperband.evaluation.latents import (
 
 def test_drawn_splits_are_always_the_same_and_never_share_an_order():
     splits = [load_split(name, dataset="drawn") for name in ("train", "validation", "test")]
-    assert [len(split) for split in splits] == list(NUM_DRAWN.values())
+    assert [len(split) for split in splits] == list(NUM_SYNTHETIC.values())
     for split in splits:
         assert split.image_shape == (1, 28, 28)
         assert split.images_NCHW.dtype == torch.uint8
@@ -29,26 +29,26 @@ def test_drawn_splits_are_always_the_same_and_never_share_an_order():
 
 
 def test_any_number_of_garments_begins_with_the_same_ones():
-    few, many = drawn_split("train", 700), drawn_split("train", 1200)
+    few, many = synthetic_split("train", 700), synthetic_split("train", 1200)
     assert len(many) == 1200
     assert torch.equal(many.images_NCHW[:700], few.images_NCHW)
-    assert torch.equal(draw_factors("train", 10), draw_factors("train", 20)[:10])
-    assert torch.equal(draw_factors("test", 3600)[3500:], draw_factors("test", 100))
+    assert torch.equal(sample_factors("train", 10), sample_factors("train", 20)[:10])
+    assert torch.equal(sample_factors("test", 3600)[3500:], sample_factors("test", 100))
 
 
 def test_no_held_out_garment_is_a_training_garment():
     images = {
-        name: {image.numpy().tobytes() for image in drawn_split(name).images_NCHW}
-        for name in NUM_DRAWN
+        name: {image.numpy().tobytes() for image in synthetic_split(name).images_NCHW}
+        for name in NUM_SYNTHETIC
     }
-    assert [len(found) for found in images.values()] == list(NUM_DRAWN.values())
+    assert [len(found) for found in images.values()] == list(NUM_SYNTHETIC.values())
     assert not images["train"] & images["validation"]
     assert not images["train"] & images["test"]
     assert not images["validation"] & images["test"]
 
 
 def test_factors_are_even_and_independent():
-    levels_NF = draw_factors("train", 10_000)
+    levels_NF = sample_factors("train", 10_000)
     for factor, level_N in zip(FACTORS, levels_NF.T, strict=True):
         shares = level_N.bincount() / 10_000
         assert len(shares) == factor.levels
@@ -59,7 +59,7 @@ def test_factors_are_even_and_independent():
 
 def measure(levels):
     """Width of the waist, last row, width of the sleeves' row, brightest pixel, centre of mass."""
-    image = draw_garments(torch.tensor([levels]))[0, 0].double()
+    image = render_garments(torch.tensor([levels]))[0, 0].double()
     columns = (image > 20).sum(dim=1)
     rows = (columns > 0).nonzero()[:, 0]
     weights = image.sum(dim=0)
@@ -88,24 +88,24 @@ def test_each_factor_changes_what_it_is_named_after(kind, name):
 
 
 def test_kinds_are_told_apart_and_nothing_leaves_the_picture():
-    top, dress, coat = (draw_garments(torch.tensor([[k, 3, 3, 3, 5, 2]]))[0, 0] for k in range(3))
+    top, dress, coat = (render_garments(torch.tensor([[k, 3, 3, 3, 5, 2]]))[0, 0] for k in range(3))
     assert (dress > 20).sum() > (top > 20).sum()  # flared
     assert coat[14, 12:16].min() < 0.5 * top[14, 12:16].min()  # open in front
-    edge = draw_garments(draw_factors("train", 3000)).float()
+    edge = render_garments(sample_factors("train", 3000)).float()
     border = torch.cat((edge[..., 0, :], edge[..., -1, :]), dim=-1)
     assert border.max() == 0  # above and below
 
 
 def separate(num=4000):
     """Each factor in a dimension of its own, and one dimension of nothing."""
-    levels_NF = draw_factors("test", num)
+    levels_NF = sample_factors("test", num)
     noise_N1 = torch.randn(num, 1, generator=generator(0, "test"))
     return torch.cat((levels_NF.float(), noise_N1 * 0.01), dim=1), levels_NF
 
 
 def mixed(num=4000):
     """Every dimension a rotation of all factors."""
-    levels_NF = draw_factors("test", num)
+    levels_NF = sample_factors("test", num)
     spread = levels_NF.float() / levels_NF.float().std(dim=0)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator(0, "test"))).Q
     return spread @ rotation, levels_NF
@@ -163,5 +163,5 @@ def test_a_factor_in_two_dimensions_is_incomplete_not_entangled():
 def test_informativeness_does_not_mind_a_rotation_as_much():
     assert dci_disentanglement(*separate())["informativeness"] > 0.99
     assert dci_disentanglement(*mixed())["informativeness"] > 0.4
-    one = torch.randn(400, 1, generator=generator(0, "test")), draw_factors("test", 400)
+    one = torch.randn(400, 1, generator=generator(0, "test")), sample_factors("test", 400)
     assert mutual_information_gap(*one) < 0.2  # a single dimension

@@ -13,7 +13,7 @@ from vae_hyperband.common.config import TrainConfig
 from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, binarized, load_split
-from vae_hyperband.data.synthetic import draw_factors
+from vae_hyperband.data.synthetic import sample_factors
 from vae_hyperband.evaluation import image_quality
 from vae_hyperband.evaluation.bounds import (
     entropy_floor,
@@ -269,9 +269,9 @@ def test_factors_are_those_of_the_split(options):
     found = evaluate(trained.best, "validation", None, "cpu", asked)["latents"]["factors"]
     split = load_split("validation", None, "drawn")
     mu_NZ = encode_split(load_model(trained.best), eval_dataloader(split)).mu_NZ
-    levels_NF = draw_factors("validation", len(split))
+    levels_NF = sample_factors("validation", len(split))
     assert found["mig"] == mutual_information_gap(mu_NZ, levels_NF)
-    assert found["mig"] != mutual_information_gap(mu_NZ, draw_factors("train", len(split)))
+    assert found["mig"] != mutual_information_gap(mu_NZ, sample_factors("train", len(split)))
     assert found["factor_vae_score"] == factor_vae_score(mu_NZ, levels_NF, config.seed)
     assert found["dci"] == dci_disentanglement(mu_NZ, levels_NF, config.seed)
 

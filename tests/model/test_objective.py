@@ -304,7 +304,7 @@ def test_importance_weights_are_ratios_of_densities(pseudo_inputs, small_data):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"kl_cycles": 2, "kl_warmup_epochs": 1}, "give one"),
+        ({"kl_cycles": 2, "kl_warmup_epochs": 1}, "give only one"),
         ({"objective": "beta-tc", "beta": 4, "prior": "vamp"}, "only --prior normal allows"),
         ({"objective": "free-bits", "prior": "vamp"}, "only --prior normal allows"),
         ({"objective": "iwae", "beta": 2}, "has no KL term to weigh"),

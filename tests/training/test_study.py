@@ -6,15 +6,20 @@ import json
 import math
 import re
 import shutil
+import signal
 import statistics
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
-from conftest import NAMES, write_idx_folder, written
+from conftest import NAMES, command_line, write_idx_folder, written
 from matplotlib.figure import Figure
 
 from vae_hyperband import train_vae
 from vae_hyperband.commands.study import StudyArgs, table
 from vae_hyperband.common.config import CommonConfig, Places, TrainConfig
+from vae_hyperband.common.process import cpu_threads, only_writer
 from vae_hyperband.evaluation.evaluate import EvaluateOptions
 from vae_hyperband.evaluation.results import (
     Estimate,
@@ -25,6 +30,7 @@ from vae_hyperband.evaluation.results import (
     Likelihood,
 )
 from vae_hyperband.evaluation.samplers import SamplerConfig
+from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting import figures
 from vae_hyperband.training.study import grouped, over_seeds, row_of, run_study, value_of
 
@@ -174,6 +180,62 @@ def test_the_command_trains_the_grid_on_drawn_garments(tmp_path, monkeypatch, ca
     picture = tmp_path / "logs/d/rate_distortion.png"
     assert picture.stat().st_size > 20_000
     assert str(picture.relative_to(tmp_path)) in said
+
+
+def test_runs_side_by_side_give_what_one_after_the_other_gives(
+    tmp_path, small_data, monkeypatch, capsys
+):
+    argv = ["study", "--dataset", "custom", "--data-dir", str(small_data), "--device", "cpu"]
+    argv += ["--betas", "4", "0.5", "1", "--latent-dims", "2", "--epochs", "1"]
+    argv += ["--parts", "likelihood", "--iwae-samples", "0"]
+    studies = []
+    for jobs in ("1", "2"):
+        (tmp_path / jobs).mkdir()
+        monkeypatch.chdir(tmp_path / jobs)
+        with cpu_threads(1):
+            assert train_vae.main([*argv, "--jobs", jobs]) == 0
+        table, progress = capsys.readouterr()
+        weights = [
+            load_ckpt(f"checkpoints/study-z2-b{beta}-s0/latest.pt").weights_digest
+            for beta in ("4", "0.5", "1")
+        ]
+        studies.append((table, Path("logs/study/study.json").read_text(), weights))
+    assert "trained: z2-b4-s0\ntrained: z2-b0.5-s0\ntrained: z2-b1-s0\nrun 1 of 3" in progress
+    assert studies[0] == studies[1]
+    assert train_vae.main([*argv, "--jobs", "2", "--run", "b", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "runs         3, 2 side by side, evaluated on the validation split\n" in said
+    assert "cpu, 1 CPU thread each\n" in said
+    assert not Path("logs/b").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_a_study_stops_its_runs(tmp_path, small_data, how):
+    """Sent to the parent alone, as a batch system does; of SIGKILL the runs learn nothing."""
+    argv = ["study", "--dataset", "custom", "--data-dir", small_data, "--betas", "1", "2"]
+    command = command_line(*argv, "--epochs", "100000", "--device", "cpu", "--jobs", "2")
+    folders = [tmp_path / f"checkpoints/study-z32-b{beta}-s0" for beta in ("1", "2")]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        while not all((folder / "latest.pt").exists() for folder in folders):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(how)
+        said = process.stdout.read()  # until the last process that writes to it has ended
+    if how == signal.SIGTERM:
+        assert process.returncode == 75
+        assert "go on with: " in said or "continue with: " in said
+    for folder in folders:
+        with only_writer(folder):
+            assert load_ckpt(folder / "latest.pt").step > 0
+
+
+def test_a_run_that_fails_stops_the_others(tmp_path, small_data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/study-z32-b1-s0").write_text("in the way")
+    argv = ["study", "--dataset", "custom", "--data-dir", str(small_data), "--betas", "1", "2"]
+    assert train_vae.main([*argv, "--epochs", "100000", "--device", "cpu", "--jobs", "2"]) == 2
+    assert "checkpoints/study-z32-b1-s0 cannot be created" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, monkeypatch, capsys):

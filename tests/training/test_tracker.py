@@ -66,7 +66,7 @@ def test_kl_per_dimension_configuration_and_command_are_shown(board, small_data)
     assert "| latent_dim | 4 |" in table
     words = shlex.split(command.strip("`"))
     args = parse_options(TrainArgs, words[2:], "")
-    assert args.recipe == result.state.config
+    assert args.training == result.state.config
     histograms = events.Histograms("KL_per_dimension")
     assert [event.step for event in histograms] == [10, 20, 30]
     assert sum(histograms[-1].histogram_value.bucket) == 4  # latent dimensions

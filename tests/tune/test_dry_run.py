@@ -170,7 +170,7 @@ def test_without_the_data_the_main_job_says_that_it_would_fetch_it(monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "load_split", missing)
     assert train_vae.main(["run", "--dry-run", "--device", "cpu"]) == 0
-    assert "== fetch Fashion-MNIST first" in capsys.readouterr().out
+    assert "== first get Fashion-MNIST" in capsys.readouterr().out
     assert train_vae.main(["run", "--dry-run", "--device", "cpu", "--data-dir", "x"]) == 2
     assert "There is none." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

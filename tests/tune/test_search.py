@@ -199,7 +199,7 @@ def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, s
         ({"objective": "beta-tc", "betas": (4.0,), "prior": "vamp"}, "splits the KL by dimension"),
         ({"metric": "fid", "binarize": "dynamic"}, "FID compares grey images"),
         ({"objective": "beta-tc"}, "with a beta of 1 is the ELBO"),
-        ({"likelihood": "continuous-bernoulli", "binarize": "dynamic"}, "is of grey pixels"),
+        ({"likelihood": "continuous-bernoulli", "binarize": "dynamic"}, "needs grey pixels"),
     ],
 )
 def test_impossible_searches_are_refused(wrong, message):

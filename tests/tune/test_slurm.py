@@ -132,7 +132,7 @@ def test_a_job_told_that_its_time_is_nearly_up_requeues_itself_and_goes_on(
     job = Job(project, data, "--nodes=2", "--cpus-per-task=1")
     job.wait("epoch 2/9")
     job.signal_usr1()
-    job.wait("back to the queue: the search goes on where it stopped")
+    job.wait("requeueing: the search will continue")
     job.wait("restart 1")
     job.wait()
     assert "resuming the search" in job.log.read_text()
@@ -159,7 +159,7 @@ def test_the_time_limit_is_no_end(project, data, undisturbed):
     here: its driver is held from the first epoch until the signal has come."""
     job = Job(project, data, "--nodes=2", "--cpus-per-task=1", "--time=1", "--signal=B:USR1@20")
     held, deadline = None, time.monotonic() + 300
-    while "time is nearly up" not in (said := job.said()):
+    while "the time limit is near" not in (said := job.said()):
         assert time.monotonic() < deadline, said
         assert not is_over(job.id), said
         if held is None and "epoch 1/9" in said:
@@ -168,7 +168,7 @@ def test_the_time_limit_is_no_end(project, data, undisturbed):
         time.sleep(0.2)
     if held is not None:
         os.kill(held, signal.SIGCONT)
-    job.wait("back to the queue")
+    job.wait("requeueing")
     subprocess.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=10"], check=True)
     job.wait()
     assert int(facts(job.id)["Restarts"]) >= 1

@@ -1,10 +1,10 @@
-"""The command line, a file per command; the only modules that import tyro."""
+"""The command line, one file per command; the only modules that import tyro."""
 
 import functools
 import operator
 from typing import Annotated, Any
 
-#: Each command's module and function, imported when it is called: Ray alone takes seconds.
+#: Each command's module and function, imported when called: importing Ray takes seconds.
 COMMANDS = {
     "run": "commands.run:run_command",
     "search": "commands.search:search_command",
@@ -22,13 +22,13 @@ COMMANDS = {
 
 
 def completion(argv: list[str]) -> int:
-    """The command ``completion``: print a script that completes commands and options."""
+    """The command ``completion``: print a shell-completion script."""
     import tyro
 
     from vae_hyperband.commands.options import CompletionArgs, parse_options
 
     shell = parse_options(CompletionArgs, argv, "vae-hyperband completion").shell
-    # the option of tyro prints the script and exits
+    # this option of tyro prints the script and exits
     tyro.cli(_all_commands(), prog="vae-hyperband", args=["--tyro-print-completion", shell])
     return 0
 

@@ -1,4 +1,4 @@
-"""The command ``data``: find or fetch Fashion-MNIST and check it."""
+"""The command ``data``: find or download Fashion-MNIST and verify it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +11,17 @@ from vae_hyperband.data.splits import SplitName, load_split
 
 @dataclass(frozen=True)
 class DataArgs:
-    """Find or fetch Fashion-MNIST and check it.
+    """Find or download Fashion-MNIST and verify it.
 
     vae-hyperband data
     """
 
     data_dir: Path | None = None
-    """Check the four files in this folder instead of fetching any."""
+    """Verify the four files in this folder; download nothing."""
     dataset: Dataset = "fashion-mnist"
-    """custom: other data in the same format, in --data-dir; drawn: garments made here."""
+    """custom: the IDX files in --data-dir; drawn: synthetic garments, which need no files."""
     install: bool = False
-    """Where no mirror can be reached, install the system's package if this user may."""
+    """If no mirror can be reached, install the system's package, if this user is allowed to."""
 
 
 def data(argv: list[str]) -> int:

@@ -1,13 +1,13 @@
-"""The command ``evaluate``."""
+"""The command ``evaluate``: measure a trained model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import RunOptions
+from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
+from vae_hyperband.common.config import Folders, RunOptions
 from vae_hyperband.common.files import check_place, write_text
 from vae_hyperband.common.process import cpu_threads
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
@@ -17,27 +17,24 @@ from vae_hyperband.reporting.tables import evaluation_text
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Evaluate a checkpoint: bounds, latent space, generated images, with standard errors.
+    """Measure a trained model: bounds, latent space, generated images, with standard errors.
 
-    vae-hyperband evaluate checkpoints/mine/best.pt --split test --json mine.json
+    vae-hyperband evaluate mine --split test --json mine.json
 
-    If there is no mixture or flow yet, it is fitted first and saved beside the checkpoint.
+    A mixture or flow is fitted on first use and saved beside the checkpoint.
     """
 
-    ckpt: tyro.conf.Positional[Path]
-    """The checkpoint."""
+    run: RunArg
     evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions]
     split: Literal["train", "validation", "test"] = "validation"
-    """The split to evaluate on: choose between models on validation, publish test."""
+    """The images to measure on: choose between models on validation, publish numbers on test."""
     json: Path | None = None
-    """Also write the result, with its protocol and environment, to this .json file; with "-" print
-    it instead of the tables."""
-    data_dir: Path | None = None
-    """A folder with the four IDX files, plain or gzipped."""
+    """Also write the result with its protocol to this .json file; - prints it, without tables."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     num_threads: int | None = None
     """CPU threads (default: PyTorch's own choice)."""
+    folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 
 def evaluate_command(argv: list[str]) -> int:
@@ -47,8 +44,9 @@ def evaluate_command(argv: list[str]) -> int:
     if args.json and not stdout:
         check_place(args.json, ".json", option="--json")  # fail before the work
     with cpu_threads(args.num_threads):
+        ckpt = find_ckpt(args.run, args.folders)
         found = evaluate(
-            args.ckpt, args.split, args.data_dir, args.device, args.evaluation, print_progress
+            ckpt, args.split, args.folders.data_dir, args.device, args.evaluation, print_progress
         )
     if args.json and not stdout:
         write_text(args.json, found.to_json())

@@ -1,20 +1,21 @@
-"""The command ``export``: a trained model for other programs, or as an interactive page."""
+"""The command ``export``: a trained model for other programs, or as a web page."""
 
 import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import flag, read_json, require, require_number
+from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
+from vae_hyperband.commands.sample import sampler_for
+from vae_hyperband.common.config import Folders, flag, read_json, require, require_number
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text, write_together
-from vae_hyperband.data.splits import Split, as_trained, load_split
+from vae_hyperband.data.splits import Split, as_trained
 from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.evaluation.samplers import (
     LearnedFlow,
@@ -22,7 +23,6 @@ from vae_hyperband.evaluation.samplers import (
     Prior,
     SamplerConfig,
     SamplerName,
-    get_sampler,
 )
 from vae_hyperband.export.hub import DATA_NAMES, write_shared
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
@@ -32,37 +32,38 @@ from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write a trained model for other programs, or as an interactive page. Nothing is uploaded.
+    """Write a trained model for other programs, or as an interactive web page. Nothing is uploaded.
 
-    vae-hyperband export checkpoints/mine/best.pt --format web --out explorer
+    vae-hyperband export mine --format web --out explorer
 
-    web: explorer/index.html, which runs encoder and decoder in the browser, without a network.
-    onnx: encoder.onnx and decoder.onnx, compared with PyTorch before they are written.
-    safetensors: weights, config.json and a model card for model hubs; load_model reads the folder.
+    web: one index.html that runs encoder and decoder in any browser, without a network.
+
+    onnx: encoder.onnx and decoder.onnx, verified against PyTorch.
+
+    safetensors: weights, config.json and a model card, as model hubs expect them; load_model
+    reads the folder.
     """
 
-    ckpt: tyro.conf.Positional[Path]
-    """The checkpoint."""
+    run: RunArg
     format: Literal["web", "onnx", "safetensors"]
-    """What to write."""
+    """The format to write."""
     out: Path
-    """The folder to write to; created if needed."""
+    """Folder to write to; created if missing."""
     fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
     license: str = "mit"
-    """The weights' licence, for the card (safetensors)."""
+    """safetensors: licence of the weights, for the model card."""
     evaluation: Path | None = None
-    """The file that evaluate --json wrote for this checkpoint, for the card (safetensors)."""
+    """safetensors: the file that "evaluate --json" wrote, for the model card."""
     sampler: SamplerName = "prior"
-    """Also draw z from the mixture or the flow fitted to the training latents (web)."""
+    """web: also sample z from the mixture or flow fitted to the training latents."""
     split: Literal["validation", "test"] = "validation"
-    """The split of the images on the map (web)."""
+    """web: split whose images are on the map."""
     num_images: int = 1000
-    """How many images are on the map (web)."""
-    data_dir: Path | None = None
-    """A folder with the four IDX files, plain or gzipped (web)."""
+    """web: number of images on the map."""
+    folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 
-#: Options of one format only, with their defaults.
+#: Options of a single format, with their defaults.
 ONLY_FOR: dict[str, tuple[str, Any]] = {
     "license": ("safetensors", ExportArgs.license),
     "evaluation": ("safetensors", ExportArgs.evaluation),
@@ -78,13 +79,14 @@ def export(argv: list[str]) -> int:
     for name, (format, usual) in ONLY_FOR.items():
         require(
             args.format == format or getattr(args, name) == usual,
-            f"{flag(name)} needs --format {format}.",
+            f"{flag(name)} is for --format {format}: remove it.",
         )
     require(
         args.sampler != "prior" or args.fitting == SamplerConfig(),
-        "--components and --flow-... need --sampler mixture or flow.",
+        "The options for fitting a sampler (--components, --flow-...) need --sampler mixture or "
+        "flow.",
     )
-    checkpoint = load_ckpt(args.ckpt)
+    checkpoint = load_ckpt(find_ckpt(args.run, args.folders))
     write = {"web": _web, "onnx": _onnx, "safetensors": _safetensors}[args.format]
     for path in write(args, checkpoint):
         print(path)
@@ -96,7 +98,7 @@ def _safetensors(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     if args.evaluation:
         evaluation = Evaluation.from_dict(read_json(args.evaluation), str(args.evaluation))
         if evaluation.checkpoint_digest != checkpoint.digest:
-            raise ConfigError(f"{args.evaluation} is not an evaluation of {args.ckpt}.")
+            raise ConfigError(f"{args.evaluation} is not an evaluation of {checkpoint.path}.")
     return write_shared(checkpoint, args.out, args.license, evaluation)
 
 
@@ -131,7 +133,7 @@ def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
         from vae_hyperband.export.explorer import page
     config = checkpoint.config
     model = checkpoint.model()
-    split = _first(checkpoint.split(args.split, args.data_dir), args.num_images)
+    split = _first(checkpoint.split(args.split, args.folders.data_dir), args.num_images)
     split = as_trained(split, config)
     out = args.out / "index.html"
     check_place(out)  # fail before the work
@@ -165,19 +167,13 @@ def _shown(checkpoint: Checkpoint, model: VAE) -> dict[str, str]:
 
 
 def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow | None:
-    sampler = get_sampler(
-        args.sampler,
-        checkpoint,
-        lambda: load_split("train", args.data_dir, checkpoint.config.dataset),
-        args.fitting,
-        print_progress,
-    )
+    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders.data_dir)
     return None if isinstance(sampler, Prior) else sampler
 
 
 @contextlib.contextmanager
 def needs_onnx() -> Iterator[None]:
-    """Turns a missing optional package into a one-line error."""
+    """Around imports of optional packages: a missing one becomes a :class:`ConfigError`."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,15 +1,19 @@
-"""Reading command lines: dataclasses in, one sentence out where a user mistyped."""
+"""Command-line options as dataclasses, with one-line errors; runs by their name or path."""
 
 import contextlib
 import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from vae_hyperband.common.config import Folders, Places
 from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.model.checkpoint import BEST
+from vae_hyperband.reporting.runs import best_ckpt
 
 Args = TypeVar("Args")
 
@@ -17,9 +21,9 @@ Args = TypeVar("Args")
 def parse_options(
     args_type: type[Args], argv: list[str] | None, prog: str, default: Args | None = None
 ) -> Args:
-    """The options of a command, as the dataclass that declares them.
+    """The options of a command, as an instance of the dataclass that declares them.
 
-    Raises :class:`ConfigError` with one sentence for a wrong one. ``--help`` prints and exits.
+    Raises :class:`ConfigError` with one line for an invalid one. ``--help`` prints and exits.
     """
     optional: dict[str, Any] = {} if default is None else {"default": default}
 
@@ -27,21 +31,21 @@ def parse_options(
         return tyro.cli(args_type, args=argv, prog=prog, **optional)
 
     said = io.StringIO()
-    # what tyro says depends on stdout: like this, its frames are lines of UTF-8 without colours
+    # tyro adapts its output to stdout: with this one it prints UTF-8 without colours
     plain = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(plain):
             return parse()
     except SystemExit as stop:
         if stop.code not in (0, None):
-            raise ConfigError(_one_sentence(said.getvalue(), prog)) from None
-    with _colours_as_wanted():
+            raise ConfigError(_one_line(said.getvalue(), prog)) from None
+    with _respecting_no_color():
         return parse()  # --help, which exits
 
 
 @contextlib.contextmanager
-def _colours_as_wanted() -> Iterator[None]:
-    """None where NO_COLOR is set (no-color.org), which tyro does not look at."""
+def _respecting_no_color() -> Iterator[None]:
+    """Turn colours off if NO_COLOR is set (no-color.org), which tyro ignores."""
     terminal = os.environ.get("TERM")
     if os.environ.get("NO_COLOR") and terminal is not None:
         os.environ["TERM"] = "dumb"
@@ -52,8 +56,8 @@ def _colours_as_wanted() -> Iterator[None]:
             os.environ["TERM"] = terminal
 
 
-def _one_sentence(box: str, prog: str) -> str:
-    """The message and the suggestion out of tyro's framed error text."""
+def _one_line(box: str, prog: str) -> str:
+    """The message and the suggestion from tyro's framed error text."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     message = " ".join(lines[: next((i for i, x in enumerate(lines) if x.startswith("──")), None)])
     sentence = message.rstrip(".")
@@ -62,12 +66,60 @@ def _one_sentence(box: str, prog: str) -> str:
     return f"{sentence}; see {prog} --help."
 
 
+# ---- A run, by its name or by a path: the same in every command that takes one
+
+RUN_HELP = (
+    "Name of a run (its folder below --checkpoints-dir), or path of its folder or of a checkpoint. "
+    "An existing .pt file, or a folder with a best.pt, is preferred to a run of that name."
+)
+RunArg = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
+RunArgs = Annotated[
+    tyro.conf.Positional[tuple[str, ...]],
+    tyro.conf.arg(metavar="RUN RUN [RUN ...]", help=f"Two or more runs. {RUN_HELP}"),
+]
+
+
+def find_ckpt(run: str, folders: Folders) -> Path:
+    """The checkpoint at a path, else the best one of a run.
+
+    Raises :class:`CheckpointError`, which lists the runs there are, and :class:`ConfigError` for
+    what cannot be a name. A path that could not be a run is returned as it is, for ``load_ckpt``
+    to read or to refuse.
+    """
+    path = Path(run)
+    if _is_ckpt(path):
+        return path
+    is_file_name = os.path.isfile(path) or path.suffix == ".pt"
+    if is_file_name and not os.path.isdir(folders.checkpoints_dir / path):
+        return path
+    return best_ckpt(find_run(run, folders))
+
+
+def find_run(run: str, folders: Folders) -> Places:
+    """The places of a run or search, which need not exist. A checkpoint's path means its run.
+
+    Raises :class:`ConfigError` for what cannot be a name.
+    """
+    path = Path(run)
+    if _is_ckpt(path):
+        path = path.parent
+    elif len(path.parts) <= 1 and not (run and os.path.isfile(path / BEST)):
+        return Places(run=run, **folders.folders())
+    if path.name in ("", ".."):  # "." and "..", whose names are elsewhere
+        path = path.resolve()
+    return Places(run=path.name, **folders.folders() | {"checkpoints_dir": path.parent})
+
+
+def _is_ckpt(path: Path) -> bool:
+    return path.suffix == ".pt" and os.path.isfile(path)
+
+
 @dataclass(frozen=True)
 class CompletionArgs:
-    """Print a script that completes commands, options and their values in a shell.
+    """Print a shell-completion script for commands, options and their values.
 
     vae-hyperband completion bash > ~/.vae-hyperband.bash
     """
 
     shell: tyro.conf.Positional[Literal["bash", "zsh"]]
-    """Whose script; "source ~/.vae-hyperband.bash" then goes into ~/.bashrc (zsh: ~/.zshrc)."""
+    """The shell. Then add "source ~/.vae-hyperband.bash" to ~/.bashrc (zsh: ~/.zshrc)."""

@@ -1,26 +1,23 @@
-"""The whole job in one call: data -> search -> train the winner -> evaluate it once -> figures."""
+"""The command ``run``: data -> search -> train the winner -> evaluate it once -> figures."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.commands.search import train_winner
-from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig, counted
+from vae_hyperband.commands.search import search_and_plot, train_winner
+from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig, plural
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.common.process import pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
 from vae_hyperband.data.splits import SplitName, load_split
 from vae_hyperband.evaluation.evaluate import PARTS, EvaluateOptions, Part, evaluate_once
 from vae_hyperband.evaluation.results import Evaluation
-from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.report import write_report
 from vae_hyperband.reporting.summaries import (
     draw_run_figures,
     print_progress,
     print_resume_hint,
-    summary_of,
     tensorboard_command,
 )
 from vae_hyperband.reporting.tables import evaluation_text
@@ -28,40 +25,40 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import SearchResult, describe
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult
-from vae_hyperband.tune.driver import STOPPING, search
+from vae_hyperband.tune.driver import STOPPING
 from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class MainJob(Places):
-    """The whole job: data, search, train the best configuration, evaluate it, figures.
+    """Run everything: data, search, training of the best configuration, evaluation, figures.
 
     vae-hyperband run
 
-    The same command goes on after a stop; what is trained is not trained again.
+    The same command continues after a stop; nothing is trained a second time.
     """
 
     run: str = "fashion"
-    """Name of the job: <run>-search and <run>-best are its folders."""
+    """Name of the job; its search is called <run>-search, its best model <run>-best."""
     num_trials: int = 8
     """Configurations to try."""
     max_epochs: int = 3
     """Epochs of a trial that is never stopped."""
     epochs: int = 10
-    """Epochs of the best configuration's full training."""
+    """Epochs of the full training of the best configuration."""
     scheduler: Literal["asha", "hyperband", "none"] = "asha"
     """asha stops the worse trials early; hyperband pauses them."""
     dataset: Dataset = "fashion-mnist"
-    """fashion-mnist; drawn makes garments of known factors; custom takes those of --data-dir."""
+    """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
     parts: tuple[Part, ...] = PARTS
-    """What the final evaluation looks at; without images the job is a minute or two shorter."""
+    """Parts of the final evaluation; without images the job takes a minute or two less."""
     seed: int = 0
-    """Seed of the suggested configurations, and of every run's weights, order and noise."""
+    """Seed of the configurations tried, and of every run's initial weights, order and noise."""
     dry_run: bool = False
-    """Print what would be searched and trained, where and how long that would take; then end."""
+    """Print what would be searched and trained, where, and how long that would take, then exit."""
 
     def __post_init__(self) -> None:
-        """Mistakes are found here, before the work, and not after the search."""
+        """Check every step's settings now, not after the search."""
         super().__post_init__()
         pick_device(self.device)
         for check in (self.search, self.winner, self.evaluation):
@@ -76,17 +73,13 @@ class MainJob(Places):
             seed=self.seed,
             dataset=self.dataset,
         )
-        return config, SearchOptions(**self._places(), run=f"{self.run}-search")
+        return config, SearchOptions(**self.options(f"{self.run}-search"))
 
     def winner(self) -> RunOptions:
-        return RunOptions(**self._places(), run=f"{self.run}-best")
+        return RunOptions(**self.options(f"{self.run}-best"))
 
     def evaluation(self) -> EvaluateOptions:
         return EvaluateOptions(parts=self.parts, samplers=("prior", "mixture"))
-
-    def _places(self) -> dict[str, Any]:
-        fields = (field.name for field in dataclasses.fields(Places) if field.name != "run")
-        return {name: getattr(self, name) for name in fields}
 
 
 def main_job_dry_run(job: MainJob) -> str:
@@ -97,13 +90,13 @@ def main_job_dry_run(job: MainJob) -> str:
     except DataError as error:
         if job.dataset != "fashion-mnist" or job.data_dir:
             raise
-        return f"== fetch Fashion-MNIST first; what follows can be said when it is here\n{error}"
+        return f"== first get Fashion-MNIST; the following steps depend on it\n{error}"
     return "\n".join(
         [
             f"== search, as {options.run}",
             search_dry_run(config, options),
             winner_dry_run(config, options, job.epochs, job.winner()),
-            f"== then evaluate it on the test split ({', '.join(job.parts)}), draw figures, report",
+            f"== then evaluate it on the test split ({', '.join(job.parts)}), plot figures, report",
         ]
     )
 
@@ -117,31 +110,30 @@ def run_command(argv: list[str]) -> int:
 
 
 def run_main_job(job: MainJob) -> bool:
-    """Do the whole job; whether it finished (False: stopped on request, the same call goes on)."""
+    """Do the whole job; False if stopped on request (the same call continues)."""
     config, options = job.search()
     if job.dataset == "fashion-mnist":
-        _heading("1/5  data: Fashion-MNIST, checked by its digests")
+        _heading("1/5  data: Fashion-MNIST, verified by its digests")
         if job.data_dir is None:
             ensure_data(install=True)
     else:
         _heading(f"1/5  data: {job.dataset}")
-    names: tuple[SplitName, ...] = ("train", "validation")  # the test split is for step 4
+    names: tuple[SplitName, ...] = ("train", "validation")  # not the test split before step 4
     for name in names:
         split = load_split(name, job.data_dir, job.dataset)
         print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
 
     _heading(
-        f"2/5  search: {counted(job.num_trials, 'configuration')}, up to "
-        f"{counted(job.max_epochs, 'epoch')} each"
+        f"2/5  search: {plural(job.num_trials, 'configuration')}, up to "
+        f"{plural(job.max_epochs, 'epoch')} each"
     )
     with stop_flag(STOPPING) as should_stop:
-        found = search(config, options, should_stop)
-        if found is None:
+        result = search_and_plot(config, options, should_stop)
+        if result is None:
             return False
-        picture = figures.best_config(found, options.log_folder / "best_config.png")
-        print(summary_of(found), flush=True)
+        found, figure = result
 
-        _heading(f"3/5  train the best configuration for {counted(job.epochs, 'epoch')}")
+        _heading(f"3/5  train the best configuration for {plural(job.epochs, 'epoch')}")
         trained = train_winner(found, job.epochs, job.winner(), should_stop)
     best = trained.state.config
     if not trained.finished:
@@ -161,7 +153,7 @@ def run_main_job(job: MainJob) -> bool:
     _heading("5/5  figures and reports")
     pictures = draw_run_figures(trained, best, job.data_dir)
     reports = [write_report(place) for place in (options, job.winner())]
-    for path in (picture, *pictures, *reports):
+    for path in (figure, *pictures, *reports):
         print(path, flush=True)
     _print_summary(found, trained, best, evaluation, reports, job)
     return True
@@ -194,7 +186,7 @@ def _print_summary(
         "TensorBoard logs": trained.log_folder,
         "configuration file": found.folder / "best_config.json",
         "open in a browser": " ".join(map(str, reports)),
-        "look at the logs": tensorboard_command(job.logs_dir),
+        "see the logs": tensorboard_command(job.logs_dir),
     }
     for name, value in rows.items():
         print(f"{name:22} {value}", flush=True)

@@ -1,66 +1,63 @@
 """The command ``sample``: images from a trained model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tyro
 from torch import Tensor
 
-from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import require_number
+from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
+from vae_hyperband.common.config import Folders, require_number
 from vae_hyperband.common.errors import ConfigError, RunFolderError
 from vae_hyperband.common.files import check_place, replacing
 from vae_hyperband.common.process import pick_device
 from vae_hyperband.data.splits import load_split
-from vae_hyperband.evaluation.samplers import SamplerConfig, SamplerName, generate, get_sampler
-from vae_hyperband.model.checkpoint import load_ckpt
+from vae_hyperband.evaluation.samplers import (
+    Sampler,
+    SamplerConfig,
+    SamplerName,
+    generate,
+    get_sampler,
+)
+from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import figures
-from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
+from vae_hyperband.reporting.summaries import LABEL_NAMES
 
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Draw images from a trained model.
+    """Generate images with a trained model.
 
-    vae-hyperband sample checkpoints/mine/best.pt --sampler flow --label sneaker --out samples.png
+    vae-hyperband sample mine --sampler flow --label sneaker --out samples.png
     """
 
-    ckpt: tyro.conf.Positional[Path]
-    """The checkpoint."""
+    run: RunArg
     fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
     num_samples: int = 64
-    """How many images."""
+    """Number of images."""
     sampler: SamplerName = "prior"
-    """Where z comes from; a mixture or flow that is not there yet is fitted first and kept."""
+    """Distribution of z. A mixture or flow is fitted on first use and saved with the checkpoint."""
     label: str = ""
-    """Only garments of this class (mixture, flow): its name, as "sneaker", or its number."""
+    """mixture, flow: generate this class only, by its name (sneaker) or its number."""
     out: Path = Path("samples.png")
     """.png: one grid of all images; .npy: an array of bytes, shape (N, C, H, W)."""
     seed: int = 0
     """The same seed gives the same images."""
-    data_dir: Path | None = None
-    """A folder with the four IDX files, plain or gzipped, to fit a sampler."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 
 def sample(argv: list[str]) -> int:
     args = parse_options(SampleArgs, argv, "vae-hyperband sample")
     require_number("num_samples", args.num_samples, 1)
     check_place(args.out, ".png", ".npy")
-    checkpoint = load_ckpt(args.ckpt)
-    dataset = checkpoint.config.dataset
-    names = LABEL_NAMES.get(dataset, ())
+    checkpoint = load_ckpt(find_ckpt(args.run, args.folders))
+    names = LABEL_NAMES.get(checkpoint.config.dataset, ())
     label = label_number(args.label, names)
-    sampler = get_sampler(
-        args.sampler,
-        checkpoint,
-        lambda: load_split("train", args.data_dir, dataset),
-        args.fitting,
-        print_progress,
-    )
+    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders.data_dir)
     model = checkpoint.model(pick_device(args.device))
     images_NCHW = generate(model, sampler, args.num_samples, args.seed, label)
     if args.out.suffix == ".npy":
@@ -73,8 +70,18 @@ def sample(argv: list[str]) -> int:
     return 0
 
 
+def sampler_for(
+    checkpoint: Checkpoint, name: SamplerName, config: SamplerConfig, data_dir: Path | None
+) -> Sampler:
+    """A checkpoint's sampler; the training split is loaded only if it has to be fitted."""
+    dataset = checkpoint.config.dataset
+    return get_sampler(
+        name, checkpoint, lambda: load_split("train", data_dir, dataset), config, print_progress
+    )
+
+
 def label_number(label: str, names: Sequence[str]) -> int | None:
-    """The class that a user means by its number, its name, or an unambiguous part of it."""
+    """A class by its number, its name, or an unambiguous part of its name; None for ""."""
     if not label:
         return None
     if label.isdecimal() and (not names or int(label) < len(names)):

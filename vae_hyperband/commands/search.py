@@ -1,15 +1,15 @@
-"""The command ``vae-hyperband search``: the search, its summary and picture, its winner in full."""
+"""The command ``search``: the search, its summary and figure, the winner's full training."""
 
 import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import tyro
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import RunOptions, changed_options, require_number
+from vae_hyperband.common.config import Folders, RunOptions, changed_options, require_number
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.summaries import (
@@ -28,35 +28,33 @@ from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 @dataclass(frozen=True)
 class SearchArgs:
-    """Search the hyperparameters with Ray Tune; stop the worse trials early.
+    """Search hyperparameters with Ray Tune; stop the worse trials early.
 
     vae-hyperband search --run sweep --num-trials 20 --max-epochs 9
 
-    Trials are compared on the validation bound at beta = 1. Giving the same command again goes on
-    where it stopped, however it stopped.
+    Trials are compared on the validation bound at beta = 1. The same command continues a search
+    that stopped, for whatever reason.
     """
 
     space: tyro.conf.OmitArgPrefixes[SearchConfig]
-    where: tyro.conf.OmitArgPrefixes[SearchOptions]
+    execution: tyro.conf.OmitArgPrefixes[SearchOptions]
     final_epochs: int = 0
-    """Then train the best configuration for this many epochs, as run <run>-best; 0: do not."""
+    """Then train the best configuration for this many epochs, as run <run>-best; 0 disables it."""
     dry_run: bool = False
-    """Print the space, the first trials, where they would run and how long it would take; then
-    end."""
+    """Print the space, the first trials, where they would run and for how long, then exit."""
 
     def winner(self) -> RunOptions:
-        where = self.where
-        return RunOptions(run=f"{where.run}-best", device=where.device, **_places(where))
+        return RunOptions(**self.execution.options(f"{self.execution.run}-best"))
 
 
 def search_command(argv: list[str]) -> int:
     args = parse_options(SearchArgs, argv, "vae-hyperband search")
     require_number("final_epochs", args.final_epochs, 0)
-    final = args.winner() if args.final_epochs else None  # a mistake before the work
+    final = args.winner() if args.final_epochs else None  # checks it
     if args.dry_run:
-        print(search_dry_run(args.space, args.where))
+        print(search_dry_run(args.space, args.execution))
         if final:
-            print(winner_dry_run(args.space, args.where, args.final_epochs, final))
+            print(winner_dry_run(args.space, args.execution, args.final_epochs, final))
         print(NOTHING_WRITTEN)
         return 0
     with stop_flag(STOPPING) as should_stop:
@@ -64,15 +62,13 @@ def search_command(argv: list[str]) -> int:
 
 
 def _search_and_train(args: SearchArgs, argv: list[str], should_stop: Callable[[], bool]) -> int:
-    where = args.where
-    found = search(args.space, where, should_stop)
-    if found is None:
+    result = search_and_plot(args.space, args.execution, should_stop)
+    if result is None:
         return print_resume_hint("search", argv)
-    print(summary_of(found))
-    picture = figures.best_config(found, where.log_folder / "best_config.png")
-    print(f"every trial's curve: {picture}", flush=True)
+    found, figure = result
+    print(f"curves of all trials: {figure}", flush=True)
     if not args.final_epochs:
-        print(f"train it in full: {_train_command(where)}")
+        print(f"train it in full: {_train_command(args.execution)}")
         return 0
     trained = train_winner(found, args.final_epochs, args.winner(), should_stop)
     if not trained.finished:
@@ -81,25 +77,28 @@ def _search_and_train(args: SearchArgs, argv: list[str], should_stop: Callable[[
     return 0
 
 
+def search_and_plot(
+    config: SearchConfig, options: SearchOptions, should_stop: Callable[[], bool]
+) -> tuple[SearchResult, Path] | None:
+    """Search, print the summary and plot every trial's curve; None if told to stop."""
+    found = search(config, options, should_stop)
+    if found is None:
+        return None
+    print(summary_of(found), flush=True)
+    return found, figures.best_config(found, options.log_folder / "best_config.png")
+
+
 def train_winner(
     found: SearchResult, epochs: int, options: RunOptions, should_stop: Callable[[], bool]
 ) -> FitResult:
-    """Train the best configuration in full, from where its folder says it is."""
+    """Train the best configuration in full; a run that was begun is continued."""
     config = dataclasses.replace(found.best_config, epochs=epochs)
     return fit(config, options, should_stop=should_stop)
 
 
-def _places(where: SearchOptions) -> dict[str, Any]:
-    return {
-        "data_dir": where.data_dir,
-        "checkpoints_dir": where.checkpoints_dir,
-        "logs_dir": where.logs_dir,
-    }
-
-
-def _train_command(where: SearchOptions) -> str:
+def _train_command(options: SearchOptions) -> str:
     """The command that trains the best configuration in full."""
-    config = where.ckpt_folder / "best_config.json"
-    words = ["train", "--run", f"{where.run}-best", "--config", str(config), "--epochs", "10"]
-    words += changed_options(_places(where), _places(SearchOptions()))
+    config = options.ckpt_folder / "best_config.json"
+    words = ["train", "--run", f"{options.run}-best", "--config", str(config), "--epochs", "10"]
+    words += changed_options(options.folders(), Folders().folders())
     return f"{executable('vae-hyperband')} {shlex.join(words)}"

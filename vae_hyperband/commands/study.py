@@ -7,39 +7,55 @@ from typing import Literal
 import tyro
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import CommonConfig, Places, TrainConfig, require, require_values
+from vae_hyperband.common.config import (
+    CommonConfig,
+    Places,
+    TrainConfig,
+    require,
+    require_number,
+    require_values,
+)
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.evaluation.evaluate import EvaluateOptions
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.summaries import print_progress, print_resume_hint
 from vae_hyperband.reporting.tables import MEASURE_NAMES, Table
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
-from vae_hyperband.training.study import Row, grouped, over_seeds, run_study, study_dry_run
+from vae_hyperband.training.study import (
+    Row,
+    grouped,
+    over_seeds,
+    run_study,
+    study_dry_run,
+    train_side_by_side,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArgs(Places):
-    """Train and evaluate a grid of betas, latent sizes and seeds: rate against distortion.
+    """Train and evaluate a grid of betas, latent sizes and seeds; plot rate against distortion.
 
     vae-hyperband study --run rd --betas 0.03 0.1 0.3 1 2 4 8 --epochs 10
 
-    The same command resumes after a stop; what is trained and evaluated is kept.
+    The same command continues after a stop; nothing is trained or evaluated a second time.
     """
 
     run: str = "study"
-    """Name of the study, and what its runs' names begin with."""
+    """Name of the study; its runs are called <run>-z32-b1-s0 and so on."""
     betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0)
-    """KL weights."""
+    """Weights of the KL term."""
     latent_dims: tuple[int, ...] = (32,)
-    """Latent dimensions."""
+    """Numbers of latent dimensions."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds; with several, the table shows the spread over them."""
+    """Seeds; with several, the table shows means and 95% intervals over them."""
     epochs: int = 10
     """Passes over the training split, per run."""
+    jobs: int = 1
+    """Runs to train at a time; above 1, each in its own process with one thread."""
     split: Literal["validation", "test"] = "validation"
-    """The split to evaluate on: choose on validation, publish test."""
+    """The images to evaluate on: choose between models on validation, publish numbers on test."""
     dry_run: bool = False
-    """Print the runs, the device and an estimate of the time; then exit."""
+    """Print the runs, where they would be computed and how long that would take, then exit."""
     shared: tyro.conf.OmitArgPrefixes[CommonConfig] = field(default_factory=CommonConfig)
     evaluation: tyro.conf.OmitArgPrefixes[EvaluateOptions] = field(default_factory=EvaluateOptions)
 
@@ -47,11 +63,12 @@ class StudyArgs(Places):
         super().__post_init__()
         for name in ("betas", "latent_dims", "seeds"):
             require_values(name, getattr(self, name))
+        require_number("jobs", self.jobs, 1, 1024)
         num = len(self.betas) * len(self.latent_dims) * len(self.seeds)
-        require(len(self.configs()) == num, "--betas has two values that would name the same run.")
+        require(len(self.configs()) == num, "--betas has two values that give runs the same name.")
 
     def configs(self) -> dict[str, TrainConfig]:
-        """The grid, by the names of its runs."""
+        """The configurations of the grid, by the names of their runs without ``run``."""
         return {
             f"z{latent_dim}-b{beta:g}-s{seed}": TrainConfig(
                 **self.shared.common(),
@@ -69,9 +86,17 @@ class StudyArgs(Places):
 def study_command(argv: list[str]) -> int:
     args = parse_options(StudyArgs, argv, "vae-hyperband study")
     if args.dry_run:
-        print(study_dry_run(args.configs(), args, args.split), NOTHING_WRITTEN, sep="\n")
+        print(study_dry_run(args.configs(), args, args.split, args.jobs), NOTHING_WRITTEN, sep="\n")
         return 0
     with stop_flag() as should_stop:
+        if args.jobs > 1 and not train_side_by_side(
+            args.configs(),
+            args,
+            args.jobs,
+            should_stop,
+            lambda name, _: print_progress(f"trained: {name}"),
+        ):
+            return print_resume_hint("study", argv)
         rows = run_study(
             args.configs(), args, args.split, args.evaluation, should_stop, print_progress
         )

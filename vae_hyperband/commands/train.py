@@ -1,6 +1,5 @@
-"""The command ``train``: one run, from its start or from where it is."""
+"""The command ``train``: train one run, or continue it."""
 
-import argparse
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import RunOptions, TrainConfig, check_run_name, read_json
+from vae_hyperband.common.config import RunOptions, TrainConfig, read_json
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.model.checkpoint import load_ckpt
@@ -19,56 +18,62 @@ from vae_hyperband.training.loop import fit
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """Train one VAE, or go on training it.
+    """Train a VAE or beta-VAE, or continue its training.
 
     vae-hyperband train --run mine --latent-dim 16 --epochs 5
 
-    Giving the same command again goes on where it stopped. --resume_ckpt goes on from any
-    checkpoint, with its configuration; more --epochs may be given.
+    The same command continues a run that stopped. --resume_ckpt continues from any checkpoint,
+    with its configuration; --epochs may be raised.
     """
 
-    recipe: tyro.conf.OmitArgPrefixes[TrainConfig]
-    where: tyro.conf.OmitArgPrefixes[RunOptions]
+    training: tyro.conf.OmitArgPrefixes[TrainConfig]
+    execution: tyro.conf.OmitArgPrefixes[RunOptions]
     config: Path | None = None
-    """Take the configuration from this JSON file, such as a search's best_config.json."""
+    """JSON file to read the configuration from, such as a search's best_config.json."""
     dry_run: bool = False
-    """Print the configuration, where it would be computed and how long it would take; then end."""
+    """Print the configuration, where it would be computed and how long it would take, then exit."""
 
 
 def train(argv: list[str]) -> int:
-    args = parse_options(TrainArgs, argv, "vae-hyperband train", default=_train_default(argv))
+    args = parse_options(TrainArgs, argv, "vae-hyperband train", default=_defaults(argv))
     if args.dry_run:
-        print(dry_run(args.recipe, args.where), NOTHING_WRITTEN, sep="\n")
+        print(dry_run(args.training, args.execution), NOTHING_WRITTEN, sep="\n")
         return 0
     with stop_flag() as should_stop:
-        trained = fit(args.recipe, args.where, should_stop=should_stop)
+        trained = fit(args.training, args.execution, should_stop=should_stop)
     if not trained.finished:
         return print_resume_hint("train", argv)
-    print_training_summary(trained, args.where)
+    print_training_summary(trained, args.execution)
     return 0
 
 
-def _train_default(argv: list[str]) -> TrainArgs:
-    """What ``train`` starts from before its options are read: defaults, a file, or a checkpoint."""
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    scan.add_argument("--config", type=Path)
-    scan.add_argument("--resume_ckpt", "--resume-ckpt", type=Path)
-    try:
-        given, _ = scan.parse_known_args(argv)
-    except argparse.ArgumentError:  # an option without its value: the real parser says so
-        return TrainArgs(TrainConfig(), RunOptions())
-    if given.config and given.resume_ckpt:
-        raise ConfigError("--config and --resume_ckpt both name a configuration: give one.")
-    if given.config:
-        content = read_json(given.config)
-        recipe = TrainConfig.from_dict(content.get("config", content), str(given.config))
-        where = {name: content[name] for name in ("device", "num_threads") if name in content}
-        return TrainArgs(recipe, RunOptions(**where))
-    if given.resume_ckpt:
-        recipe = load_ckpt(given.resume_ckpt).config
+def _defaults(argv: list[str]) -> TrainArgs:
+    """The values of the options that are not given: from --config, --resume_ckpt, or the usual."""
+    config, resume_ckpt = _value(argv, "--config"), _value(argv, "--resume-ckpt")
+    if config is not None and resume_ckpt is not None:
+        raise ConfigError("--config and --resume_ckpt both name a configuration: give only one.")
+    if config is not None:
+        content = read_json(Path(config))
+        training = TrainConfig.from_dict(content.get("config", content), config)
+        execution = {name: content[name] for name in ("device", "num_threads") if name in content}
+        return TrainArgs(training, RunOptions(**execution))
+    if resume_ckpt is not None:
+        training = load_ckpt(resume_ckpt).config
         with contextlib.suppress(ConfigError):  # a folder whose name cannot name a run
-            run_name = given.resume_ckpt.resolve().parent.name
-            check_run_name(run_name)
-            return TrainArgs(recipe, RunOptions(run=run_name))
-        return TrainArgs(recipe, RunOptions())
+            return TrainArgs(training, RunOptions(run=Path(resume_ckpt).resolve().parent.name))
+        return TrainArgs(training, RunOptions())
     return TrainArgs(TrainConfig(), RunOptions())
+
+
+def _value(argv: list[str], option: str) -> str | None:
+    """The value of an option, read before tyro reads them all, which needs the defaults.
+
+    None if it is not given, or if its value is missing, for which tyro has the error message.
+    """
+    found = None
+    for word, following in zip(argv, [*argv[1:], "-"], strict=True):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            value = value if equals else following
+            found = None if value.startswith("-") else value
+    return found

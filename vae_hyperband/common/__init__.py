@@ -1,1 +1,1 @@
-"""What every module stands on: errors, configuration, randomness, files, processes."""
+"""Used by every other module: errors, configuration, randomness, files, processes."""

@@ -1,8 +1,8 @@
-"""Every knob of a run, once. Command line, JSON files, checkpoints and searches derive from here.
+"""Every setting of a run, declared once. Command line, JSON files and checkpoints derive from here.
 
-``TrainConfig`` decides what a run computes: two runs with equal ones end in equal weights (on one
-machine class); what searches and studies share with it is ``CommonConfig``. ``RunOptions`` says
-where and how a run is computed, and never changes the result.
+``TrainConfig`` decides what a run computes: on one class of machine, equal configurations give
+equal weights. ``CommonConfig`` is the part of it that searches and studies share. ``RunOptions``
+says where and how a run is computed, which changes rounding (and on a GPU the noise) only.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Dataset = Literal["fashion-mnist", "custom", "drawn"]
 #: Settings that a resumed run may change; every other difference is refused.
 RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples", "fid_samples"})
 
-#: Settings that only one choice of another setting looks at.
+#: Settings that have an effect only with one choice of another setting.
 ONLY_WITH = {
     "free_bits": ("objective", "free-bits"),
     "capacity": ("objective", "capacity"),
@@ -29,35 +29,37 @@ ONLY_WITH = {
 }
 
 
+# ---- What is computed
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """What a run may be told, and all runs of a search or a study alike."""
+    """Data, objective and model: the same for all runs of a search or a study."""
 
     dataset: Dataset = "fashion-mnist"
-    """fashion-mnist is checked by its digests; custom takes any IDX files in --data-dir; drawn
-    makes garments of known factors."""
+    """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
     binarize: Literal["none", "dynamic"] = "none"
-    """dynamic draws every pixel black or white anew at each step, as papers on likelihoods do."""
+    """dynamic: sample every pixel as black or white at each step, as likelihood papers do."""
     objective: Literal["elbo", "free-bits", "capacity", "beta-tc", "iwae"] = "elbo"
     """What is minimised: the beta-weighted bound, or a variant of it (docs/objectives.md)."""
     free_bits: float = 0.1
-    """free-bits: nats of KL that each latent dimension has for free."""
+    """free-bits: nats of KL per latent dimension that cost nothing."""
     capacity: float = 25.0
-    """capacity: nats of KL that are aimed at in the end."""
+    """capacity: target KL, in nats, at the end of training."""
     train_samples: int = 5
     """iwae: importance samples per image and step."""
     kl_warmup_epochs: float = 0.0
     """Raise the KL weight linearly from 0 to beta over this many epochs."""
     kl_cycles: int = 0
-    """Raise it this many times over the training instead, each time from 0; 0: do not."""
+    """Instead raise the KL weight from 0 to beta this many times during training; 0 disables it."""
     prior: Literal["normal", "vamp"] = "normal"
     """p(z): standard normal, or the VampPrior of Tomczak & Welling 2018."""
     pseudo_inputs: int = 100
     """vamp: learned images whose posteriors are the prior's components."""
     likelihood: Literal["bernoulli", "continuous-bernoulli", "discretized-logistic"] = "bernoulli"
-    """p(x|z) of a pixel; the bounds of different likelihoods cannot be compared."""
+    """p(x|z) of a pixel; bounds under different likelihoods cannot be compared."""
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
-    """one-cycle warms up, then anneals to nearly 0 at the last epoch; constant stays."""
+    """Learning rate: one-cycle warms up, then anneals to nearly 0 at the last epoch."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -71,25 +73,24 @@ class CommonConfig:
             require(
                 getattr(self, chooser) == choice
                 or getattr(self, name) == getattr(CommonConfig, name),
-                f"{flag(name)} is for --{chooser} {choice}: give that, too, or leave out "
+                f"{flag(name)} needs --{chooser} {choice}: add that option, or remove "
                 f"{flag(name)}.",
             )
         require(
             not (self.kl_cycles and self.kl_warmup_epochs),
-            "--kl-cycles and --kl-warmup-epochs both say how the KL weight rises: give one.",
+            "--kl-cycles and --kl-warmup-epochs both set how the KL weight rises: give only one.",
         )
         require(
             self.binarize == "none" or self.likelihood == "bernoulli",
-            f"--likelihood {self.likelihood} is of grey pixels: leave out --binarize.",
+            f"--likelihood {self.likelihood} needs grey pixels: remove --binarize.",
         )
         require(
             self.objective not in ("free-bits", "beta-tc") or self.prior == "normal",
-            f"--objective {self.objective} splits the KL by dimension, which only --prior normal "
-            "allows.",
+            f"--objective {self.objective} splits the KL by dimension and so needs --prior normal.",
         )
 
     def common(self) -> dict[str, Any]:
-        """These settings alone, for a configuration that shares them."""
+        """These settings alone, as keyword arguments of another configuration."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(CommonConfig)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,14 +99,14 @@ class CommonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(CommonConfig):
-    """What is trained. Losses are in nats per image: sums over pixels and latent dimensions."""
+    """Model, objective and optimiser. Losses are in nats/image: sums over pixels and dimensions."""
 
     latent_dim: int = 32
     """Number of latent dimensions of z."""
     beta: float = 1.0
-    """Weight of the KL term; 1 is the VAE, more is the beta-VAE of Higgins et al. 2017."""
+    """Weight of the KL term: 1 is the VAE, above 1 the beta-VAE of Higgins et al. 2017."""
     learning_rate: float = 8e-3
-    """Peak learning rate of AdamW; half of it is enough for --schedule constant."""
+    """Peak learning rate of AdamW; half of it is enough with --schedule constant."""
     batch_size: int = 128
     """Images per step; the last batch of an epoch may be smaller."""
     epochs: int = 10
@@ -113,11 +114,11 @@ class TrainConfig(CommonConfig):
     val_interval: int = 1
     """Validate and save every this many epochs, and after the last one."""
     iwae_samples: int = 0
-    """At each validation estimate the IWAE bound, too, with this many samples; 0: do not."""
+    """Importance samples per image for the IWAE bound at each validation; 0 disables it."""
     fid_samples: int = 0
-    """At each validation measure the FID, too, of this many draws of the prior; 0: do not."""
+    """Images sampled from the prior to measure FID at each validation; 0 disables it."""
     seed: int = 0
-    """Decides initialisation, order and noise."""
+    """Seed of the initial weights, the order of the images and all noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,17 +139,16 @@ class TrainConfig(CommonConfig):
         )
         require(
             not self.fid_samples or self.binarize == "none",
-            "FID compares grey images: leave out --fid-samples, or --binarize.",
+            "FID compares grey images: remove --fid-samples or --binarize.",
         )
         require(
             self.objective != "beta-tc" or self.beta != 1,
-            "--objective beta-tc with a beta of 1 is the ELBO: give another --beta (a search: "
-            "--betas).",
+            "--objective beta-tc with a beta of 1 is the ELBO: give another --beta (or --betas).",
         )
         weight_given = self.beta != 1 or self.kl_cycles or self.kl_warmup_epochs
         require(
             self.objective != "iwae" or not weight_given,
-            "--objective iwae has no KL term to weigh: leave out --beta, --kl-cycles and "
+            "--objective iwae has no KL term to weight: remove --beta, --kl-cycles and "
             "--kl-warmup-epochs.",
         )
 
@@ -156,9 +156,9 @@ class TrainConfig(CommonConfig):
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
         """The configuration in ``values``, defaults for the rest; an unknown key is an error.
 
-        What has no effect is left out: a checkpoint of an earlier version may have such a setting.
+        Settings without an effect are dropped: checkpoints of earlier versions may have some.
         """
-        require(isinstance(values, dict), f"{source} is no set of settings.")
+        require(isinstance(values, dict), f"{source} is not a JSON object of settings.")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         require(
@@ -167,26 +167,48 @@ class TrainConfig(CommonConfig):
         return cls(**in_effect(values))
 
 
+# ---- Where and how it is computed
+
+
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where a run or a search computes, reads and writes. It changes no more than last bits."""
+class RunName:
+    """Which run, on which device; a class of its own so that --help lists these two first."""
 
     run: str = "vae"
     """Name of the run: its folder under checkpoints/ and logs/."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where data are read, and where runs keep their checkpoints and logs."""
+
     data_dir: Path | None = None
-    """A folder with the four IDX files, plain or gzipped (default: cache, then system package)."""
+    """Folder with the four IDX files, plain or gzipped (default: cache, then system package)."""
     checkpoints_dir: Path = Path("checkpoints")
     """Folder that holds one folder of checkpoints per run."""
     logs_dir: Path = Path("logs")
     """Folder that holds one folder of TensorBoard logs and metrics.jsonl per run."""
 
+    def folders(self) -> dict[str, Any]:
+        """These settings alone, as keyword arguments."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Folders)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places(Folders, RunName):
+    """Where a run or a search computes, reads and writes."""
+
     def __post_init__(self) -> None:
         check_types(self)
         check_run_name(self.run)
         same = self.checkpoints_dir.resolve() == self.logs_dir.resolve()
-        require(not same, "--checkpoints-dir and --logs-dir are the same folder: give two.")
+        require(not same, "--checkpoints-dir and --logs-dir are the same folder: give two folders.")
+
+    def options(self, run: str) -> dict[str, Any]:
+        """The same places for the run of another name, as keyword arguments."""
+        return {**self.folders(), "device": self.device, "run": run}
 
     @property
     def ckpt_folder(self) -> Path:
@@ -199,18 +221,18 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Places):
-    """Where and how one run is computed: device and threads change no more than last bits."""
+    """Where and how one run is computed, which changes rounding (and on a GPU the noise) only."""
 
     num_threads: int | None = None
-    """CPU threads of the training process (default: PyTorch's own choice)."""
+    """CPU threads (default: PyTorch's own choice)."""
     resume_ckpt: Path | None = None
-    """Go on from this checkpoint. Giving the same command again goes on by itself."""
+    """Checkpoint to continue from; not needed if the same --run is given again."""
     log_interval: int = 100
     """Write training losses every this many steps."""
     ckpt_seconds: float = 60.0
-    """Within an epoch, save after this many seconds: the most work that a kill can cost."""
+    """Seconds between saves within an epoch: the most work that a kill can cost."""
     keep_ckpts: int = 1
-    """Keep this many earlier checkpoints beside latest.pt and best.pt, should those be damaged."""
+    """Earlier checkpoints to keep beside latest.pt and best.pt, in case those get damaged."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
     compile: bool = False
@@ -225,18 +247,11 @@ class RunOptions(Places):
             require_number("num_threads", self.num_threads, 1, 1024)
 
 
-def check_run_name(name: str) -> None:
-    """Refuse names that would leave their folder: separators, "..", NUL, a leading dot or dash."""
-    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=")
-    require(
-        0 < len(name) <= 100 and set(name) <= allowed and name[0] not in ".-",
-        f"The run is called {name!r}, but needs a plain name: at most 100 letters, digits and "
-        ". _ - + =, not starting with a dot or a dash.",
-    )
+# ---- Configurations as data: in effect, compared, as a command line, from a file
 
 
 def model_settings(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of the network that a configuration describes."""
+    """Keyword arguments of :class:`~vae_hyperband.model.vae.VAE` for a configuration."""
     return {
         "latent_dim": config.latent_dim,
         "likelihood": config.likelihood,
@@ -245,7 +260,7 @@ def model_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def in_effect(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a configuration's choices look at, without the others."""
+    """The settings that have an effect: without those of objectives and priors not chosen."""
     return {
         name: value
         for name, value in config.items()
@@ -254,7 +269,7 @@ def in_effect(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Readable list of settings whose values differ, ``name: old -> new``."""
+    """The settings whose values differ, each as ``name: old -> new``."""
     names = [*new, *(name for name in old if name not in new)]
     return [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
@@ -264,7 +279,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def changed_options(settings: dict[str, Any], usual: dict[str, Any]) -> list[str]:
-    """The words of a command line that give the settings which differ from the usual ones."""
+    """The command-line options for the settings that differ from the usual ones."""
     words: list[str] = []
     for name, value in settings.items():
         if value != usual[name]:
@@ -276,40 +291,53 @@ def changed_options(settings: dict[str, Any], usual: dict[str, Any]) -> list[str
     return words
 
 
+def flag(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def plural(number: int, noun: str) -> str:
+    """A count with its noun: "1 epoch", "2 epochs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; :class:`ConfigError` if there is none."""
+    """The JSON object in a file. Raises :class:`ConfigError` if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
-    require(isinstance(content, dict), f"{path} holds no JSON object.")
+    require(isinstance(content, dict), f"{path} does not hold a JSON object.")
     return content
 
 
-# ---- Settings that are refused: the wrong type, a number out of range, what does not go together.
+# ---- Checks of single settings
 
 
-def require(ok: bool, sentence: str) -> None:
+def require(ok: bool, message: str) -> None:
+    """Raise :class:`ConfigError` unless ``ok``."""
     if not ok:
-        raise ConfigError(sentence)
+        raise ConfigError(message)
 
 
-def counted(number: int, noun: str) -> str:
-    """As a sentence has it: "1 epoch", "2 epochs"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def flag(name: str) -> str:
-    """The option that gives a setting."""
-    return "--" + name.replace("_", "-")
+def check_run_name(name: str) -> None:
+    """Refuse names that would leave their folder: separators, "..", NUL, a leading dot or dash."""
+    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=")
+    require(
+        0 < len(name) <= 100 and set(name) <= allowed and name[0] not in ".-",
+        f"The run is called {name!r}, but needs a plain name: at most 100 letters, digits and "
+        ". _ - + =, not starting with a dot or a dash.",
+    )
 
 
 def require_values(name: str, values: tuple[Any, ...]) -> None:
-    require(len(values) > 0, f"{flag(name)} names no value to choose from.")
-    require(len(set(values)) == len(values), f"{flag(name)} names a value twice: {values}.")
+    """Require at least one value, and none twice."""
+    require(len(values) > 0, f"{flag(name)} is empty, but needs at least one value.")
+    require(len(set(values)) == len(values), f"{flag(name)} has a value twice: {values}.")
 
 
 def require_number(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
+    """Require a finite number within limits, both inclusive."""
     require(math.isfinite(value), f"{flag(name)} is {value!r}, but must be a finite number.")
     limit = f"at least {lowest:g}" if highest == math.inf else f"between {lowest:g} and {highest:g}"
     require(
@@ -319,7 +347,7 @@ def require_number(name: str, value: float, lowest: float, highest: float = math
 
 
 def check_types(config: Any) -> None:
-    """Values of the declared types: JSON and Python callers are not checked by a parser."""
+    """Require values of the declared types: no parser has checked those from JSON or Python."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = _of_type(field.name, getattr(config, field.name), hints[field.name])
@@ -327,7 +355,7 @@ def check_types(config: Any) -> None:
 
 
 def _of_type(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type that a field declares: ints for floats, strings for paths are fine."""
+    """``value`` as a field's declared type: ints are taken for floats, strings for paths."""
     if type(None) in typing.get_args(hint):  # X | None
         if value is None:
             return None
@@ -348,7 +376,7 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
     wanted = {float: (int, float), Path: (str, Path)}.get(hint, hint)
     ok = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
     require(ok, f"{name} is {value!r}, but must be of type {hint.__name__}.")
-    if dataclasses.is_dataclass(hint):  # checked when it was made
+    if dataclasses.is_dataclass(hint):  # its own __post_init__ has checked it
         return value
     try:
         return hint(value)

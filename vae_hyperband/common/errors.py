@@ -1,69 +1,69 @@
-"""What can go wrong through no fault of ours, one type per cause.
+"""Every error that this package raises on purpose, one type per cause.
 
-Each message is one sentence for a person: what was found, what was expected, what to do. The
-command line prints it and exits with ``exit_status``; from Python the same type is raised.
+Each message is one line: what was found, what was expected, what to do. The command line prints it
+and exits with ``exit_status``; from Python the same type is raised.
 """
 
 
 class VAEHyperbandError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all of them."""
 
     exit_status = 2
 
 
 class ConfigError(VAEHyperbandError):
-    """A setting out of its range, an unknown name, a file of settings that cannot be read."""
+    """A setting out of range, an unknown name, or a file of settings that cannot be read."""
 
 
 class DataError(VAEHyperbandError):
-    """A data file that is missing, damaged or another one than was asked for."""
+    """A data file that is missing, damaged, or not the expected one."""
 
 
 class CheckpointError(VAEHyperbandError):
-    """A checkpoint that is missing, damaged, not ours or of another model."""
+    """A checkpoint that is missing, damaged, of another program or of another model."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose content is not what was written: another one may take its place."""
+    """A checkpoint that fails its digest; an older one can be used."""
 
 
 class ResumeError(CheckpointError):
-    """A checkpoint that is fine, but does not belong to the run that was asked for."""
+    """An intact checkpoint that does not belong to the requested run."""
 
 
 class RunFolderError(VAEHyperbandError):
-    """A folder that cannot be made or written."""
+    """A file or folder that cannot be created or written."""
 
 
 class FolderInUseError(RunFolderError):
-    """A folder that another process is writing to at this moment."""
+    """A folder that another process is writing to now."""
 
 
 class DeviceError(VAEHyperbandError):
-    """A device that this machine, or this build of PyTorch, does not have."""
+    """A device that this machine, or this build of PyTorch, lacks."""
 
 
 class OutOfMemoryError(VAEHyperbandError):
-    """More memory than there is was needed."""
+    """There is not enough memory."""
 
 
 class SearchError(VAEHyperbandError):
-    """A search that cannot start, or cannot go on."""
+    """A search that cannot start or continue."""
 
 
 class SearchFailedError(VAEHyperbandError):
-    """A search that went to its end, but every trial of which failed."""
+    """A search that ended, but every trial of it failed."""
 
     exit_status = 3
 
 
 class RayBrokeError(SearchError):
-    """Ray itself broke down under a search; what was done is kept."""
+    """Ray itself failed during a search; finished work is kept."""
 
-    exit_status = 70  # EX_SOFTWARE; the same command goes on
+    exit_status = 70  # EX_SOFTWARE; the same command continues
 
 
 class DivergedError(VAEHyperbandError):
-    """A loss or gradient that is not finite; the step that found it was not applied."""
+    """A loss or gradient that is not finite; that step was not applied."""
 
     exit_status = 3

@@ -1,8 +1,8 @@
-"""Files that are on disk when we say so: whole or not at all, after a kill or a power cut, too.
+"""Atomic, durable file writes: after a kill or a power cut a file is the old or the new one.
 
-What a process has written may still be in memory when the power goes, and so may a folder's list of
-names. So a new file is written beside the old one, fsynced, renamed over it, and then its folder is
-fsynced, as Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014), ask for.
+At a power cut, written data may still be in memory, and so may a folder's list of names. Therefore
+a new file is written beside the old one, fsynced, renamed over it, and then its folder is fsynced,
+as Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014), recommend.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def _umask() -> int:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk: new, renamed and removed ones."""
+    """Write a folder's list of names to disk: new, renamed and removed ones."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -59,14 +59,14 @@ def fsync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """What a process left that was killed while it replaced the file; no other may be at it."""
+    """Remove what a killed process left of replacing the file. No other may be replacing it now."""
     for leftover in path.parent.glob(f"{_prefix(path)}*"):
         with contextlib.suppress(OSError):
             leftover.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file atomically and durably; what was written is read back and compared before.
+    """Replace a file atomically and durably, after reading back and comparing what was written.
 
     Raises :class:`RunFolderError` if it cannot be written; the old file is then intact.
     """
@@ -74,27 +74,27 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_together(contents: dict[Path, bytes]) -> None:
-    """Replace files that belong together: all are on disk before the first one gets its name.
+    """Replace files that belong together: all are on disk before the first one is renamed.
 
-    The first one of the dictionary is the last one to be replaced. Raises :class:`RunFolderError`
-    as :func:`write_bytes` does.
+    The first one of the dictionary is renamed last. Raises :class:`RunFolderError` as
+    :func:`write_bytes` does.
     """
     with contextlib.ExitStack() as files:
         for path, content in contents.items():
             try:
-                temporary = files.enter_context(_saying_which(path))
+                temporary = files.enter_context(_replacing_named(path))
                 with open(temporary, "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
                 if Path(temporary).read_bytes() != content:
-                    raise OSError(errno.EIO, "what was read back is not what was written")
+                    raise OSError(errno.EIO, "the data read back differ from those written")
             except OSError as error:
                 raise _unwritable(path, error) from error
 
 
 @contextlib.contextmanager
-def _saying_which(path: Path) -> Iterator[str]:
+def _replacing_named(path: Path) -> Iterator[str]:
     try:
         with replacing(path) as temporary:
             yield temporary
@@ -108,7 +108,7 @@ def _unwritable(path: Path, error: OSError) -> RunFolderError:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file atomically and durably, or raise :class:`RunFolderError`."""
-    if path.exists() and not path.is_file():  # /dev/stdout and its like are not for replacing
+    if path.exists() and not path.is_file():  # such as /dev/stdout, not to be replaced
         try:
             with path.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -119,15 +119,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_place(path: Path, *endings: str, option: str = "--out") -> None:
-    """Make the folder of a file; raise :class:`RunFolderError` if it could not be written there.
+    """Create the folder of a file. Raises :class:`RunFolderError` if the file cannot be written.
 
-    Raises :class:`ConfigError` if its name has none of the ``endings``: what it replaces may be
-    something else.
+    Raises :class:`ConfigError` if its name has none of the ``endings``: it might replace a file of
+    another kind.
     """
     if path.is_dir():
-        raise RunFolderError(f"{path} is a folder: give the name of a file.")
+        raise RunFolderError(f"{path} is a folder: give the path of a file.")
     if path.exists() and not path.is_file():
-        return  # /dev/stdout and its like
+        return  # such as /dev/stdout
     if endings and path.suffix not in endings:
         raise ConfigError(f"{option} is {path}, but must end in {' or '.join(endings)}.")
     make_folder(path.resolve().parent)
@@ -139,11 +139,11 @@ def check_place(path: Path, *endings: str, option: str = "--out") -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder that this process can write to, durably, or raise :class:`RunFolderError`."""
+    """Create a folder durably. Raises :class:`RunFolderError` if it cannot be written to."""
     try:
         _make_durably(folder)
     except OSError as error:
-        raise RunFolderError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+        raise RunFolderError(f"The folder {folder} cannot be created: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
         raise RunFolderError(f"The folder {folder} cannot be written to: choose another place.")
 
@@ -156,22 +156,22 @@ def _make_durably(folder: Path) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuse a folder in which someone else may have written what this process would believe."""
+    """Refuse a folder whose files another user may have written: this process would trust them."""
     facts = folder.stat()
     if facts.st_uid != os.geteuid() or facts.st_mode & 0o002:
         raise RunFolderError(
-            f"{folder} belongs to another user or can be written by everyone, so what it holds "
-            "cannot be trusted: choose another --run, or mend its owner and mode."
+            f"{folder} belongs to another user or is writable by everyone, so its files cannot be "
+            "trusted: choose another --run, or correct its owner and mode."
         )
 
 
 def no_link(path: str | Path, flags: int) -> int:
-    """As ``open``'s opener: refuse a symbolic link, which would have another file changed."""
+    """An opener for ``open`` that refuses symbolic links, which would change another file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class AppendedFile:
-    """A file that is appended to; what a full disk does not take is kept for the next try."""
+    """A file to append to; what does not fit on a full disk is kept for the next flush."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -186,7 +186,7 @@ class AppendedFile:
         self._waiting += content
 
     def flush(self) -> None:
-        """On disk, durably, or raise :class:`RunFolderError`; then nothing is lost."""
+        """Write durably. Raises :class:`RunFolderError`, after which nothing is lost."""
         try:
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]

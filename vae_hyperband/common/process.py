@@ -1,4 +1,4 @@
-"""What a run asks of its process: a stop flag, a folder of its own, a device, threads."""
+"""What a run needs from its process: a stop flag, a lock on its folder, a device, threads."""
 
 import contextlib
 import ctypes
@@ -19,30 +19,32 @@ import torch
 from vae_hyperband.common.errors import DeviceError, FolderInUseError, RunFolderError
 from vae_hyperband.common.files import make_folder, no_link
 
-#: Exit status of a run or search that was told to stop, saved, and goes on when started again
-#: (EX_TEMPFAIL of sysexits.h).
+#: Exit status of a run or search that was told to stop, has saved, and continues when started
+#: again (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 
-_STOPS: list[int] = []  # the signal that this process was told to stop by, if any
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
 def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGINT, SIGTERM or SIGUSR1 came; a second one ends at once."""
-    _STOPS.clear()
+    """A function that tells whether SIGINT, SIGTERM or SIGUSR1 came; a second one ends at once."""
+    stopped_by: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if _STOPS:
+        if stopped_by:
             os._exit(128 + number)
-        _STOPS.append(number)
+        stopped_by.append(number)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Lossy):
+                stream.reader_may_be_gone = True
         name = signal.Signals(number).name
-        with contextlib.suppress(OSError):  # who reads may have died of the same Ctrl-C
+        with contextlib.suppress(OSError):  # the output's reader may be gone, too
             os.write(2, f"\n{name}: {doing} (again: stop at once)\n".encode())
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
-        yield lambda: bool(_STOPS)
+        yield lambda: bool(stopped_by)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -50,14 +52,14 @@ def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], boo
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second process; the kernel lets go of it when this one dies."""
+    """Lock the folder against other processes; the kernel releases it when this one dies."""
     if folder.is_symlink():
         raise RunFolderError(
-            f"{folder} is a symbolic link, so that a run would write elsewhere than it says: "
+            f"{folder} is a symbolic link, so a run would write elsewhere than its options say: "
             "choose another --run or folder."
         )
     make_folder(folder)
-    path = folder.parent / f".{folder.name}.lock"  # beside it: what is in the folder is the run's
+    path = folder.parent / f".{folder.name}.lock"  # beside it, not in it
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "a+", encoding="utf-8", opener=no_link))
@@ -70,33 +72,33 @@ def only_writer(folder: Path) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
-        with contextlib.suppress(OSError):  # the lock holds; who has it is for the message only
+        with contextlib.suppress(OSError):  # the lock holds; the text is for the message only
             file.truncate(0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one. Raises :class:`DeviceError`."""
+    """The device by its name; "auto" is the GPU if there is one. Raises :class:`DeviceError`."""
     if name == "auto":
         return pick_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    # torch raises whatever its backend does: RuntimeError, AssertionError, NotImplementedError ...
+    # torch raises what the backend raises: RuntimeError, AssertionError, NotImplementedError ...
     except Exception as error:
         raise DeviceError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}): use --device cpu."
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"--device {name} is not supported: use cpu or cuda.")
-    torch.backends.cudnn.deterministic = True  # gradients that are summed in a fixed order
+    torch.backends.cudnn.deterministic = True  # else gradients are summed in varying order
     return device
 
 
 @contextlib.contextmanager
 def cpu_threads(num_threads: int | None) -> Iterator[None]:
-    """Compute with that many CPU threads, then go back to what was set before."""
+    """Compute with that many CPU threads (None: as before), then restore their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if num_threads is None else num_threads)
     try:
@@ -106,10 +108,10 @@ def cpu_threads(num_threads: int | None) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that one step frees for the next, up to 256 MiB of it.
+    """Make glibc keep the memory that one step frees for the next, up to 256 MiB of it.
 
-    It would give tensors of a megabyte back to the kernel, to be mapped page by page again:
-    thousands of page faults a step, a fifth of its time (benchmarks/RECORDS.md).
+    By default it returns tensors of a megabyte to the kernel, which then maps new pages one by
+    one: thousands of page faults per step, a fifth of its time (benchmarks/RECORDS.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # not glibc
@@ -121,8 +123,8 @@ def keep_freed_memory() -> None:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error of Python's or PyTorch's says that there is not enough memory."""
-    said = str(error)  # on a CPU PyTorch raises a RuntimeError, and Ray one of its own
+    """Whether an error of Python or PyTorch reports a lack of memory."""
+    said = str(error)  # on a CPU, PyTorch raises RuntimeError; Ray has a type of its own
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return memory or "allocate memory" in said or "not enough memory" in said
 
@@ -132,7 +134,7 @@ Environment = dict[str, str | int | bool]
 
 
 def environment(device: torch.device) -> Environment:
-    """What bit-exactness depends on besides configuration and data: one machine class."""
+    """What equal bits depend on besides configuration and data: the class of machine."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "torch": str(torch.__version__),  # a TorchVersion is not plain data
@@ -144,40 +146,40 @@ def environment(device: torch.device) -> Environment:
 
 
 class _Lossy:
-    """A stream to which nothing is written where there is no room, instead of ending the run.
+    """A stream that drops output on a full disk instead of ending the run.
 
-    Nor where nobody reads any more, once the run was told to stop: it has to be saved then.
+    After a stop signal it also drops output that nobody reads: the run still has to save.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.reader_may_be_gone = False  # set by the signal handler of stop_flag
 
     def write(self, text: str) -> int:
-        with _no_room_is_fine():
+        with self._dropping():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with _no_room_is_fine():
+        with self._dropping():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            gone = self.reader_may_be_gone and error.errno in (errno.EPIPE, errno.EIO)
+            if not gone and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
-def _no_room_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        gone = bool(_STOPS) and error.errno in (errno.EPIPE, errno.EIO)
-        if not gone and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-
-
-@contextlib.contextmanager
 def lossy_output() -> Iterator[None]:
-    """Have a full disk cost what is said into a file on it, but not the work that says it."""
+    """Let a full disk cost the output that goes to a file on it, but not the run."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast(TextIO, _Lossy(out)), cast(TextIO, _Lossy(err))
     try:
@@ -187,7 +189,7 @@ def lossy_output() -> Iterator[None]:
         for stream in (out, err):
             try:
                 stream.flush()
-            except OSError:  # Python would end with status 120 for what is left to write
+            except OSError:  # else Python would end with status 120 for unwritten output
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

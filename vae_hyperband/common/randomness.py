@@ -1,7 +1,7 @@
 """The only source of randomness: a function of (seed, purpose, position), never hidden state.
 
-Because no generator lives longer than one draw, nothing that looks at a run (validation, pictures,
-logs) can change it, and resuming needs one integer instead of a saved generator.
+No generator is kept between uses. So nothing that observes a run (validation, pictures, logs) can
+change it, and resuming needs one integer instead of a saved generator.
 """
 
 import hashlib

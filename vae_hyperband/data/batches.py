@@ -37,15 +37,15 @@ Batches = DataLoader[tuple[Tensor, Tensor]]
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
-    """The numbers of all images in the order in which an epoch takes them."""
+    """The numbers of all images in the order of an epoch, int64, shape (num_images,)."""
     return torch.randperm(num_images, generator=generator(seed, "order", epoch))
 
 
 class EpochOrder(Sampler[Tensor]):
     """Yields the image numbers of each batch; the order is a pure function of (seed, epoch).
 
-    Each complete pass leads to the next epoch's order. ``start_at(epoch, batch)`` says where the
-    next pass begins, which is all that resuming needs.
+    After each complete pass the next epoch follows. ``start_at(epoch, batch)`` sets where the next
+    pass begins, which is all that resuming needs.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, shuffle: bool) -> None:
@@ -85,10 +85,10 @@ def get_dataloader(
 ) -> Batches:
     """Batches ``(x_BCHW in [0, 1], labels_B)`` of a split, held in memory on ``device``.
 
-    Shuffled anew in each epoch for the name "train", in file order otherwise (also for a
-    :class:`Split`), unless ``shuffle`` says; the last batch may be smaller. ``loader.sampler`` is
-    the :class:`EpochOrder`. Raises :class:`DataError`, and :class:`ConfigError` where a batch is
-    larger than the split.
+    Without ``shuffle``, the name "train" is shuffled in every epoch, everything else is in file
+    order (also a :class:`Split`). The last batch may be smaller. ``loader.sampler`` is the
+    :class:`EpochOrder`. Raises :class:`DataError`, and :class:`ConfigError` if a batch is larger
+    than the split.
     """
     if shuffle is None:
         shuffle = split == "train"
@@ -103,5 +103,5 @@ def get_dataloader(
         sampler=EpochOrder(len(loaded), batch_size, seed, shuffle),
         batch_size=None,  # the sampler yields whole batches
         collate_fn=_unchanged,
-        generator=generator(seed, "loader"),  # else DataLoader draws from the global generator
+        generator=generator(seed, "loader"),  # else DataLoader uses the global generator
     )

@@ -1,6 +1,6 @@
-"""Getting Fashion-MNIST onto a machine that lacks it: the mirrors, or the system's package.
+"""Download Fashion-MNIST from a mirror, or install the system's package.
 
-Nothing that arrives is believed: it is stored under its name only after its content has matched.
+Downloads are not trusted: a file gets its name only after its content matched the known digest.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ MIRRORS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
 )
-TRIES = 2  # of each mirror, for each file
-SILENCE_SECONDS = 10.0  # that a mirror may say nothing
+TRIES = 2  # per mirror and file
+SILENCE_SECONDS = 10.0  # without data from a mirror
 TOTAL_SECONDS = 300.0  # for all files from all mirrors
 MAX_BYTES = 40_000_000  # the largest of the four is 26 MB
 PACKAGE = "dataset-fashion-mnist"
 
 
 def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> None:
-    """Make both files of both parts available, by download or, if allowed, by the package manager.
+    """Make all four files available, by download or, with ``install``, by the package manager.
 
-    Of several processes that start together one downloads. Raises :class:`DataError` with the one
-    command that helps.
+    Of several processes at once, only one downloads. Raises :class:`DataError`, which says which
+    command to run.
     """
     with contextlib.suppress(DataError):
         return check_data()
@@ -45,8 +45,8 @@ def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> No
     try:
         with _alone(deadline):
             with contextlib.suppress(DataError):
-                return check_data()  # another process has got it meanwhile
-            print("Fashion-MNIST is not on this machine yet; trying the mirrors", flush=True)
+                return check_data()  # another process has downloaded it meanwhile
+            print("Fashion-MNIST is not on this machine; downloading it", flush=True)
             for name, sha256 in FASHION_MNIST_SHA256.items():
                 if not _is_there(name, sha256):
                     _download(name, sha256, mirrors, deadline)
@@ -56,8 +56,8 @@ def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> No
         if not (install and _install_package()):
             raise DataError(
                 f"Fashion-MNIST could not be downloaded: on Debian or Ubuntu run "
-                f'"sudo apt-get install {PACKAGE}", elsewhere put its four files into '
-                f"{cache_folder()} or any folder given by --data-dir."
+                f'"sudo apt-get install {PACKAGE}", elsewhere copy its four files to '
+                f"{cache_folder()}, or give their folder with --data-dir."
             ) from error
     check_data()
 
@@ -69,7 +69,7 @@ def check_data() -> None:
 
 @contextlib.contextmanager
 def _alone(deadline: float) -> Iterator[None]:
-    """Be the one process that fills the cache; what a killed one left there is removed."""
+    """Be the only process that fills the cache; remove what a killed one left there."""
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / ".lock", "w") as file:
@@ -79,7 +79,9 @@ def _alone(deadline: float) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
-                    raise DataError(f"Another process has been downloading to {cache}.") from error
+                    raise DataError(
+                        f"Another process is still downloading to {cache}: try again later."
+                    ) from error
                 time.sleep(0.2)
         for leftover in cache.glob("download-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -97,7 +99,7 @@ def _num_dims(name: str) -> int:
 
 
 def _download(name: str, sha256: str, mirrors: tuple[str, ...], deadline: float) -> None:
-    """One file from the first mirror that has the right one; :class:`DataError` if none does."""
+    """Download a file from the first mirror that has it. Raises :class:`DataError` if none does."""
     failures = []
     for mirror in mirrors * TRIES:
         try:
@@ -113,7 +115,7 @@ def _download(name: str, sha256: str, mirrors: tuple[str, ...], deadline: float)
 
 
 def _fetch(url: str, name: str, sha256: str, deadline: float) -> None:
-    """Download one file into the cache, where it appears only if its content is the right one."""
+    """Download a file into the cache, where it appears only if its content is right."""
     cache = cache_folder()
     with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
         path = Path(folder) / (name + ".gz")
@@ -125,7 +127,7 @@ def _fetch(url: str, name: str, sha256: str, deadline: float) -> None:
 
 
 def _in_time(work: Callable[[], None], deadline: float) -> None:
-    """Do it, or raise TimeoutError at the deadline: a server may send a header for ever."""
+    """Run ``work``, or raise TimeoutError at the deadline: a server may send headers forever."""
     raised: list[Exception] = []
 
     def run() -> None:
@@ -138,13 +140,13 @@ def _in_time(work: Callable[[], None], deadline: float) -> None:
     thread.start()
     thread.join(max(deadline - time.monotonic(), 0))
     if raised:
-        raise raised.pop()  # not to be kept by its own traceback, with an open socket
+        raise raised.pop()  # pop: else its traceback would keep it and an open socket alive
     if thread.is_alive():
         raise TimeoutError("it took too long")
 
 
 def _copy_from(url: str, path: Path, deadline: float) -> None:
-    """Write what a server answers to a file, if it comes in time and is as long as it said."""
+    """Save a server's response, if it arrives in time and has the announced length."""
     with (
         urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer,  # noqa: S310, http(s) above
         path.open("wb") as file,
@@ -155,9 +157,9 @@ def _copy_from(url: str, path: Path, deadline: float) -> None:
             if time.monotonic() > deadline:
                 raise TimeoutError("it took too long")
             if file.tell() > MAX_BYTES:
-                raise DataError("it sends more than any file of Fashion-MNIST has")
+                raise DataError("it is larger than any file of Fashion-MNIST")
         if promised is not None and file.tell() != int(promised):
-            raise DataError(f"it sent {file.tell()} bytes of {promised}")
+            raise DataError(f"{file.tell()} bytes of {promised} arrived")
 
 
 def _first_line(error: Exception) -> str:
@@ -166,21 +168,21 @@ def _first_line(error: Exception) -> str:
 
 
 def _install_package() -> bool:
-    """Install the distribution's package if this user may; whether that was done."""
+    """Install the distribution's package if this user is allowed to; whether it was installed."""
     if shutil.which("apt-get") is None:
         return False
     prefix: list[str] = []
     if os.geteuid() != 0:
         if shutil.which("sudo") is None:
             return False
-        prefix = ["sudo", "-n"]  # never asks for a password: then the caller prints the command
+        prefix = ["sudo", "-n"]  # fails instead of asking for a password
     install = [*prefix, "apt-get", "install", "-y", "--no-install-recommends", PACKAGE]
     print(f"Installing the system's package instead: {' '.join(install)}", flush=True)
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 300}
     try:
         if subprocess.run(install, **quiet).returncode == 0:
             return True
-        # a machine that never updated its package lists does not know the package yet
+        # without package lists, a fresh machine does not know the package
         subprocess.run([*prefix, "apt-get", "update"], **quiet)
         return subprocess.run(install, **quiet).returncode == 0
     except subprocess.TimeoutExpired:

@@ -13,21 +13,21 @@ from torch import Tensor
 
 from vae_hyperband.common.errors import DataError
 
-#: A header may not promise more than this; Fashion-MNIST's largest file has 47 MB.
+#: The largest size that a header may announce; Fashion-MNIST's largest file has 47 MB.
 MAX_IDX_BYTES = 1 << 30
 
 
 @functools.lru_cache(maxsize=4)
 def read_idx_once(path: Path, mtime_ns: int, num_dims: int) -> tuple[Tensor, str]:
-    """Two splits come from one file, and a search worker trains many trials: decode it once."""
+    """As :func:`read_idx`, but cached: two splits and all trials of a worker share a file."""
     return read_idx(path, num_dims)
 
 
 def read_idx(path: Path, num_dims: int) -> tuple[Tensor, str]:
     """Decode an IDX file of unsigned bytes, plain or gzipped: ``(uint8 tensor, SHA-256)``.
 
-    The digest is of the decompressed content. Every other file, damaged ones included, raises
-    :class:`DataError`, and never reads more than its header promises (at most 1 GiB).
+    The digest is that of the decompressed content. Any other or damaged file raises
+    :class:`DataError`. Never reads more than the header announces (at most 1 GiB).
     """
     try:
         with path.open("rb") as raw:
@@ -50,11 +50,11 @@ def _decode_idx(file: io.BufferedIOBase, path: Path, num_dims: int) -> tuple[Ten
     sizes = [int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4)]
     num_bytes = math.prod(sizes)
     if not 0 < num_bytes <= MAX_IDX_BYTES:
-        raise DataError(f"{path} has a header of size {sizes}, which no data set here has.")
-    body = bytearray(file.read(num_bytes + 1))  # one more than promised shows trailing bytes
+        raise DataError(f"{path} announces sizes {sizes}, but needs 1 to {MAX_IDX_BYTES} bytes.")
+    body = bytearray(file.read(num_bytes + 1))  # one more than announced, to find trailing bytes
     if len(body) != num_bytes:
         found = "more" if len(body) > num_bytes else f"only {len(body)}"
-        raise DataError(f"{path} promises {num_bytes} bytes {sizes} but holds {found}.")
+        raise DataError(f"{path} announces {num_bytes} bytes {sizes}, but holds {found}.")
     digest = hashlib.sha256(header)
     digest.update(body)
     return torch.frombuffer(body, dtype=torch.uint8).view(sizes), digest.hexdigest()

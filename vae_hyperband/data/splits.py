@@ -1,8 +1,8 @@
-"""Fashion-MNIST: find -> verify -> decode -> split. The single source of truth about data.
+"""Fashion-MNIST: find -> verify -> decode -> split.
 
-A file is accepted by the SHA-256 of its *decompressed* content, so that every repack of the right
-bytes is taken and nothing else is. The training file gives two splits, its first 50,000 images and
-its last 10,000; only split "test" ever opens the test file.
+A file is accepted by the SHA-256 of its *decompressed* content, so that every compression of the
+right bytes is accepted, and nothing else. The training file gives two splits, its first 50,000
+images and its last 10,000; only the split "test" opens the test file.
 
 Shape suffixes: N images of a split, B images of a batch, C channels, H height, W width.
 """
@@ -23,7 +23,7 @@ from vae_hyperband.common.config import CommonConfig, Dataset
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.idx import read_idx_once
-from vae_hyperband.data.synthetic import NUM_DRAWN, draw_factors, draw_garments
+from vae_hyperband.data.synthetic import NUM_SYNTHETIC, render_garments, sample_factors
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS = get_args(SplitName)
@@ -60,7 +60,7 @@ class Split:
 
     images_NCHW: Tensor  # uint8
     labels_N: Tensor  # int64
-    digest: str  # SHA-256 of the decompressed image file the split was taken from
+    digest: str  # SHA-256 of the decompressed image file of the split
 
     def __len__(self) -> int:
         return len(self.images_NCHW)
@@ -77,14 +77,14 @@ class Split:
         return found.hexdigest()
 
     def subset(self, index: Tensor) -> Self:
-        """Some images of the split, in the order of ``index``."""
+        """The images at ``index``, in its order."""
         return type(self)(self.images_NCHW[index], self.labels_N[index], self.digest)
 
     def pixels(self, index: Tensor | slice) -> Tensor:
-        """The images at ``index`` as floats in [0, 1]."""
+        """The images at ``index`` as floats in [0, 1], shape (B, C, H, W)."""
         if isinstance(index, slice):
             return self.images_NCHW[index].float().div_(255)
-        # a tenth of the time of indexing with brackets
+        # ten times faster than indexing with brackets
         return self.images_NCHW.index_select(0, index).float().div_(255)
 
 
@@ -92,7 +92,7 @@ Result = TypeVar("Result")
 
 
 def per_split(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Keep the last results of a function of splits, which are known by their content."""
+    """Cache the last results of a function of splits, which are compared by their content."""
     kept: dict[Any, Result] = {}
 
     @functools.wraps(function)
@@ -108,10 +108,10 @@ def per_split(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def binarized(split: Split) -> Split:
-    """The split with every pixel drawn once, white with its grey value as the probability.
+    """The split with every pixel sampled once: white with its grey value as the probability.
 
-    What models trained on bits are compared on (Norouzi et al. 2020 draw their test bits once,
-    too). The same bits at every call; the digest becomes theirs.
+    Models of black and white pixels are compared on these (Norouzi et al. 2020 also sample their
+    test pixels once). Every call gives the same pixels; the digest is that of the new images.
     """
     stream = generator(0, "binarized split", len(split))
     bits_NCHW = torch.bernoulli(split.pixels(slice(None)), generator=stream).to(torch.uint8) * 255
@@ -119,7 +119,7 @@ def binarized(split: Split) -> Split:
 
 
 def as_trained(split: Split, config: CommonConfig) -> Split:
-    """The split as models of that configuration take it: grey, or binarized once."""
+    """The split as models of that configuration expect it: grey, or binarized once."""
     return binarized(split) if config.binarize != "none" else split
 
 
@@ -136,14 +136,14 @@ def load_split(
     """
     for name, value, known in (("split", split, SPLITS), ("dataset", dataset, DATASETS)):
         if value not in known:
-            raise ConfigError(f"The {name} {value!r} is none of {', '.join(known)}.")
+            raise ConfigError(f"The {name} is {value!r}, but must be one of {', '.join(known)}.")
     if dataset == "drawn":
-        return drawn_split(split)
+        return synthetic_split(split)
     data_dir = None if data_dir is None else Path(data_dir)
     if dataset == "custom" and data_dir is None:
         raise ConfigError(
-            "Custom data, also that of a run trained on it, needs --data-dir: the folder with its "
-            "four IDX files."
+            "--dataset custom needs --data-dir, the folder with its four IDX files (also for "
+            "models trained on it)."
         )
     part = "t10k" if split == "test" else "train"
     expected = FASHION_MNIST_SHA256 if dataset == "fashion-mnist" else {}
@@ -152,14 +152,14 @@ def load_split(
     labels, _ = _load_file(labels_name, data_dir, expected.get(labels_name))
     if len(images) != len(labels):
         raise DataError(
-            f"{images_name} holds {len(images)} images but {labels_name} {len(labels)} labels: "
-            "they are not of one data set."
+            f"{images_name} holds {len(images)} images, but {labels_name} {len(labels)} labels: "
+            "they do not belong together."
         )
     height, width = images.shape[1:]
     if height != width or height % 4:
         raise DataError(
-            f"{images_name} holds {height}x{width} images, but the network takes square ones with "
-            "a side that is a multiple of 4: pad or resize them."
+            f"{images_name} holds {height}x{width} images, but the network needs square ones "
+            "whose side is a multiple of 4: pad or resize them."
         )
     part_of_file = slice(None)
     if split != "test":
@@ -172,16 +172,16 @@ def load_split(
 
 
 @functools.cache
-def drawn_split(name: SplitName, num: int | None = None) -> Split:
-    """Synthetic garments, as many as asked for; their labels are the kinds."""
-    levels_NF = draw_factors(name, num or NUM_DRAWN[name])
-    images_NCHW = draw_garments(levels_NF)
+def synthetic_split(name: SplitName, num: int | None = None) -> Split:
+    """``num`` synthetic garments (default: the size of the split); their labels are the kinds."""
+    levels_NF = sample_factors(name, num or NUM_SYNTHETIC[name])
+    images_NCHW = render_garments(levels_NF)
     digest = hashlib.sha256(images_NCHW.numpy().tobytes()).hexdigest()
     return Split(images_NCHW, levels_NF[:, 0], digest)
 
 
 def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Tensor, str]:
-    """The array in the first folder that has the right file, and the digest of its content."""
+    """The first right file among the folders: its array and the digest of its content."""
     folders = [data_dir] if data_dir is not None else [cache_folder(), SYSTEM_FOLDER]
     wrong = []
     for path in (folder / (name + ending) for folder in folders for ending in ("", ".gz")):
@@ -200,7 +200,7 @@ def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Te
     if wrong:
         raise wrong[0]
     places = " or ".join(str(folder) for folder in folders)
-    hint = 'run "make data" (vae-hyperband data) to get it'
+    hint = 'run "make data" (vae-hyperband data) to download it'
     if data_dir:
         hint = "--data-dir takes a folder of IDX files"
     raise DataError(f"No file {name} or {name}.gz in {places}: {hint}.")

@@ -1,7 +1,8 @@
-"""Garments drawn from known factors, so that it is known what a latent space should find.
+"""Synthetic garments with known factors, against which a latent space can be measured.
 
-Small pictures like Fashion-MNIST's: a top, a dress or a coat of some width, length, sleeve, shade
-and position, each factor independent of the others. No download, any number, always the same.
+Small pictures like those of Fashion-MNIST: a top, a dress or a coat of some width, length, sleeve,
+shade and position, each factor independent of the others. They need no download, and are always the
+same.
 
 Shape suffixes: N images, F factors, H height, W width.
 """
@@ -18,14 +19,14 @@ SIZE = 28
 SLOPE = 0.5**0.5
 KINDS = ("top", "dress", "coat")
 #: Images of the splits train, validation, test.
-NUM_DRAWN = {"train": 10_000, "validation": 2_000, "test": 2_000}
+NUM_SYNTHETIC = {"train": 10_000, "validation": 2_000, "test": 2_000}
 
-#: How many of the 23,328 combinations of factors belong to each, in this order.
+#: Each split's share of the 23,328 combinations of factors, in this order.
 NUM_COMBINATIONS = [16_328, 3_500, 3_500]
 
 
 class Factor(NamedTuple):
-    """One thing that varies, evenly from its lowest to its highest value, in pixels or greys."""
+    """A factor with evenly spaced levels between two values, in pixels or in grey from 0 to 1."""
 
     name: str
     lowest: float
@@ -43,26 +44,27 @@ FACTORS = (
 )
 
 
-def draw_factors(split: str, num: int) -> Tensor:
+def sample_factors(split: str, num: int) -> Tensor:
     """Levels of the factors of a split's images, int64, shape (N, F).
 
-    Every combination of levels belongs to one split alone, in a shuffled order, so that no held-out
-    image is a training image. The first images are the same however many there are; where a split
-    is asked for more than it has, they begin anew.
+    Every combination of levels belongs to one split only, in a shuffled order, so that no held-out
+    image is a training image. The first images do not depend on ``num``; beyond the combinations of
+    a split, they repeat.
     """
     sizes = [factor.levels for factor in FACTORS]
+    # the name "drawn" decides the order, and so which images a split has
     order = torch.randperm(math.prod(sizes), generator=generator(0, "drawn"))
-    shares = dict(zip(NUM_DRAWN, order.split(NUM_COMBINATIONS), strict=True))
+    shares = dict(zip(NUM_SYNTHETIC, order.split(NUM_COMBINATIONS), strict=True))
     combination_N = shares[split][torch.arange(num) % len(shares[split])]
     return torch.stack(torch.unravel_index(combination_N, sizes), dim=1)
 
 
-def draw_garments(levels_NF: Tensor) -> Tensor:
-    """The pictures of factor levels, bytes, shape (N, 1, H, W)."""
-    return torch.cat([_draw(part) for part in levels_NF.split(500)])
+def render_garments(levels_NF: Tensor) -> Tensor:
+    """The images of factor levels (N, F), uint8, shape (N, 1, H, W)."""
+    return torch.cat([_render(part) for part in levels_NF.split(500)])
 
 
-def _draw(levels_NF: Tensor) -> Tensor:
+def _render(levels_NF: Tensor) -> Tensor:
     values = [
         (f.lowest + (f.highest - f.lowest) * level_N.float() / (f.levels - 1))[:, None, None]
         for f, level_N in zip(FACTORS, levels_NF.unbind(dim=1), strict=True)

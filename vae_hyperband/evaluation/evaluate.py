@@ -34,7 +34,7 @@ from vae_hyperband.common.files import write_text
 from vae_hyperband.common.process import environment, pick_device
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, SplitName, as_trained, load_split, per_split
-from vae_hyperband.data.synthetic import FACTORS, draw_factors
+from vae_hyperband.data.synthetic import FACTORS, sample_factors
 from vae_hyperband.evaluation.bounds import (
     entropy_floor,
     eval_dataloader,
@@ -283,7 +283,7 @@ def _pixel_probes(train: Split, held_out: Split) -> Probes:
 
 
 def _factors(context: EvaluationContext, mu_NZ: Tensor) -> Factors:
-    levels_NF = draw_factors(context.split, len(mu_NZ))
+    levels_NF = sample_factors(context.split, len(mu_NZ))
     return Factors(
         names=[factor.name for factor in FACTORS],
         mig=mutual_information_gap(mu_NZ, levels_NF),

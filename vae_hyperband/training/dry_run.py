@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, counted, in_effect
+from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect, plural
 from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import Split, load_split
@@ -38,10 +38,10 @@ def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> st
         lines = [
             a_line_each(in_effect(config.to_dict())),
             f"command      {_command(config, options)}",
-            f"device       {device}, {counted(torch.get_num_threads(), 'CPU thread')}",
+            f"device       {device}, {plural(torch.get_num_threads(), 'CPU thread')}",
             f"data         {len(train):,} training images {train.image_shape}",
             f"checkpoints  {options.ckpt_folder}, logs {options.log_folder}",
-            f"steps        {num_steps:,} in {counted(config.epochs, 'epoch')}"
+            f"steps        {num_steps:,} in {plural(config.epochs, 'epoch')}"
             + _state(num_steps, done),
             f"training     about {(num_steps - done) * seconds:,.0f} s, "
             f"{config.batch_size / seconds:,.0f} images/s; validation and pictures on top",

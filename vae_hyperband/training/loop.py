@@ -19,7 +19,7 @@ from typing import Any, Self, cast
 
 import torch
 
-from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, counted, in_effect
+from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect, plural
 from vae_hyperband.common.errors import DivergedError, OutOfMemoryError, RunFolderError
 from vae_hyperband.common.process import (
     Environment,
@@ -203,8 +203,8 @@ class Trainer:
         config, options = self.state.config, self._options
         if not self._quiet:
             print(
-                f"training {options.run} for {counted(config.epochs, 'epoch')} on "
-                f"{len(self._train):,} images, {counted(torch.get_num_threads(), 'thread')}, "
+                f"training {options.run} for {plural(config.epochs, 'epoch')} on "
+                f"{len(self._train):,} images, {plural(torch.get_num_threads(), 'thread')}, "
                 f"{_device_of(self.state)}",
                 flush=True,
             )

@@ -1,23 +1,27 @@
-"""A study: a grid of configurations, each trained and evaluated once, in one table.
+"""A study: many configurations, each trained and evaluated once, in one table.
 
-The same call resumes after a stop: what is trained or evaluated is not trained or evaluated again.
-Choose (a beta, a sampler) on the validation split; the test split is for published numbers.
+The same call continues after a stop: nothing is trained or evaluated a second time. Choose between
+configurations on the validation split; the test split is for the numbers that are published.
 """
 
-import dataclasses
 import json
 import math
+import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.special import stdtrit
 
-from vae_hyperband.common.config import Places, RunOptions, TrainConfig, counted, in_effect
+from vae_hyperband.common.config import Places, RunOptions, TrainConfig, in_effect, plural
+from vae_hyperband.common.errors import OutOfMemoryError
 from vae_hyperband.common.files import make_folder, write_text
-from vae_hyperband.common.process import pick_device
+from vae_hyperband.common.process import EXIT_STOPPED, cpu_threads, pick_device, stop_flag
 from vae_hyperband.data.splits import SplitName, load_split
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate_once
 from vae_hyperband.evaluation.results import Evaluation
@@ -56,16 +60,16 @@ def run_study(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row] | None:
-    """Train and evaluate every configuration; None if told to stop (the same call resumes).
+    """Train and evaluate every configuration; None if told to stop (the same call continues).
 
-    The keys of ``configs`` name their runs, after ``places.run``. Writes study.json to the
-    log folder after each run.
+    The run of a configuration is called ``places.run``, a hyphen, and its key in ``configs``.
+    Writes study.json to the log folder after each run.
     """
     rows: list[Row] = []
     make_folder(places.log_folder)
     for number, (name, config) in enumerate(configs.items(), start=1):
         say(f"run {number} of {len(configs)}: {name}")
-        where = _options(places, name)
+        where = RunOptions(**places.options(f"{places.run}-{name}"))
         trained = fit(config, where, should_stop=should_stop, quiet=True)
         if not trained.finished or should_stop():
             return None
@@ -81,38 +85,105 @@ def run_study(
     return rows
 
 
-def _options(places: Places, name: str) -> RunOptions:
-    where = {field.name: getattr(places, field.name) for field in dataclasses.fields(Places)}
-    return RunOptions(**where | {"run": f"{places.run}-{name}"})
+def train_side_by_side(
+    configs: dict[str, TrainConfig],
+    places: Places,
+    jobs: int,
+    should_stop: Callable[[], bool],
+    on_trained: Callable[[str, dict[str, Any]], None],
+) -> bool:
+    """Train the runs of a study, ``jobs`` of them at a time; False if told to stop.
+
+    Each run has a process with one thread. ``on_trained`` is called with each name and the losses
+    of its last validation, in the order of ``configs``. If told to stop, or if a run raises, the
+    other runs save and stop; then the same call continues.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="vae-hyperband-") as folder,
+        ProcessPoolExecutor(min(jobs, len(configs)), get_context("spawn")) as pool,
+    ):
+        stop_file = Path(folder) / "stop"
+        try:
+            runs = {
+                name: pool.submit(
+                    _train,
+                    config,
+                    RunOptions(**places.options(f"{places.run}-{name}"), num_threads=1),
+                    stop_file,
+                )
+                for name, config in configs.items()
+            }
+            for name, run in runs.items():
+                while not run.done() and not should_stop():
+                    wait([run], timeout=0.2)
+                losses = None if should_stop() else run.result()
+                if losses is None:
+                    return False
+                on_trained(name, losses)
+            return True
+        except BrokenExecutor as error:
+            raise OutOfMemoryError(
+                "A training process was killed, perhaps for lack of memory: the same command "
+                "continues."
+            ) from error
+        finally:
+            stop_file.touch()
+            pool.shutdown(cancel_futures=True)  # waits for the runs that are saving
 
 
-def study_dry_run(configs: dict[str, TrainConfig], places: Places, split: SplitName) -> str:
+def _train(config: TrainConfig, options: RunOptions, stop_file: Path) -> dict[str, Any] | None:
+    """Train one run in a worker process: its last losses, or None if it was stopped.
+
+    Ctrl-C in a terminal reaches every process, other signals only the parent, which then creates
+    the stop file. A worker also stops when its parent was killed, and ends: nobody waits for it.
+    """
+    parent = os.getppid()
+    with stop_flag() as signalled:
+        trained = fit(
+            config,
+            options,
+            should_stop=lambda: signalled() or os.path.exists(stop_file) or os.getppid() != parent,
+            quiet=True,
+        )
+    if os.getppid() != parent:
+        os._exit(EXIT_STOPPED)
+    return dict(trained.state.metrics) if trained.finished else None
+
+
+def study_dry_run(
+    configs: dict[str, TrainConfig], places: Places, split: SplitName, jobs: int = 1
+) -> str:
     """What :func:`run_study` would train, and how long that takes, as text; nothing is written.
 
     Raises what it would raise for the device, the data, and runs of other settings.
     """
     device, before = pick_device(places.device), busy()
+    threads = torch.get_num_threads() if jobs == 1 else 1
     one = next(iter(configs.values()))
     train = load_split("train", places.data_dir, one.dataset)
     lines, seconds, speeds = [], 0.0, dict[int, float]()
     for name, config in configs.items():
-        where = _options(places, name)
+        where = RunOptions(**places.options(f"{places.run}-{name}"))
         num_steps, done = steps_and_done(config, where, train)
         if done < num_steps and config.latent_dim not in speeds:
-            speeds[config.latent_dim] = seconds_per_step(config, train, device)
+            with cpu_threads(threads):
+                speeds[config.latent_dim] = seconds_per_step(config, train, device)
         seconds += (num_steps - done) * speeds.get(config.latent_dim, 0)
         lines.append(f"  {where.run:24} {done:,} of {num_steps:,} steps are done")
+    jobs = min(jobs, len(configs))
+    seconds /= min(jobs, len(os.sched_getaffinity(0)))
     shared = {
         setting: value
         for setting, value in in_effect(one.to_dict()).items()
         if all(getattr(config, setting) == value for config in configs.values())
     }
+    order, each = ("one after the other", "") if jobs == 1 else (f"{jobs} side by side", " each")
     return "\n".join(
         [
             a_line_each(shared),
-            f"runs         {len(configs)}, one after the other, evaluated on the {split} split",
+            f"runs         {len(configs)}, {order}, evaluated on the {split} split",
             *lines,
-            f"device       {device}, {counted(torch.get_num_threads(), 'CPU thread')}",
+            f"device       {device}, {plural(threads, 'CPU thread') + each}",
             f"data         {len(train):,} training images {train.image_shape}",
             f"logs         {places.log_folder}",
             f"training     about {seconds:,.0f} s; validation and evaluation on top",

@@ -23,7 +23,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vae_hyperband.common.config import counted, differences, read_json
+from vae_hyperband.common.config import differences, plural, read_json
 from vae_hyperband.common.errors import SearchError, SearchFailedError
 from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.common.process import only_writer, stop_flag
@@ -211,7 +211,7 @@ def _train(
     train, held_out = load_splits(config, options)
     _check_same_data(journal, train, held_out)
     print(
-        f"{counted(config.total_trials, 'trial')} of up to {counted(config.max_epochs, 'epoch')} "
+        f"{plural(config.total_trials, 'trial')} of up to {plural(config.max_epochs, 'epoch')} "
         f"on {len(train):,} images, algorithm {config.algorithm}, scheduler {config.scheduler}; "
         "starting Ray",
         flush=True,
