@@ -239,7 +239,7 @@ def test_a_file_that_is_there_is_not_fetched_again(server, files, mirrors, tmp_p
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from vae_hyperband import splits, download
+from vae_hyperband.data import download, splits
 splits.SYSTEM_FOLDER = Path("/nothing")
 splits.FASHION_MNIST_SHA256 = download.FASHION_MNIST_SHA256 = json.loads(sys.argv[1])
 download.ensure_data(mirrors=sys.argv[2:])

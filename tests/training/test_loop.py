@@ -265,7 +265,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
     """Without it, each of these rounds maps 48 MB anew, page by page."""
     script = (
         "import resource, torch\n"
-        "from vae_hyperband.process import keep_freed_memory\n"
+        "from vae_hyperband.common.process import keep_freed_memory\n"
         "keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "def step():\n"

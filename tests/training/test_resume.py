@@ -187,7 +187,7 @@ def digests(tmp_path: Path, run: str) -> dict[str, str]:
 
 @pytest.mark.faults
 def test_resume_after_sigkill_gives_the_same_bytes(tmp_path, small_data):
-    """Processes begun anew each time, as a user would; tests/test_crashes.py kills 50."""
+    """Processes begun anew each time, as a user would; test_crashes.py kills 50."""
     subprocess.run(train_command(tmp_path, small_data, "whole"), cwd=tmp_path, check=True)
     num_kills, rng, kills, mid_run = 2, random.Random(2), 0, 0
     latest = tmp_path / "checkpoints" / "cut" / "latest.pt"

@@ -74,7 +74,7 @@ def test_a_signal_at_any_moment_saves_and_the_same_command_goes_on(
 def test_a_second_signal_ends_at_once(number):
     script = (
         "import os, sys, time\n"
-        "from vae_hyperband.process import stop_flag\n"
+        "from vae_hyperband.common.process import stop_flag\n"
         "with stop_flag() as should_stop:\n"
         f"    os.kill(os.getpid(), {number})\n"
         "    assert should_stop()\n"

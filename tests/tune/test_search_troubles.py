@@ -140,7 +140,7 @@ def test_a_trial_that_hangs_is_ended_and_named_and_the_search_goes_on(tmp_path):
         assert trial.why.endswith("tried 2 times")
         assert f"{trial.name} failed: hung" in done.stdout
         where = tmp_path / f"logs/s/{trial.name}/last_hang.txt"
-        assert "training.py" in where.read_text()  # what it was doing
+        assert "loop.py" in where.read_text()  # what it was doing
 
 
 @pytest.mark.faults

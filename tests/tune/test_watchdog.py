@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import os, re, sys
 from pathlib import Path
-from vae_hyperband.worker import Watchdog
+from vae_hyperband.tune.worker import Watchdog
 
 def descend(depth):
     return depth and descend(depth - 1)
