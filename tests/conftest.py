@@ -1,8 +1,12 @@
 """Small data that the tests make themselves, real Fashion-MNIST where one test needs it."""
 
+import os
+
+# before PyTorch is imported: threads of several processes on few cores wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import gzip
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -11,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forking import Forks
 from killing import descendants, listening
 
 from vae_hyperband.common.config import RunOptions, TrainConfig
@@ -23,6 +28,22 @@ NAMES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what takes long to make run in one process, one after the other.
+
+    Those of a file that use a fixture of that file, and all that use the finished search. The
+    others run wherever there is room.
+    """
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs
+        scopes = {name: found[-1].scope for name, found in fixtures.items()}
+        if "searched" in scopes:
+            item.add_marker(pytest.mark.xdist_group("searched"))
+        elif "module" in scopes.values():
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -101,6 +122,13 @@ def fashion_mnist() -> None:
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Processes that have imported everything."""
+    with Forks() as server:
+        yield server
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
     """Run the command line as a user would, in this test's own folder."""
@@ -109,6 +137,17 @@ def command(tmp_path: Path) -> Command:
         return subprocess.run(
             command_line(*argv), cwd=tmp_path, capture_output=True, text=True, timeout=timeout
         )
+
+    return run
+
+
+@pytest.fixture
+def fork(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Command:
+    """As ``command``, without the seconds of imports, for what starts no Ray."""
+    said = tmp_path_factory.mktemp("said")
+
+    def run(*argv: object, **how: object) -> subprocess.CompletedProcess[str]:
+        return forks.completed(argv, tmp_path, said, **how)
 
     return run
 

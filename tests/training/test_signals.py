@@ -10,18 +10,11 @@ import sys
 import time
 
 import pytest
-from forking import Forks
 from test_crashes import train_arguments
 from test_resume import digests, scalars
 
 from vae_hyperband.common.process import EXIT_STOPPED, STOP_SIGNALS
 from vae_hyperband.training.keeper import newest_good
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks() as server:
-        yield server
 
 
 @pytest.mark.parametrize(
