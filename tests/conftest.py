@@ -7,16 +7,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gzip
 import json
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from forking import Forks
-from killing import descendants, listening
+from killing import descendants, listening, sigkill, started_after
 
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import DataError
@@ -44,6 +46,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("searched"))
         elif "module" in scopes.values():
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+TEST_SECONDS = 1200  # none takes half of that, also where two run on two busy cores
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """Whatever a test waits for, it ends: what it has started is killed, and it has failed."""
+    begun = time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def end(*_: object) -> None:
+        for pid in descendants(os.getpid())[1:]:
+            if started_after(begun, pid):
+                sigkill(pid)
+        raise AssertionError(f"not at its end after {TEST_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(TEST_SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -1,5 +1,6 @@
 """The wheel holds all that the package reads at run time, not only its modules."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -35,26 +36,43 @@ def unpacked(tmp_path_factory) -> Path:
     return folder / "unpacked"
 
 
-def test_the_wheel_alone_has_a_version_and_exports_a_page(
+# arguments: the folder of the package, then commands, each as a JSON list
+SCRIPT = """
+import json, sys
+from importlib import metadata
+from pathlib import Path
+from vae_hyperband import train_vae
+
+folder = Path(sys.argv[1])
+assert Path(train_vae.__file__).is_relative_to(folder), train_vae.__file__
+assert Path(metadata.distribution("vae-hyperband").locate_file("")) == folder
+for argv in map(json.loads, sys.argv[2:]):
+    assert train_vae.main(argv) == 0, argv
+"""
+
+
+def test_the_wheel_alone_exports_reports_and_evaluates(
     unpacked, options, small_config, small_data, tmp_path
 ):
     """In a process that knows no other copy of the package."""
     trained = fit(small_config, options(), quiet=True)
-
-    def run(*argv: object) -> str:
-        command = [sys.executable, "-P", "-m", "vae_hyperband.train_vae", *map(str, argv)]
-        env = os.environ | {"PYTHONPATH": str(unpacked)}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert run("--version").strip() == vae_hyperband.__version__
-    where = ["--format", "web", "--out", tmp_path / "page", "--data-dir", small_data]
-    run("export", trained.best, *where)
-    page = (tmp_path / "page/index.html").read_text()
-    assert page.count("<script") == 2
-    run("report", "a")
+    best, data = str(trained.best), ["--data-dir", str(small_data)]
+    commands = [
+        ["--version"],
+        ["export", best, "--format", "web", "--out", "page", *data],
+        ["report", "a", *data],
+        ["evaluate", best, "--parts", "images", "--num-generated", "30", "--samplers", "prior"],
+    ]
+    commands[-1] += data
+    command = [sys.executable, "-P", "-c", SCRIPT, str(unpacked), *map(json.dumps, commands)]
+    env = os.environ | {"PYTHONPATH": str(unpacked)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{vae_hyperband.__version__}\n")
+    assert (tmp_path / "page/index.html").read_text().count("<script") == 2
     assert "<h1>Run a</h1>" in (tmp_path / "logs/a/report.html").read_text()
-    run("evaluate", trained.best, "--parts", "images", "--num-generated", 30)
+    for name in ("slurm_job.sh", "model.ipynb"):  # which are given to other programs
+        content = (ROOT / "vae_hyperband" / name).read_bytes()
+        assert (unpacked / "vae_hyperband" / name).read_bytes() == content

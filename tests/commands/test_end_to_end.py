@@ -1,5 +1,6 @@
 """Real Fashion-MNIST; the whole job; and the beta comparison with a real TensorBoard."""
 
+import contextlib
 import dataclasses
 import json
 import socket
@@ -34,7 +35,7 @@ def test_real_data_are_trained_on_stopped_and_gone_on_with(fashion_mnist, option
         validation, images_NCHW=validation.images_NCHW[:500], labels_N=validation.labels_N[:500]
     )
     bound = eval_epoch(load_model(stopped.latest), eval_dataloader(held_out))["bound"]
-    assert 250 < bound < 340  # measured 3xx; the mean image has 385
+    assert 280 < bound < 315  # measured 296; the mean image has 385
 
 
 def test_the_main_job_trains_and_evaluates_the_winner_of_its_search(fork, small_data, tmp_path):
@@ -141,14 +142,12 @@ def test_betas_are_trained_side_by_side_and_shown_on_loopback(tmp_path, small_da
         try:
             assert f"http://127.0.0.1:{port}/" in said
             url = f"http://127.0.0.1:{port}/data/plugin/scalars/tags"
-            for _ in range(60):
-                try:
-                    tags = json.load(urllib.request.urlopen(url, timeout=5))
-                except OSError:
-                    tags = {}
-                if len(tags) == 2:
-                    break
-                time.sleep(0.5)
+            tags: dict[str, list[str]] = {}
+            while len(tags) < 2:
+                assert process.poll() is None
+                time.sleep(0.2)
+                with contextlib.suppress(OSError):  # it has not started yet
+                    tags = json.load(urllib.request.urlopen(url, timeout=30))
             assert set(tags) == {"betas-beta-0.5", "betas-beta-4"}
             for run in tags.values():
                 assert {"recon_loss/validation", "KL_divergence/train"} <= set(run)
@@ -174,7 +173,7 @@ def test_a_signal_to_the_beta_comparison_reaches_every_training(tmp_path, small_
         while not all(path.exists() for path in files) and process.poll() is None:
             time.sleep(0.1)
         process.terminate()
-        assert process.wait(30) == 75
+        assert process.wait(120) == 75
         assert "the same command goes on" in process.stdout.read()
     for path in files:
         assert load_ckpt(path)["step"] > 0
