@@ -39,7 +39,8 @@ def started_after(begun: float, pid: int) -> bool:
         after_name = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return False
-    return int(after_name[19]) / os.sysconf("SC_CLK_TCK") >= begun
+    ticks = os.sysconf("SC_CLK_TCK")  # the file says a whole number of them
+    return int(after_name[19]) >= int(begun * ticks)
 
 
 def command_lines(root: int = 1) -> list[tuple[int, bytes]]:
