@@ -5,8 +5,11 @@ import os
 # before PyTorch is imported: threads of several processes on few cores wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import dataclasses
+import functools
 import gzip
 import json
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,6 +26,7 @@ from killing import descendants, listening, sigkill, started_after
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.data.splits import load_split
+from vae_hyperband.training.loop import FitResult, fit
 
 NAMES = (
     "train-images-idx3-ubyte",
@@ -107,28 +111,53 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_idx_folder(tmp_path_factory.mktemp("small-data"))
 
 
+SMALL = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=3, seed=3)
+
+
 @pytest.fixture
 def small_config() -> TrainConfig:
-    return TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=3, seed=3)
+    return SMALL
 
 
 @pytest.fixture
 def options(tmp_path: Path, small_data: Path) -> Callable[..., RunOptions]:
     """``options(run="a")`` for runs under this test's own folder."""
 
-    def make(**changes: object) -> RunOptions:
-        given = {
-            "run": "a",
-            "device": "cpu",
-            "num_threads": 1,
-            "data_dir": small_data,
-            "checkpoints_dir": tmp_path / "checkpoints",
-            "logs_dir": tmp_path / "logs",
-            "log_interval": 4,
-        }
-        return RunOptions(**(given | changes))
+    return functools.partial(run_options, tmp_path, small_data)
 
-    return make
+
+def run_options(folder: Path, data: Path, **changes: object) -> RunOptions:
+    given = {
+        "run": "a",
+        "device": "cpu",
+        "num_threads": 1,
+        "data_dir": data,
+        "checkpoints_dir": folder / "checkpoints",
+        "logs_dir": folder / "logs",
+        "log_interval": 4,
+    }
+    return RunOptions(**(given | changes))
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> FitResult:
+    """A finished run of ``small_config``, shared: nothing may be written to its folders."""
+    folder = tmp_path_factory.mktemp("trained")
+    return fit(SMALL, run_options(folder, small_data), quiet=True)
+
+
+@pytest.fixture
+def trained(trained_once: FitResult, options: Callable[..., RunOptions]) -> FitResult:
+    """The same in this test's own folder, as if it had been trained there."""
+    place = options()
+    shutil.copytree(trained_once.latest.parent, place.ckpt_folder)
+    shutil.copytree(trained_once.log_folder, place.log_folder)
+    return dataclasses.replace(
+        trained_once,
+        latest=place.ckpt_folder / trained_once.latest.name,
+        best=place.ckpt_folder / trained_once.best.name,
+        log_folder=place.log_folder,
+    )
 
 
 @pytest.fixture(scope="session")
