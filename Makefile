@@ -4,6 +4,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
+WORKERS ?= 2
+# Tests that share what takes long to make are one group, for one of the processes.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup data run demo test faults soak browser-test slurm-test lint reproduce best bench notebook clean
@@ -26,6 +29,7 @@ help:  ## Show this list
 	@echo "make clean   remove caches and build files; your runs and the environment stay"
 	@echo
 	@echo "VENV=$(VENV)   the virtual environment to use or make"
+	@echo "WORKERS=$(WORKERS)   processes that run the tests"
 	@echo "PYTHON=$(PYTHON)   the Python (3.11 or newer) that makes it"
 
 setup: $(READY)
@@ -53,17 +57,17 @@ demo: $(READY)  ## The whole job on drawn garments, without any download
 
 test: $(READY)  ## The tests; Fashion-MNIST is fetched if it can be, one test uses it
 	@$(BIN)/vae-hyperband data --install || echo "going on without Fashion-MNIST"
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 faults: $(READY)  ## The slow tests, most of which kill real processes
-	$(BIN)/python -m pytest -m faults
+	$(PYTEST) -m faults
 
 MINUTES ?= 60
 soak: $(READY)  ## Random runs under random faults; prints what repeats a failure
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 browser-test: $(READY)  ## The pages in a real Chromium
-	$(BIN)/python -m pytest -m browser
+	$(PYTEST) -m browser
 
 slurm-test: $(READY)  ## slurm_job.sh on a real Slurm of two nodes on this machine
 	$(BIN)/python -m pytest -m slurm

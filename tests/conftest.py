@@ -1,23 +1,34 @@
 """Small data that the tests make themselves, real Fashion-MNIST where one test needs it."""
 
+import os
+
+# before PyTorch is imported: threads of several processes on few cores wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import dataclasses
+import functools
 import gzip
 import json
-import os
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from killing import descendants, listening
+from forking import Forks
+from killing import descendants, listening, sigkill, started_after
 
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.model.checkpoint import FORMAT, KEYS, load_pt, save_pt
+from vae_hyperband.training.loop import FitResult, fit
 
 NAMES = (
     "train-images-idx3-ubyte",
@@ -25,6 +36,43 @@ NAMES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what takes long to make run in one process, one after the other.
+
+    Those of a file that use a fixture of that file, and all that use the finished search. The
+    others run wherever there is room.
+    """
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs
+        scopes = {name: found[-1].scope for name, found in fixtures.items()}
+        if "searched" in scopes:
+            item.add_marker(pytest.mark.xdist_group("searched"))
+        elif "module" in scopes.values():
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+TEST_SECONDS = 1200  # none takes half of that, also where two run on two busy cores
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """Whatever a test waits for, it ends: what it has started is killed, and it has failed."""
+    begun = time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def end(*_: object) -> None:
+        for pid in descendants(os.getpid())[1:]:
+            if started_after(begun, pid):
+                sigkill(pid)
+        raise AssertionError(f"not at its end after {TEST_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(TEST_SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -65,28 +113,53 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_idx_folder(tmp_path_factory.mktemp("small-data"))
 
 
+SMALL = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=3, seed=3)
+
+
 @pytest.fixture
 def small_config() -> TrainConfig:
-    return TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=3, seed=3)
+    return SMALL
 
 
 @pytest.fixture
 def options(tmp_path: Path, small_data: Path) -> Callable[..., RunOptions]:
     """``options(run="a")`` for runs under this test's own folder."""
 
-    def make(**changes: object) -> RunOptions:
-        given = {
-            "run": "a",
-            "device": "cpu",
-            "num_threads": 1,
-            "data_dir": small_data,
-            "checkpoints_dir": tmp_path / "checkpoints",
-            "logs_dir": tmp_path / "logs",
-            "log_interval": 4,
-        }
-        return RunOptions(**(given | changes))
+    return functools.partial(run_options, tmp_path, small_data)
 
-    return make
+
+def run_options(folder: Path, data: Path, **changes: object) -> RunOptions:
+    given = {
+        "run": "a",
+        "device": "cpu",
+        "num_threads": 1,
+        "data_dir": data,
+        "checkpoints_dir": folder / "checkpoints",
+        "logs_dir": folder / "logs",
+        "log_interval": 4,
+    }
+    return RunOptions(**(given | changes))
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> FitResult:
+    """A finished run of ``small_config``, shared: nothing may be written to its folders."""
+    folder = tmp_path_factory.mktemp("trained")
+    return fit(SMALL, run_options(folder, small_data), quiet=True)
+
+
+@pytest.fixture
+def trained(trained_once: FitResult, options: Callable[..., RunOptions]) -> FitResult:
+    """The same in this test's own folder, as if it had been trained there."""
+    place = options()
+    shutil.copytree(trained_once.latest.parent, place.ckpt_folder)
+    shutil.copytree(trained_once.log_folder, place.log_folder)
+    return dataclasses.replace(
+        trained_once,
+        latest=place.ckpt_folder / trained_once.latest.name,
+        best=place.ckpt_folder / trained_once.best.name,
+        log_folder=place.log_folder,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +176,13 @@ def fashion_mnist() -> None:
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Processes that have imported everything."""
+    with Forks() as server:
+        yield server
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
     """Run the command line as a user would, in this test's own folder."""
@@ -111,6 +191,17 @@ def command(tmp_path: Path) -> Command:
         return subprocess.run(
             command_line(*argv), cwd=tmp_path, capture_output=True, text=True, timeout=timeout
         )
+
+    return run
+
+
+@pytest.fixture
+def fork(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Command:
+    """As ``command``, without the seconds of imports, for what starts no Ray."""
+    said = tmp_path_factory.mktemp("said")
+
+    def run(*argv: object, **how: object) -> subprocess.CompletedProcess[str]:
+        return forks.completed(argv, tmp_path, said, **how)
 
     return run
 

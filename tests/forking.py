@@ -3,6 +3,8 @@
 ``Forks`` is a context; ``start`` gives the process id of a real process that does what
 ``vae-hyperband ...`` does, which can be killed, and ``wait`` its status. This file is also the
 program that forks them.
+
+A child may do all that does not start Ray: threads that Ray's import has started are not forked.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +26,7 @@ class Forks:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env,
         )  # fmt: skip
         assert self._server.stdout.readline() == "ready\n"
+        self._child = 0  # the one that was started and has not been waited for
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,31 +34,58 @@ class Forks:
 
     def start(self, argv: list[object], cwd: Path, **how: Any) -> int:
         """Begin ``vae-hyperband argv``; what it says goes to said.txt. For ``how`` see _child."""
+        if self._child:  # of a test that failed
+            kill(self._child)
+            self.wait()
         job = {"argv": [str(argument) for argument in argv], "cwd": str(cwd), **how}
         self._server.stdin.write(json.dumps(job) + "\n")
-        return int(self._server.stdout.readline())
+        self._child = int(self._server.stdout.readline())
+        return self._child
 
-    def wait(self) -> int:
-        """The status of the one that was started last, as subprocess gives it."""
-        return int(self._server.stdout.readline())
+    def wait(self, seconds: float = 300) -> int:
+        """The status of the one that was started last, as subprocess gives it.
+
+        One that takes longer than that is killed.
+        """
+        child, killed = self._child, []
+
+        def end() -> None:
+            killed.append(child)
+            kill(child)
+
+        late = threading.Timer(seconds, end)
+        late.start()
+        status = int(self._server.stdout.readline())
+        late.cancel()
+        self._child = 0
+        assert not killed, f"not at its end after {seconds} s"
+        return status
 
     def run(self, argv: list[object], cwd: Path, **how: Any) -> int:
         self.start(argv, cwd, **how)
         return self.wait()
 
+    def completed(
+        self, argv: list[object], cwd: Path, folder: Path, **how: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """As subprocess.run gives it. What the command says is kept in ``folder``."""
+        said, errors = folder / "stdout.txt", folder / "stderr.txt"
+        for path in (said, errors):
+            path.unlink(missing_ok=True)
+        status = self.run(argv, cwd, said=str(said), errors=str(errors), pictures=True, **how)
+        return subprocess.CompletedProcess(argv, status, said.read_text(), errors.read_text())
+
 
 def _serve() -> None:
     import torch._dynamo  # noqa: F401, which AdamW imports when it is first used
 
-    from vae_hyperband.commands import train
-
-    train.print_training_summary = lambda *_: (
-        None
-    )  # its pictures take seconds, and are others' subject
+    import vae_hyperband.commands.train
 
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
+        if job["argv"][0] in ("search", "run"):  # they import Ray, which few tests need
+            import vae_hyperband.commands.run  # noqa: F401
         child = os.fork()
         if child == 0:
             _child(**job)
@@ -69,18 +100,30 @@ def _child(
     die_at: int | None = None,
     max_file_bytes: int | None = None,
     max_memory_bytes: int | None = None,
+    said: str = "said.txt",
+    errors: str | None = None,
+    pictures: bool = False,
+    umask: int | None = None,
 ) -> None:
-    """End before the ``die_at``-th change to a file; bound what files and memory may take."""
+    """End before the ``die_at``-th change to a file; bound what files and memory may take.
+
+    Output goes to the file ``said``, that of stderr to ``errors`` if that is given.
+    """
     import resource
     import traceback
 
     from vae_hyperband import train_vae
+    from vae_hyperband.commands import train
 
     os.chdir(cwd)
-    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for handle, number in ((nothing, 0), (said, 1), (said, 2)):
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    nothing, out = os.open(os.devnull, os.O_RDONLY), os.open(said, flags)
+    for handle, number in ((nothing, 0), (out, 1), (os.open(errors, flags) if errors else out, 2)):
         os.dup2(handle, number)
+    if not pictures:  # they take seconds, and are others' subject
+        train.print_training_summary = lambda *_: None
+    if umask is not None:
+        os.umask(umask)
     status = 1
     try:
         if die_at is not None:

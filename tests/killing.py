@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 TRAINING_SECONDS = 3.0  # the longest that a kill lets a search train: it is to outlast them
+RUN_SECONDS = 600.0  # the longest that a command may take
 
 
 def descendants(pid: int) -> list[int]:
@@ -32,6 +33,16 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def started_after(begun: float, pid: int) -> bool:
+    """Whether the process was started after that moment of CLOCK_BOOTTIME, and still runs."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return False
+    ticks = os.sysconf("SC_CLK_TCK")  # the file says a whole number of them
+    return int(after_name[19]) >= int(begun * ticks)
+
+
 def command_lines(root: int = 1) -> list[tuple[int, bytes]]:
     """Process id and command line, its words ended by zero bytes, of all that root started."""
     found = []
@@ -44,7 +55,7 @@ def command_lines(root: int = 1) -> list[tuple[int, bytes]]:
 
 
 def until_the_end(
-    process: subprocess.Popen[bytes], pause: float = 0.05, seconds: float = 600
+    process: subprocess.Popen[bytes], pause: float = 0.05, seconds: float = RUN_SECONDS
 ) -> Iterator[None]:
     """Again and again, as long as the process lives; what outlives its time is killed, an error."""
     deadline = time.monotonic() + seconds
@@ -134,7 +145,8 @@ def run_with_kills(
     with (folder / "said.txt").open("wb") as said:
         while True:
             process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
-            while kinds and process.poll() is None:
+            deadline = time.monotonic() + RUN_SECONDS
+            while kinds and process.poll() is None and time.monotonic() < deadline:
                 earliest, latest = 0.0, start_seconds
                 if random.random() < 0.5:
                     earliest, latest = start_seconds, start_seconds + TRAINING_SECONDS
@@ -142,7 +154,8 @@ def run_with_kills(
                 if process.poll() is None and kill(kinds[-1], process.pid, random):
                     kinds.pop()
                     time.sleep(0.2)
-            status = process.wait(timeout=600)
-            if status == 0:
+            for _ in until_the_end(process):
+                pass
+            if process.returncode == 0:
                 return
-            assert status == -signal.SIGKILL, (folder / "said.txt").read_text()[-3000:]
+            assert process.returncode == -signal.SIGKILL, (folder / "said.txt").read_text()[-3000:]

@@ -14,7 +14,7 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.training.loop import fit, train_epoch
 from vae_hyperband.training.state import new_state
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "VAE",

@@ -23,7 +23,6 @@ from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
 from vae_hyperband.evaluation.samplers import sampler_file
 from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt
 from vae_hyperband.search.config import SearchConfig
-from vae_hyperband.training.loop import fit
 
 LIKELIHOOD = EvaluateOptions(parts=("likelihood",))
 BASE = ["--dataset", "custom", "--device", "cpu", "--num-threads", "1"]
@@ -32,11 +31,6 @@ BASE = ["--dataset", "custom", "--device", "cpu", "--num-threads", "1"]
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def trained(options, small_config):
-    return fit(small_config, options(), quiet=True)
 
 
 def test_train_takes_hyphens_and_underscores_alike(small_data, capsys):

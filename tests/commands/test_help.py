@@ -1,6 +1,6 @@
 """The help of every command: kept in docs/help.txt, with an example that its own parser takes.
 
-After a change: python tests/test_help.py
+After a change: python tests/commands/test_help.py
 """
 
 import contextlib

@@ -239,7 +239,7 @@ def test_a_file_that_is_there_is_not_fetched_again(server, files, mirrors, tmp_p
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from vae_hyperband import splits, download
+from vae_hyperband.data import download, splits
 splits.SYSTEM_FOLDER = Path("/nothing")
 splits.FASHION_MNIST_SHA256 = download.FASHION_MNIST_SHA256 = json.loads(sys.argv[1])
 download.ensure_data(mirrors=sys.argv[2:])
@@ -284,7 +284,7 @@ def test_a_download_that_was_killed_leaves_nothing_in_the_way(
     server, files, mirrors, tmp_path, number
 ):
     good = server.answers[f"/good/{NAMES[2]}.gz"]
-    reached = threading.Event()
+    reached, killed = threading.Event(), threading.Event()
 
     def half(handler):
         handler.send_response(200)
@@ -293,18 +293,20 @@ def test_a_download_that_was_killed_leaves_nothing_in_the_way(
         handler.wfile.write(good[1][:100])
         handler.wfile.flush()
         reached.set()
-        time.sleep(5)
+        killed.wait(120)
 
     server.answers[f"/good/{NAMES[2]}.gz"] = half
     child = process(mirrors[1])
-    assert reached.wait(60)
-    time.sleep(0.2)
+    while not reached.wait(0.1):
+        assert child.poll() is None, child.communicate()
+    time.sleep(0.2)  # for the half of it to arrive
     os.kill(child.pid, number)
-    child.communicate(timeout=30)
+    child.communicate(timeout=120)
+    killed.set()
     assert child.returncode in (-number, 1)  # 1: Python's KeyboardInterrupt; the command says 130
     server.answers[f"/good/{NAMES[2]}.gz"] = good
     again = process(mirrors[1])
-    assert "downloaded" in again.communicate(timeout=60)[0]
+    assert "downloaded" in again.communicate(timeout=120)[0]
     assert again.returncode == 0
     assert in_cache(tmp_path) == sorted(name + ".gz" for name in NAMES)
     assert server.asked.count(f"/good/{NAMES[0]}.gz") == 1  # what had arrived is not lost

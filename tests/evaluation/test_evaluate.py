@@ -58,11 +58,6 @@ from vae_hyperband.training.study import row_of
 QUICK = SamplerConfig(components=2, flow_epochs=2, flow_width=16, flow_depth=1)
 
 
-@pytest.fixture
-def trained(options, small_config):
-    return fit(small_config, options(), quiet=True)
-
-
 def numbers(node):
     if isinstance(node, dict):
         return [number for value in node.values() for number in numbers(value)]

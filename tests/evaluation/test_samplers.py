@@ -147,11 +147,6 @@ def test_the_prior_is_standard_normal_and_knows_no_labels():
         Prior(model).draw(5, generator(0, "test"), label=1)
 
 
-@pytest.fixture
-def trained(options, small_config):
-    return fit(small_config, options(), quiet=True)
-
-
 @pytest.mark.parametrize("name", ["mixture", "flow"])
 def test_a_sampler_is_kept_beside_its_checkpoint_and_read_again(trained, small_data, name):
     loads, said = [], []

@@ -16,12 +16,11 @@ from vae_hyperband.model.checkpoint import (
     save_ckpt,
     tree_digest,
 )
-from vae_hyperband.training.loop import fit
 
 
 @pytest.fixture
-def saved(options, small_config):
-    return fit(small_config, options(), quiet=True).latest
+def saved(trained):
+    return trained.latest
 
 
 def test_it_opens_with_plain_torch_and_holds_all_that_is_needed(saved):

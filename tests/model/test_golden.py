@@ -1,7 +1,7 @@
 """What was so once stays so: losses of 200 steps, files of each version of the checkpoint format.
 
-``python tests/test_golden.py`` records the losses anew, which only a change that is meant to change
-every result may do.
+``python tests/model/test_golden.py`` records the losses anew, which only a change that is meant to
+change every result may do.
 """
 
 import json

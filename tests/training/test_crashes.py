@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from disk import Change, crashes, watch
-from forking import Forks, kill
+from forking import kill
 from test_resume import digests, scalars, stop_after
 
 from vae_hyperband.common.config import RunOptions, TrainConfig
@@ -31,12 +31,6 @@ def train_arguments(run: str, data: Path, **changes: object) -> list[object]:
         "train",
         *(part for name, value in (settings | changes).items() for part in (f"--{name}", value)),
     ]
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

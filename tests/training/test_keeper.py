@@ -49,7 +49,7 @@ def test_the_last_ones_and_the_best_are_kept(cut):
     ],
 )
 def test_the_newest_good_one_is_used_and_said_and_the_end_is_the_same(
-    cut, options, small_config, capsys, damaged, used, step
+    cut, trained_once, small_config, capsys, damaged, used, step
 ):
     for name in damaged:
         damage(cut.ckpt_folder / name)
@@ -61,16 +61,12 @@ def test_the_newest_good_one_is_used_and_said_and_the_end_is_the_same(
     assert [*earlier_ckpts(cut.ckpt_folder)] == [29, 28, 27]  # no damaged one is left
     for path in cut.ckpt_folder.iterdir():
         load_ckpt(path)
-    assert outcome(result) == whole(options, small_config)
-
-
-def whole(options, small_config):
-    return outcome(fit(small_config, options(run="whole"), quiet=True))
+    assert outcome(result) == outcome(trained_once)
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["damaged", "lost"])
 def test_a_best_one_that_is_gone_is_trained_again_from_an_earlier_one(
-    options, small_config, capsys, lost
+    options, small_config, trained_once, capsys, lost
 ):
     """latest.pt, and the one of step 19, are good, but not the best one; that of step 10 was it."""
     place = options(run="cut", keep_ckpts=30, ckpt_seconds=0)
@@ -84,7 +80,7 @@ def test_a_best_one_that_is_gone_is_trained_again_from_an_earlier_one(
     assert f"best.pt is {'not there' if lost else 'damaged'}" in said.err
     assert "Going on from the newest good one, step-00000010.pt of step 10." in said.err
     assert "resuming cut at step 10 of 30" in said.out
-    assert outcome(result) == whole(options, small_config)
+    assert outcome(result) == outcome(trained_once)
 
 
 def test_a_best_one_that_is_the_latest_one_too_is_copied(options, small_config):
@@ -230,7 +226,7 @@ def test_a_file_that_may_be_good_is_never_replaced_by_an_older_one(
         assert newest_good(cut.ckpt_folder).step == 25
 
 
-def test_taking_the_latest_one_away_during_a_run_costs_nothing(options, small_config):
+def test_taking_the_latest_one_away_during_a_run_costs_nothing(options, small_config, trained_once):
     place, calls = options(ckpt_seconds=0, keep_ckpts=2), []
 
     def take_away():
@@ -243,7 +239,7 @@ def test_taking_the_latest_one_away_during_a_run_costs_nothing(options, small_co
     assert result.finished
     assert load_ckpt(place.ckpt_folder / "latest.pt").step == 30
     assert load_ckpt(place.ckpt_folder / "kept.pt").step < 30
-    assert outcome(result) == whole(options, small_config)
+    assert outcome(result) == outcome(trained_once)
 
 
 def test_leftovers_of_copies_of_earlier_ones_are_removed(cut, small_config):

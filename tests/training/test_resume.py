@@ -1,11 +1,9 @@
 """A run that is stopped, killed or continued ends in the same bytes as one that was not."""
 
 import dataclasses
-import functools
 import random
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -73,9 +71,9 @@ def stop_after(num_steps):
     return should_stop
 
 
-@pytest.fixture
-def uninterrupted(options, small_config):
-    return outcome(fit(small_config, options(run="whole"), quiet=True))
+@pytest.fixture(scope="session")
+def uninterrupted(trained_once):
+    return outcome(trained_once)
 
 
 # 10 steps an epoch: the first step, mid-epoch, one before its end, its end, the next one's first
@@ -100,7 +98,9 @@ def test_a_finished_run_is_left_as_it_is(options, small_config):
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(stops=st.lists(st.integers(1, 33), min_size=1, max_size=6))
-def test_any_chain_of_stops_gives_the_same_bytes(tmp_path_factory, small_data, stops):
+def test_any_chain_of_stops_gives_the_same_bytes(
+    tmp_path_factory, small_data, uninterrupted, stops
+):
     """After every one of its 30 steps and 3 validations a run may be told to stop."""
     config = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=3, seed=3)
     folder = tmp_path_factory.mktemp("chain")
@@ -110,18 +110,7 @@ def test_any_chain_of_stops_gives_the_same_bytes(tmp_path_factory, small_data, s
     )  # fmt: skip
     for num_steps in stops:
         fit(config, place, should_stop=stop_after(num_steps), quiet=True)
-    assert outcome(fit(config, place, quiet=True)) == _whole(small_data)
-
-
-@functools.cache
-def _whole(small_data: Path) -> dict[str, str]:
-    config = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=3, seed=3)
-    with tempfile.TemporaryDirectory() as folder:
-        place = RunOptions(
-            run="a", device="cpu", num_threads=1, data_dir=small_data, log_interval=4,
-            checkpoints_dir=Path(folder) / "c", logs_dir=Path(folder) / "l", tensorboard=False,
-        )  # fmt: skip
-        return outcome(fit(config, place, quiet=True))
+    assert outcome(fit(config, place, quiet=True)) == uninterrupted
 
 
 @pytest.mark.parametrize("key", ["noise", "order"])
@@ -189,7 +178,7 @@ def digests(tmp_path: Path, run: str) -> dict[str, str]:
 
 @pytest.mark.faults
 def test_resume_after_sigkill_gives_the_same_bytes(tmp_path, small_data):
-    """Processes begun anew each time, as a user would; tests/test_crashes.py kills 50."""
+    """Processes begun anew each time, as a user would; test_crashes.py kills 50."""
     subprocess.run(train_command(tmp_path, small_data, "whole"), cwd=tmp_path, check=True)
     num_kills, rng, kills, mid_run = 2, random.Random(2), 0, 0
     latest = tmp_path / "checkpoints" / "cut" / "latest.pt"
@@ -244,7 +233,7 @@ def test_a_signal_saves_says_so_and_the_same_command_goes_on(tmp_path, small_dat
     while not latest.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_STOPPED
     assert "vae-hyperband train --run cut" in said
     stopped_at = load_ckpt(latest).step
@@ -354,7 +343,9 @@ def test_two_runs_may_not_share_a_log_folder(options, small_config, tmp_path):
         fit(small_config, options(checkpoints_dir=tmp_path / "elsewhere"), quiet=True)
 
 
-def test_logs_beyond_the_last_checkpoint_are_taken_back(options, small_config, uninterrupted):
+def test_logs_beyond_the_last_checkpoint_are_taken_back(
+    options, small_config, uninterrupted, trained_once
+):
     """As after a power cut: steps that were logged, but not saved, are computed again."""
     result = fit(small_config, options(run="cut"), should_stop=stop_after(8), quiet=True)
     early = result.latest.read_bytes()
@@ -362,7 +353,7 @@ def test_logs_beyond_the_last_checkpoint_are_taken_back(options, small_config, u
     result.latest.write_bytes(early)
     again = fit(small_config, options(run="cut"), quiet=True)
     assert outcome(again) == uninterrupted
-    assert scalars(again.log_folder) == scalars(options(run="whole").log_folder)
+    assert scalars(again.log_folder) == scalars(trained_once.log_folder)
 
 
 def test_a_torn_last_line_of_the_metrics_is_repaired(options, small_config, uninterrupted):

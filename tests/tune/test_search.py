@@ -59,11 +59,11 @@ def test_the_winner_has_the_lowest_validation_bound_at_beta_1(searched):
 
 
 def test_training_best_config_json_alone_gives_the_reported_metric_bit_for_bit(
-    searched, small_data, command
+    searched, small_data, fork
 ):
     folder, _ = searched
     best = json.loads((folder / "checkpoints/s/best_config.json").read_text())
-    done = command(
+    done = fork(
         "train", "--config", folder / "checkpoints/s/best_config.json", "--run", "again",
         "--data-dir", small_data, "--device", "cpu", "--checkpoints-dir", folder / "again",
     )  # fmt: skip
@@ -83,47 +83,50 @@ def test_every_trial_wrote_tensorboard_and_json_logs(searched):
     assert (folder / "logs/s/best_config.png").stat().st_size > 10_000
 
 
-def test_the_same_command_again_repeats_nothing_and_another_space_is_refused(searched, small_data):
+def test_the_same_command_again_repeats_nothing_and_another_space_is_refused(
+    searched, forks, tmp_path
+):
     folder, said = searched
     arguments = ["--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3]
     command = search_command(folder / "data", "s", *arguments)
     before = (folder / "checkpoints/s/trials.json").stat().st_mtime_ns
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    done = forks.completed(command[3:], folder, tmp_path)
     assert done.returncode == 0
     num_lines = len(done.stdout.splitlines())
     assert 4 <= num_lines <= 5  # with or without importances
     assert done.stdout.splitlines() == said.splitlines()[-num_lines:]
     assert (folder / "checkpoints/s/trials.json").stat().st_mtime_ns == before
-    changed = [*command, "--seed", "1"]
-    done = subprocess.run(changed, cwd=folder, capture_output=True, text=True, timeout=60)
+    done = forks.completed([*command[3:], "--seed", "1"], folder, tmp_path)
     assert done.returncode == 2
     assert "other settings (seed: 0 -> 1)" in done.stderr
 
 
-def test_all_trials_share_the_settings_that_are_not_searched(tmp_path, small_data):
+@pytest.fixture(scope="module")
+def hyperband(tmp_path_factory, small_data):
+    """The folder of a finished HyperBand search whose trials share some settings."""
+    folder = tmp_path_factory.mktemp("hyperband")
     command = search_command(
-        small_data, "s", "--prior", "vamp", "--pseudo-inputs", 4, "--likelihood",
-        "discretized-logistic", "--kl-warmup-epochs", 1, "--num-trials", 2, "--max-epochs", 2,
+        small_data, "h", "--scheduler", "hyperband", "--num-trials", 6, "--max-epochs", 4,
+        "--reduction-factor", 2, "--prior", "vamp", "--pseudo-inputs", 4, "--likelihood",
+        "discretized-logistic", "--kl-warmup-epochs", 1,
     )  # fmt: skip
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "checkpoints/h"
+
+
+def test_all_trials_share_the_settings_that_are_not_searched(hyperband):
     shared = {
         "prior": "vamp", "pseudo_inputs": 4, "likelihood": "discretized-logistic",
         "kl_warmup_epochs": 1.0,
     }  # fmt: skip
-    assert (
-        load_ckpt(tmp_path / "checkpoints/s/winner.pt").config.to_dict().items() >= shared.items()
-    )
-    assert read_result(tmp_path / "checkpoints/s").best_config.to_dict().items() >= shared.items()
+    winner = load_ckpt(hyperband / "winner.pt")
+    assert winner.config.to_dict().items() >= shared.items()
+    assert read_result(hyperband).best_config.to_dict().items() >= shared.items()
 
 
-def test_hyperband_runs_to_its_end(tmp_path, small_data):
-    command = search_command(
-        small_data, "h", "--scheduler", "hyperband", "--num-trials", 6, "--max-epochs", 4,
-        "--reduction-factor", 2,
-    )  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = read_result(tmp_path / "checkpoints/h")
+def test_hyperband_runs_to_its_end(hyperband):
+    result = read_result(hyperband)
     assert len(result.trials) == 6
     assert max(t.num_epochs for t in result.trials) == 4
     for trial in result.trials:  # a paused trial went on from its checkpoint, not from epoch 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_line, write_idx_folder
+from conftest import Command, command_line, write_idx_folder
 from killing import (
     descendants,
     idle_workers,
@@ -38,6 +38,14 @@ def run(command: list[str], folder: Path, status: int = 0) -> subprocess.Complet
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def refused(fork: Command, data: Path, *extra: object, **how: object) -> str:
+    """The one sentence of a search that is refused before Ray is started."""
+    done = fork(*search_command(data, *extra)[3:], **how)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
 
 
 def interrupt_at(text: str, command: list[str], folder: Path) -> None:
@@ -263,18 +271,15 @@ def test_a_full_disk_costs_the_trials_that_do_not_fit(tmp_path, small_data):
         assert trial.name in done.stdout
 
 
-def test_a_folder_that_others_can_write_to_is_refused(tmp_path, small_data):
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path, small_data, fork):
     folder = tmp_path / "checkpoints/s"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    done = run(search_command(small_data), tmp_path, status=2)
-    assert "can be written by everyone" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert "can be written by everyone" in refused(fork, small_data)
     if os.geteuid() == 0:
         folder.chmod(0o755)
         os.chown(folder, 12345, 12345)
-        done = run(search_command(small_data), tmp_path, status=2)
-        assert "belongs to another user" in done.stderr
+        assert "belongs to another user" in refused(fork, small_data)
 
 
 @pytest.mark.faults
@@ -293,22 +298,20 @@ def test_a_damaged_log_is_refused_and_fresh_moves_it_aside(tmp_path, small_data)
     assert len(read_result(folder).trials) == 2
 
 
-def test_a_refused_command_does_not_bind_the_next_one(tmp_path, small_data):
-    nowhere = search_command(tmp_path / "nowhere", "--batch-sizes", 32, "--num-trials", 7)
-    done = run(nowhere, tmp_path, status=2)
-    assert "No file train-images-idx3-ubyte" in done.stderr
+def test_a_refused_command_does_not_bind_the_next_one(tmp_path, small_data, fork):
+    said = refused(fork, tmp_path / "nowhere", "--batch-sizes", 32, "--num-trials", 7)
+    assert "No file train-images-idx3-ubyte" in said
     assert (tmp_path / "checkpoints/s/search.json").exists()
     (tmp_path / "checkpoints/s/search.json").write_text("{")
-    done = run(search_command(small_data, "--batch-sizes", 10**6), tmp_path, status=2)
-    assert "--batch-sizes has more than" in done.stderr  # and not: other settings
+    said = refused(fork, small_data, "--batch-sizes", 10**6)
+    assert "--batch-sizes has more than" in said  # and not: other settings
 
 
-def test_trials_whose_log_is_gone_are_not_removed(tmp_path, small_data):
+def test_trials_whose_log_is_gone_are_not_removed(tmp_path, small_data, fork):
     trained = tmp_path / "checkpoints/s/trials/trial_000/latest.pt"
     trained.parent.mkdir(parents=True)
     trained.write_bytes(b"an hour of work")
-    done = run(search_command(small_data), tmp_path, status=2)
-    assert "holds trials, but not the log of their search" in done.stderr
+    assert "holds trials, but not the log of their search" in refused(fork, small_data)
     assert trained.read_bytes() == b"an hour of work"
 
 
@@ -327,11 +330,9 @@ def test_a_second_driver_is_told_who_the_first_is(tmp_path, small_data):
     assert process.returncode == EXIT_STOPPED
 
 
-def test_a_storage_that_cannot_be_used_is_one_sentence(tmp_path, small_data):
+def test_a_storage_that_cannot_be_used_is_one_sentence(small_data, fork):
     for storage in ("/proc/nowhere", "nosuchscheme://bucket"):
-        done = run(search_command(small_data, "--storage", storage), tmp_path, status=2)
-        assert len(done.stderr.splitlines()) == 1
-        assert "cannot be" in done.stderr
+        assert "cannot be" in refused(fork, small_data, "--storage", storage)
 
 
 @pytest.mark.faults
@@ -436,12 +437,8 @@ def test_a_signal_at_the_end_of_the_search_stops_the_final_training(tmp_path, sm
     assert list((tmp_path / "checkpoints").glob("s-best-before-1"))
 
 
-def test_a_search_in_a_place_without_umask_can_be_gone_on_with(tmp_path, small_data):
+def test_a_search_in_a_place_without_umask_can_be_gone_on_with(small_data, fork):
     """A folder that the first command made must not be one that the second refuses."""
-    command = search_command(small_data, "--batch-sizes", 10**6)  # refused before Ray is started
     for _ in range(2):
-        done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, umask=0, timeout=120
-        )
-        assert done.returncode == 2
-        assert "--batch-sizes has more than" in done.stderr
+        said = refused(fork, small_data, "--batch-sizes", 10**6, umask=0)
+        assert "--batch-sizes has more than" in said

@@ -23,7 +23,7 @@ from vae_hyperband.evaluation.samplers import (
 )
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import figures
-from vae_hyperband.reporting.summaries import LABEL_NAMES
+from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
 
 
 @dataclass(frozen=True)
