@@ -59,10 +59,10 @@ def interrupt_at(text: str, command: list[str], folder: Path) -> None:
     assert process.returncode == EXIT_STOPPED
 
 
-@pytest.fixture(scope="module")
-def slow_data(tmp_path_factory) -> Path:
+@pytest.fixture
+def slow_data(tmp_path) -> Path:
     """Epochs of about a second."""
-    return write_idx_folder(tmp_path_factory.mktemp("data"), num_train=7200, size=12)
+    return write_idx_folder(tmp_path / "data", num_train=7200, size=12)
 
 
 @pytest.mark.faults

@@ -16,10 +16,10 @@ from vae_hyperband.model.checkpoint import load_ckpt
 pytestmark = pytest.mark.faults
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+@pytest.fixture
+def data(tmp_path) -> Path:
     """Enough images for epochs of a second or two: kills have to find training under way."""
-    return write_idx_folder(tmp_path_factory.mktemp("data"), num_train=12000, size=12)
+    return write_idx_folder(tmp_path / "data", num_train=12000, size=12)
 
 
 def search_command(data: Path, scheduler: str, *extra: object) -> list[str]:
