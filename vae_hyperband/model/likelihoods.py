@@ -52,6 +52,7 @@ def reconstruction_nats(
         nats_BCHW = F.binary_cross_entropy_with_logits(logits_BCHW, x_BCHW, reduction="none")
         if likelihood == "continuous-bernoulli":
             nats_BCHW = nats_BCHW - _log_constant(logits_BCHW)
+    # a sum over pixels, since log p(x|z) of independent pixels is one
     return nats_BCHW.flatten(start_dim=1).sum(dim=1)
 
 
@@ -87,6 +88,7 @@ def _discretized_logistic(mean: Tensor, x: Tensor, log_scale: Tensor) -> Tensor:
 
     The lowest and the highest level have all that lies beyond them.
     """
+    # the scale is learned as a logarithm, which keeps it positive
     precision = (-log_scale).exp()
     upper = (x + 0.5 / LEVELS - mean) * precision
     lower = (x - 0.5 / LEVELS - mean) * precision

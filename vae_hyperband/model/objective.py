@@ -44,6 +44,7 @@ def forward_pass(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Pass:
     """
     logits_BCHW, mu_BZ, logvar_BZ, z_BZ = model(x_BCHW, noise_BZ)
     recon_B = reconstruction_nats(logits_BCHW, x_BCHW, model.likelihood, model.log_scale)
+    # a sum over latent dimensions, as recon_B is over pixels: with beta = 1 this is the ELBO
     if model.vamp is None:
         kl_B = kl_to_standard_normal(mu_BZ, logvar_BZ)
     else:
@@ -105,6 +106,7 @@ def training_total(
     """
     (recon_B, kl_B), beta = passed.nats, settings.beta
     if config.objective == "free-bits":
+        # the batch's mean first: a free nat per image would let single images ignore z
         kl_Z = kl_per_dimension(passed.mu_BZ, passed.logvar_BZ).mean(dim=0)
         return recon_B.mean() + beta * kl_Z.clamp(min=config.free_bits).sum()
     if config.objective == "capacity":
@@ -112,6 +114,7 @@ def training_total(
     if config.objective == "beta-tc":
         correlation = total_correlation(passed, num_images)
         return (recon_B + kl_B).mean() + (beta - 1) * correlation
+    # the mean over images alone: a mean over pixels, too, would multiply beta by their number
     return (recon_B + beta * kl_B).mean()
 
 
@@ -127,6 +130,7 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
         + passed.logvar_BZ
         + math.log(2 * math.pi)
     )
+    # max(..., 1): a batch or a split of one image has no others
     others = max(num_images - 1, 1) / (num_images * max(num - 1, 1))
     kind, device = log_q_BBZ.dtype, log_q_BBZ.device
     log_share_BB = torch.full((num, num), math.log(others), dtype=kind, device=device)

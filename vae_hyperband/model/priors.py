@@ -47,6 +47,7 @@ class VampPrior(nn.Module):
     def log_density(self, z_BZ: Tensor, encode: Encode) -> Tensor:
         """log p(z) in nats, shape (B,)."""
         mu_KZ, logvar_KZ = encode(self.images_KCHW)
+        # every pseudo-input is encoded in each step, since the encoder has changed
         log_BK = log_normal(z_BZ[:, None], mu_KZ, logvar_KZ)
         return log_BK.logsumexp(dim=1) - math.log(len(mu_KZ))
 
@@ -54,6 +55,7 @@ class VampPrior(nn.Module):
         self, noise_NZ: Tensor, encode: Encode, generator: torch.Generator | None = None
     ) -> Tensor:
         """Samples of p(z) made from the given standard normal noise, shape (N, Z)."""
+        # sampled where the noise is: the same generator gives the same z on any device
         device = noise_NZ.device
         mu_KZ, logvar_KZ = (x.to(device) for x in encode(self.images_KCHW))
         shape = (len(noise_NZ),)

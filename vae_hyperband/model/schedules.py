@@ -17,6 +17,7 @@ def beta_at(
     2019, equation 6).
     """
     if cycles:
+        # the place within a cycle goes from 0 to 1; beta is reached in its middle
         return beta * min(1.0, 2 * (step * cycles / num_steps % 1))
     return beta * min(1.0, step / warmup_steps) if warmup_steps > 0 else beta
 
@@ -26,6 +27,7 @@ def learning_rate_at(step: int, num_steps: int, peak: float, schedule: str) -> f
     peak/250,000 (Smith & Topin 2018). "constant" is the peak throughout."""
     if schedule == "constant":
         return peak
+    # counted as torch's OneCycleLR counts, whose values these are
     warmup = max(1.0, WARMUP_SHARE * num_steps - 1)
     if step <= warmup:
         low, high, share = peak / 25, peak, step / warmup
@@ -45,6 +47,7 @@ class StepSettings(NamedTuple):
 
 def settings_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepSettings:
     """The capacity rises to its end over the first half of the training (Burgess et al. 2018)."""
+    # functions of the step alone, so a resumed run needs no state of a scheduler
     num_steps = config.epochs * steps_per_epoch
     warmup_steps = config.kl_warmup_epochs * steps_per_epoch
     return StepSettings(

@@ -111,6 +111,7 @@ class VAE(nn.Module):
 
         Returns ``(logits_BCHW, mu_BZ, logvar_BZ, z_BZ)``.
         """
+        # the noise is an argument: a hidden generator would make a step depend on what ran before
         mu_BZ, logvar_BZ = self.encode(x_BCHW)
         z_BZ = reparameterize(mu_BZ, logvar_BZ, noise_BZ)
         return self.decode(z_BZ), mu_BZ, logvar_BZ, z_BZ

@@ -24,12 +24,13 @@ TRIAL_SECONDS = 2.0  # of training, on a model that is thrown away
 def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> str:
     """The configuration, where it would be computed, and how long it would take, as text.
 
-    ``advise``: who asks can choose the number of threads, and is told where fewer are faster.
+    ``advise``: suggest fewer threads when the machine is busy.
 
     Raises what :func:`~vae_hyperband.training.loop.fit` would raise for the configuration, the
     device, the data, and a run of that name with other settings.
     """
     device = pick_device(options.device)
+    # looked at first: the measurement below is a load, too
     before = busy(advise and options.num_threads is None)
     with cpu_threads(options.num_threads):
         train = load_split("train", options.data_dir, config.dataset)
@@ -93,6 +94,7 @@ def a_line_each(settings: dict[str, Any]) -> str:
 
 def seconds_per_step(config: TrainConfig, train: Split, device: torch.device) -> float:
     """Of training, by trying it on a new model."""
+    # a model of its own: measuring must not train the run that it is about
     state = new_state(config, train.image_shape, len(train), device)
     loader = get_dataloader(train, config.batch_size, seed=config.seed, shuffle=True, device=device)
     times = [time.monotonic()]

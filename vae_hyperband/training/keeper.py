@@ -54,11 +54,14 @@ def newest_good(folder: Path) -> Checkpoint | None:
             except DamagedError as error:
                 damage.append(error)
 
+    # most of the time these two are good, and the earlier ones need not be read
     read(latest, best)
     if latest in good and not _lacks_best(good[latest], good.get(best)):
         return good[latest]
     read(*earlier_ckpts(folder).values())
     whole = [path for path in good if not _lacks_best(good[path], good.get(best))]
+    # a checkpoint whose best.pt is gone is used only if nothing was damaged: then a person removed
+    # it, and the run can do without
     if not whole and (damage or not good):
         if damage:
             raise DamagedError(
@@ -140,6 +143,7 @@ class Keeper:
         if improved:
             self._unsaved_best = checkpoint
         try:
+            # a checkpoint supposes the rows up to its step, so they are on disk before it
             self._flush_logs()
             # best.pt first: a kill between the two costs work, but latest.pt never names a best
             # checkpoint that is not there
@@ -164,12 +168,14 @@ class Keeper:
             return
         second = self.latest.with_name(f"step-{self._last_step:08d}.pt")
         second.unlink(missing_ok=True)  # of the same step, but perhaps damaged since
+        # a hard link costs no copy of the file
         try:
             os.link(self.latest, second)
         except OSError:  # not every file system has such links
             copy_ckpt(self.latest, second)
 
     def _remove_superfluous(self) -> None:
+        # only now that the new file was read back: until then an old one may be all there is
         kept = 0
         for step, path in earlier_ckpts(self.latest.parent).items():
             # one of a later step is damaged: the run went on from before it

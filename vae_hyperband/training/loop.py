@@ -122,16 +122,15 @@ def fit(
         only_writer(options.ckpt_folder),
         only_writer(options.log_folder),
     ):
-        train, held_out = splits or (
-            load_split("train", options.data_dir, config.dataset),
-            load_split("validation", options.data_dir, config.dataset),
-        )
+        train, held_out = splits or _load_splits(config, options)
         held_out = as_trained(held_out, config)
+        # the images stay on the device as bytes: a batch is one gather, not a copy from the host
         train_loader = get_dataloader(
             train, config.batch_size, seed=config.seed, shuffle=True, device=device
         )
         validation_loader = eval_dataloader(held_out, device)
         losses = compiled_losses(device) if options.compile else batch_losses
+        # a checkpoint tells on what it was computed: elsewhere the last bits may differ
         where = environment(device) | ({"compiled": True} if options.compile else {})
         state = first_state(config, options, train, device, where, quiet)
 
@@ -156,12 +155,14 @@ def fit(
                 if should_stop() and not finished:
                     trainer.save(required=True)
                     break
-    return FitResult(
-        finished=state.step >= state.num_steps,
-        state=state,
-        latest=trainer.keeper.latest,
-        best=trainer.keeper.best,
-        log_folder=options.log_folder,
+    return trainer.result()
+
+
+def _load_splits(config: TrainConfig, options: RunOptions) -> tuple[Split, Split]:
+    """Training and validation split; the test split is never opened here."""
+    return (
+        load_split("train", options.data_dir, config.dataset),
+        load_split("validation", options.data_dir, config.dataset),
     )
 
 
@@ -257,6 +258,7 @@ class Trainer:
             config.fid_samples,
             capacity,
         )
+        # finite steps do not imply it: validation sees images on which the weights may overflow
         if not math.isfinite(losses["bound"]):
             raise DivergedError(
                 f"The validation bound after epoch {state.epoch} is {losses['bound']}: use a lower "
@@ -270,6 +272,15 @@ class Trainer:
         if state.step == state.num_steps:
             self._log_hyperparameters()
         self.save(improved, required)
+
+    def result(self) -> FitResult:
+        return FitResult(
+            finished=self.state.step >= self.state.num_steps,
+            state=self.state,
+            latest=self.keeper.latest,
+            best=self.keeper.best,
+            log_folder=self._options.log_folder,
+        )
 
     def _log_training(self) -> None:
         """A row of training losses, averaged over the steps since the last such row."""
@@ -292,6 +303,7 @@ class Trainer:
             # the same noise each time, so that one sees the same garments become clearer
             random_samples=state.model.sample(64, generator(state.config.seed, "pictures")),
         )
+        # of the pictures only: a histogram does not need the whole split encoded once more
         with torch.no_grad():
             posteriors = Posteriors(*state.model.encode(images_BCHW))
         nats_Z = information_per_dimension(state.model, posteriors)

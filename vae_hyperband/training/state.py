@@ -90,10 +90,12 @@ def new_state(
 
 
 def _state_of(config: TrainConfig, model: VAE, steps_per_epoch: int) -> TrainState:
+    # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, fused=True
     )
     state = TrainState(config, model, optimizer, steps_per_epoch)
+    # on the model's device, so that adding to them does not wait for it
     state.sums = state.sums.to(next(model.parameters()).device)
     return state
 
@@ -141,6 +143,7 @@ def first_state(
     state.optimizer.load_state_dict(found.optimizer_state)
     state.step, state.sums = found.step, found.sums.to(device)
     state.metrics = found.metrics
+    # remembered, so that the same command a second time continues instead of starting over
     state.resumed_from = found.digest if given else found.resumed_from
     if given:
         _bring_best_along(found, options.ckpt_folder)
@@ -171,6 +174,7 @@ def ckpt_to_resume(
     found, given = _ckpt_found(options)
     if found:
         _check_same_run(config, found, train)
+        # more epochs stretch the schedule; fewer would make steps that are taken undone
         epochs = found.step / math.ceil(len(train) / config.batch_size)
         if epochs > config.epochs:
             raise ResumeError(
@@ -201,6 +205,7 @@ def _ckpt_found(options: RunOptions) -> tuple[Checkpoint | None, bool]:
 def _check_same_run(config: TrainConfig, found: Checkpoint, train: Split) -> None:
     old = {**found.config.to_dict(), **_named(found.data)}
     new = {**config.to_dict(), **_named(DataFacts.of(train))}
+    # these decide how far the run goes and what is looked at, not what a step computes
     for name in RESUME_MAY_CHANGE:
         old.pop(name), new.pop(name)
     if changed := differences(old, new):

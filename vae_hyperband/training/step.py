@@ -32,6 +32,7 @@ def take_step(
     """Train on one batch, or raise :class:`DivergedError` with the state as it was."""
     config, model, optimizer = state.config, state.model, state.optimizer
     settings = settings_at(config, state.step, state.steps_per_epoch)
+    # set in every step instead of by a scheduler object, whose state would have to be saved
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate
 
@@ -43,6 +44,7 @@ def take_step(
     )
     nats, total = losses(config, model, x_BCHW, noise_SZ, settings, order.num_images)
 
+    # to None, not to zeros: the backward pass then writes gradients instead of adding them
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     # before the weights change: afterwards nothing could be saved
@@ -148,6 +150,7 @@ def _refuse_non_finite(state: TrainState, total: Tensor, nats: Nats, order: Epoc
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
     if math.isfinite(sum(norms, start=total.detach())):
         return
+    # name the images: a damaged one is the usual cause
     start = state.step % state.steps_per_epoch * order.batch_size
     ids_B = order.order(state.epoch)[start : start + order.batch_size]
     bad = ids_B[~torch.isfinite(nats.recon_B + nats.kl_B).cpu()].tolist()

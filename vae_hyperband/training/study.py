@@ -70,6 +70,7 @@ def run_study(
     for number, (name, config) in enumerate(configs.items(), start=1):
         say(f"run {number} of {len(configs)}: {name}")
         where = RunOptions(**places.options(f"{places.run}-{name}"))
+        # a run that is trained returns at once, so a second call costs only its evaluation
         trained = fit(config, where, should_stop=should_stop, quiet=True)
         if not trained.finished or should_stop():
             return None
@@ -81,6 +82,7 @@ def run_study(
             options,
         )
         rows.append(row_of(name, evaluation))
+        # after every run, so that a stopped study can be looked at
         write_rows(rows, split, places.log_folder / "study.json")
     return rows
 
@@ -221,6 +223,7 @@ def value_of(row: Row, measure: str) -> float:
 def over_seeds(rows: Iterable[Row], measure: str) -> dict[str, float]:
     """Mean over runs that differ in their seed, and half of its 95% interval (Student's t)."""
     values = [value_of(row, measure) for row in rows]
+    # one seed has no spread: NaN, not a bar of length 0
     half = math.nan
     if len(values) > 1:
         quantile = float(stdtrit(len(values) - 1, 0.975))
@@ -232,6 +235,7 @@ def grouped(rows: list[Row]) -> list[list[Row]]:
     """Runs that differ in their seed only, in the order of the rows."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
+        # equal but for the seed: what differs within a group is chance
         key = json.dumps({**row["config"], "seed": None}, sort_keys=True)
         groups.setdefault(key, []).append(row)
     return list(groups.values())

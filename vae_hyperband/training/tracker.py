@@ -66,11 +66,13 @@ class Tracker:
 
     def __init__(self, folder: Path, start_step: int, tensorboard: bool = True) -> None:
         make_folder(folder)
+        # a run that starts over must not append to the log of another
         if start_step == 0:
             _put_aside(folder / "metrics.jsonl")
         self._files = []
         for name in ("metrics.jsonl", "timing.jsonl"):
             remove_leftovers(folder / name)
+            # rows after the checkpoint will be computed and written again
             write_bytes(folder / name, _rows_until(folder / name, start_step))
             self._files.append(AppendedFile(folder / name))
         self._metrics, self._timing = self._files
@@ -91,6 +93,7 @@ class Tracker:
 
     def scalars(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """One row of losses in nats per image; TensorBoard tags are ``recon_loss/train`` etc."""
+        # no clock in it: a run that was killed and resumed leaves the same bytes
         row = {"step": step, "epoch": epoch, "split": split, **values}
         self._metrics.write(_line(row))
         for name, value in values.items():
@@ -98,6 +101,7 @@ class Tracker:
             self._show(scalar(tag, value), step)
 
     def speed(self, step: int, images_per_second: float) -> None:
+        # in a file of its own, since it differs from run to run
         row = {"step": step, "images_per_second": round(images_per_second, 1)}
         self._timing.write(_line(row))
         self._show(scalar("images_per_second", images_per_second), step)
@@ -138,6 +142,7 @@ class Tracker:
         Raises :class:`RunFolderError` if there is no room; what was logged is kept for the next
         try.
         """
+        # a checkpoint that is ahead of its log would leave a hole in it after a power cut
         for file in self._files:
             file.flush()
 
@@ -178,6 +183,7 @@ def read_rows(path: Path, needed: tuple[str, ...] = ()) -> list[LogRow]:
         raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
     rows: list[LogRow] = []
     for line in lines:
+        # a kill may tear a line, a disk may damage one: it costs its row, not all others
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             whole = isinstance(row, dict) and isinstance(row.get("step"), int)
@@ -281,6 +287,7 @@ class Progress:
     ) -> None:
         if self._quiet:
             return
+        # steps of this process only: what was done before a resume took none of its time
         done = max(step - self._first, 1)
         left = (time.monotonic() - self._started) / done * (self._num - step)
         line = (
