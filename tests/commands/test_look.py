@@ -342,7 +342,9 @@ def test_what_only_begins_with_a_name_is_named(runs, tmp_path, capsys):
     for name in ("job-search", "job-best"):
         (tmp_path / name).mkdir()
     assert main(["report", "job", "--checkpoints-dir", str(tmp_path)]) == 2
-    assert "job is no run, but job-best, job-search begin with" in capsys.readouterr().err
+    assert (
+        "job is not a run; the names job-best, job-search begin with it." in capsys.readouterr().err
+    )
 
 
 def test_a_setting_that_a_run_does_not_look_at_is_not_compared(runs, places, small_data, capsys):

@@ -132,7 +132,7 @@ def best_ckpt(place: Places) -> Path:
         why = f"The run {place.run} has not been validated yet: run its command again to resume it."
     elif related := sorted(path.name for path in place.checkpoints_dir.glob(f"{place.run}-*")):
         # the parts of a job, the runs of a study
-        why = f"{place.run} is not a run, but {', '.join(related[:20])} begin with it: give one."
+        why = f"{place.run} is not a run; the names {', '.join(related[:20])} begin with it."
     else:
         there = sorted(path.parent.name for path in place.checkpoints_dir.glob(f"*/{BEST}"))
         why = f"{place.checkpoints_dir} has no run {place.run}" + (
