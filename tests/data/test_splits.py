@@ -242,8 +242,8 @@ FUZZ = """
 import gzip, random, resource, sys
 from pathlib import Path
 import numpy as np
-from vae_hyperband.errors import DataError
-from vae_hyperband.idx import read_idx
+from vae_hyperband.common.errors import DataError
+from vae_hyperband.data.idx import read_idx
 
 rng, path, counts = random.Random(int(sys.argv[1])), Path(sys.argv[2]), [0, 0]
 array = np.random.default_rng(1).integers(0, 256, (20, 8, 8), dtype=np.uint8)
