@@ -15,6 +15,7 @@ from conftest import NAMES, command_line, write_idx_folder, written
 
 from vae_hyperband import train_vae
 from vae_hyperband.commands.sample import label_number
+from vae_hyperband.commands.train import option_value
 from vae_hyperband.common.config import RunOptions, TrainConfig, check_run_name
 from vae_hyperband.common.errors import ConfigError, DeviceError, VAEHyperbandError
 from vae_hyperband.common.process import pick_device
@@ -136,6 +137,23 @@ def test_labels_without_names_are_numbers():
     assert label_number("10", ()) == 10
     with pytest.raises(ConfigError, match="must be a number"):
         label_number("hat", ())
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--seed", "1", "--resume_ckpt", "a.pt"], "a.pt"),
+        (["--resume-ckpt=a=b.pt", "--seed", "1"], "a=b.pt"),
+        (["--resume_ckpt", "a.pt", "--resume-ckpt", "b.pt"], "b.pt"),
+        (["--resume_ckpt", ""], ""),
+        (["--resume_ckpt"], None),
+        (["--resume_ckpt", "--seed", "1"], None),
+        (["--resume", "a.pt"], None),
+        ([], None),
+    ],
+)
+def test_the_configuration_is_found_before_the_other_options_are_read(argv, value):
+    assert option_value(argv, "--resume-ckpt") == value
 
 
 def test_data_says_what_it_found(small_data, capsys):

@@ -305,8 +305,8 @@ def test_importance_weights_are_ratios_of_densities(pseudo_inputs, small_data):
     ("changes", "sentence"),
     [
         ({"kl_cycles": 2, "kl_warmup_epochs": 1}, "give only one"),
-        ({"objective": "beta-tc", "beta": 4, "prior": "vamp"}, "only --prior normal allows"),
-        ({"objective": "free-bits", "prior": "vamp"}, "only --prior normal allows"),
+        ({"objective": "beta-tc", "beta": 4, "prior": "vamp"}, "so needs --prior normal"),
+        ({"objective": "free-bits", "prior": "vamp"}, "so needs --prior normal"),
         ({"objective": "iwae", "beta": 2}, "has no KL term to weigh"),
         ({"objective": "iwae", "kl_cycles": 2}, "has no KL term to weigh"),
         ({"objective": "wae"}, "must be one of"),

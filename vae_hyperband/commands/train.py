@@ -49,7 +49,7 @@ def train(argv: list[str]) -> int:
 
 def _defaults(argv: list[str]) -> TrainArgs:
     """The values of the options that are not given: from --config, --resume_ckpt, or the usual."""
-    config, resume_ckpt = _value(argv, "--config"), _value(argv, "--resume-ckpt")
+    config, resume_ckpt = option_value(argv, "--config"), option_value(argv, "--resume-ckpt")
     if config is not None and resume_ckpt is not None:
         raise ConfigError("--config and --resume_ckpt both name a configuration: give only one.")
     if config is not None:
@@ -65,7 +65,7 @@ def _defaults(argv: list[str]) -> TrainArgs:
     return TrainArgs(TrainConfig(), RunOptions())
 
 
-def _value(argv: list[str], option: str) -> str | None:
+def option_value(argv: list[str], option: str) -> str | None:
     """The value of an option, read before tyro reads them all, which needs the defaults.
 
     None if it is not given, or if its value is missing, for which tyro has the error message.

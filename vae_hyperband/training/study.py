@@ -10,7 +10,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,25 @@ def train_side_by_side(
                     config,
                     RunOptions(**places.options(f"{places.run}-{name}"), num_threads=1),
                     stop_file,
+                    os.getpid(),
                 )
                 for name, config in configs.items()
             }
             for name, run in runs.items():
-                while not run.done() and not should_stop():
+                while not run.done():
                     wait([run], timeout=0.2)
-                losses = None if should_stop() else run.result()
+                    if should_stop():
+                        return False
+                    for ended in filter(Future.done, runs.values()):
+                        ended.result()  # raises what ended it
+                losses = run.result()
                 if losses is None:
                     return False
                 on_trained(name, losses)
             return True
         except BrokenExecutor as error:
+            if should_stop():  # Ctrl-C reached a process before it could handle signals
+                return False
             raise OutOfMemoryError(
                 "A training process was killed, perhaps for lack of memory: the same command "
                 "continues."
@@ -133,13 +140,14 @@ def train_side_by_side(
             pool.shutdown(cancel_futures=True)  # waits for the runs that are saving
 
 
-def _train(config: TrainConfig, options: RunOptions, stop_file: Path) -> dict[str, Any] | None:
+def _train(
+    config: TrainConfig, options: RunOptions, stop_file: Path, parent: int
+) -> dict[str, Any] | None:
     """Train one run in a worker process: its last losses, or None if it was stopped.
 
     Ctrl-C in a terminal reaches every process, other signals only the parent, which then creates
-    the stop file. A worker also stops when its parent was killed, and ends: nobody waits for it.
+    the stop file. If the parent was killed, the worker saves and ends: nobody waits for it.
     """
-    parent = os.getppid()
     with stop_flag() as signalled:
         trained = fit(
             config,
