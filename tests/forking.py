@@ -55,8 +55,10 @@ class Forks:
 
         late = threading.Timer(seconds, end)
         late.start()
-        status = int(self._server.stdout.readline())
-        late.cancel()
+        try:
+            status = int(self._server.stdout.readline())
+        finally:
+            late.cancel()
         self._child = 0
         assert not killed, f"not at its end after {seconds} s"
         return status

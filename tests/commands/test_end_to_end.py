@@ -173,7 +173,7 @@ def test_a_signal_to_the_beta_comparison_reaches_every_training(tmp_path, small_
         while not all(path.exists() for path in files) and process.poll() is None:
             time.sleep(0.1)
         process.terminate()
-        assert process.wait(120) == 75
+        assert process.wait(30) == 75
         assert "the same command continues" in process.stdout.read()
     for path in files:
         assert load_ckpt(path).step > 0

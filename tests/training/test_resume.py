@@ -233,7 +233,7 @@ def test_a_signal_saves_says_so_and_the_same_command_goes_on(tmp_path, small_dat
     while not latest.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=30)
     assert process.returncode == EXIT_STOPPED
     assert "vae-hyperband train --run cut" in said
     stopped_at = load_ckpt(latest).step

@@ -95,5 +95,5 @@ def test_what_nobody_can_read_does_not_cost_the_save(tmp_path, small_data, reade
     os.close(end)
     before = newest_good(latest.parent).step
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == EXIT_STOPPED
+    assert process.wait(30) == EXIT_STOPPED
     assert newest_good(latest.parent).step > before
