@@ -14,7 +14,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 help:  ## Show this list
 	@echo "make setup   make $(VENV) with the tested set of packages; the others do so by themselves"
 	@echo "make run     set up, search, train the best configuration, evaluate it, draw figures"
-	@echo "make demo    the same on garments that are drawn, without any download, in some minutes"
+	@echo "make demo    the same on synthetic garments, without any download, in a few minutes"
 	@echo "make test    set up, run the tests"
 	@echo "make faults  run the slow tests, most of which kill real processes"
 	@echo "make soak MINUTES=60  random runs under random faults, for that long"
@@ -23,7 +23,7 @@ help:  ## Show this list
 	@echo "make lint    check format, style and types"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
 	@echo "make notebook  execute model.ipynb and store its outputs"
-	@echo "make reproduce  train and judge many models, for docs/results.json (hours)"
+	@echo "make reproduce  train and evaluate many models, for docs/results.json (hours)"
 	@echo "make best    train the best generator found, and write 10,000 of its images"
 	@echo "make bench   measure how fast training, searching and sampling are (long)"
 	@echo "make clean   remove caches and build files; your runs and the environment stay"
@@ -52,7 +52,7 @@ data: $(READY)  ## Fetch and check Fashion-MNIST
 run: $(READY)  ## The whole job
 	$(BIN)/vae-hyperband run
 
-demo: $(READY)  ## The whole job on drawn garments, without any download
+demo: $(READY)  ## The whole job on synthetic garments, without any download
 	$(BIN)/vae-hyperband run --run demo --dataset drawn
 
 test: $(READY)  ## The tests; Fashion-MNIST is fetched if it can be, one test uses it
@@ -77,7 +77,7 @@ lint: $(READY)  ## Format, style, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-reproduce: $(READY)  ## Train and judge every model of docs/results.json
+reproduce: $(READY)  ## Train and evaluate every model of docs/results.json
 	$(BIN)/python benchmarks/reproduce.py
 
 best: $(READY)  ## The best generator found, and 10,000 of its images
