@@ -17,6 +17,7 @@ from vae_hyperband.common.config import TrainConfig
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch
 from vae_hyperband.model.checkpoint import load_ckpt, load_model
+from vae_hyperband.search.config import Hyperparameters
 from vae_hyperband.search.trials import SearchResult, TrialRecord, read_result, write_result
 from vae_hyperband.training.loop import fit
 
@@ -29,7 +30,7 @@ def test_real_data_are_trained_on_stopped_and_gone_on_with(fashion_mnist, option
         stopped = fit(TrainConfig(), where, should_stop=asked.__next__, quiet=True)
     train, validation = load_split("train"), load_split("validation")
     content = load_ckpt(stopped.latest)
-    assert content["step"] == 120
+    assert content.step == 120
     assert content["data"]["digest"] == train.digest
     held_out = dataclasses.replace(
         validation, images_NCHW=validation.images_NCHW[:500], labels_N=validation.labels_N[:500]
@@ -53,7 +54,7 @@ def test_the_main_job_trains_and_evaluates_the_winner_of_its_search(fork, small_
     trials = [
         TrialRecord(
             number,
-            {"latent_dim": 16, "learning_rate": 1e-3, "batch_size": 64, "beta": 1.0},
+            Hyperparameters(latent_dim=16, learning_rate=1e-3, batch_size=64, beta=1.0),
             [row | {"bound": 90.0 - number, "total_loss": 90.0 - number}],
             "finished",
         )

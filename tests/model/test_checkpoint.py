@@ -73,7 +73,7 @@ def test_no_truncated_file_is_ever_loaded(saved, tmp_path):
 
 
 def test_a_copy_of_a_file_that_is_gone_is_told_apart_from_a_crash(tmp_path):
-    """Training goes on, unsaved, as on a full disk."""
+    """Training continues, unsaved, as on a full disk."""
     with pytest.raises(RunFolderError, match="cannot be read"):
         copy_ckpt(tmp_path / "best.pt", tmp_path / "latest.pt")
 

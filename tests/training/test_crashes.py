@@ -239,7 +239,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(options, small_config, mo
     result = fit(small_config, place, quiet=True)
     said = capfd.readouterr().err
     assert said.count("cannot be written: No space left on device.") >= 15
-    assert "Training goes on, unsaved." in said
+    assert "Training continues, unsaved." in said
     assert load_ckpt(result.latest).digest == load_ckpt(whole.latest).digest
     assert load_ckpt(result.best).digest == load_ckpt(whole.best).digest
     logs = [run.log_folder / "metrics.jsonl" for run in (whole, result)]

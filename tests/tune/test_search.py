@@ -194,7 +194,7 @@ def test_a_signal_ends_a_search_cleanly_and_the_same_command_goes_on(tmp_path, s
         ({"algorithm": "bohb"}, "must be one of"),
         ({"reduction_factor": 1}, "--reduction-factor is 1"),
         ({"latent_dims": (16, 0)}, "--latent-dim is 0"),
-        ({"batch_sizes": ()}, "no value to choose"),
+        ({"batch_sizes": ()}, "needs at least one value"),
         ({"betas": (-1.0,)}, "--beta is -1"),
         ({"learning_rates": (1e-2, 1e-3)}, "0 < lowest < highest"),
         ({"scheduler": "bohb"}, "must be one of"),

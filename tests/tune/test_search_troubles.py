@@ -275,7 +275,7 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path, small_data, fork
     folder = tmp_path / "checkpoints/s"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    assert "can be written by everyone" in refused(fork, small_data)
+    assert "is writable by everyone" in refused(fork, small_data)
     if os.geteuid() == 0:
         folder.chmod(0o755)
         os.chown(folder, 12345, 12345)

@@ -79,7 +79,7 @@ def export(argv: list[str]) -> int:
     for name, (format, usual) in ONLY_FOR.items():
         require(
             args.format == format or getattr(args, name) == usual,
-            f"{flag(name)} is for --format {format}: remove it.",
+            f"{flag(name)} needs --format {format}: remove it.",
         )
     require(
         args.sampler != "prior" or args.fitting == SamplerConfig(),

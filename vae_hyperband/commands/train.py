@@ -1,6 +1,7 @@
 """The command ``train``: train one run, or continue it."""
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def option_value(argv: list[str], option: str) -> str | None:
     None if it is not given, or if its value is missing, for which tyro has the error message.
     """
     found = None
-    for word, following in zip(argv, [*argv[1:], "-"], strict=True):
+    for word, following in itertools.pairwise([*argv, "-"]):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") == option:
             value = value if equals else following
