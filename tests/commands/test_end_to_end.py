@@ -31,7 +31,7 @@ def test_real_data_are_trained_on_stopped_and_gone_on_with(fashion_mnist, option
     train, validation = load_split("train"), load_split("validation")
     content = load_ckpt(stopped.latest)
     assert content.step == 120
-    assert content["data"]["digest"] == train.digest
+    assert content.data.digest == train.digest
     held_out = dataclasses.replace(
         validation, images_NCHW=validation.images_NCHW[:500], labels_N=validation.labels_N[:500]
     )
@@ -68,7 +68,7 @@ def test_the_main_job_trains_and_evaluates_the_winner_of_its_search(fork, small_
     assert done.returncode == 0, done.stderr
     assert "epoch 1/1" in done.stdout
     best = load_ckpt(tmp_path / "checkpoints/p-best/best.pt")
-    assert best["config"]["latent_dim"] == 16
+    assert best.config.latent_dim == 16
     report = json.loads((tmp_path / "logs/p-best/evaluation.json").read_text())
     assert report["split"] == "test"
     assert f"{report['bound']['mean']:.2f} +- " in done.stdout
