@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.common.config import Dataset, Places, TrainConfig
 from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.common.process import EXIT_STOPPED, pick_device, stop_flag
 from vae_hyperband.data.splits import load_split
+from vae_hyperband.model.checkpoint import Metrics
 from vae_hyperband.training.study import train_side_by_side
 
 
@@ -70,7 +70,7 @@ def train(args: BetaArgs, should_stop: Callable[[], bool]) -> bool:
     False if told to stop; then the same command continues.
     """
 
-    def show(name: str, losses: dict[str, Any]) -> None:
+    def show(name: str, losses: Metrics) -> None:
         print(
             f"{name.removeprefix('beta-'):<6} {losses['recon_loss']:14.2f} "
             f"{losses['KL_divergence']:7.2f} {losses['bound']:7.2f}",

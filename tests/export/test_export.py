@@ -287,7 +287,7 @@ DAMAGES = {
         lambda folder: (folder / "config.json").write_text("[" * 10**6),
         "no model that can",
     ),
-    "of other numbers": (lambda folder: _convert(folder), "bfloat16, but a model of ours"),
+    "of other numbers": (lambda folder: _convert(folder), "bfloat16, but this package.s models"),
     "of tomorrow": (lambda folder: _edit(folder, version=2), "newer vae-hyperband"),
 }
 

@@ -272,7 +272,7 @@ def _model(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path | 
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> VAE:
-    """The model of any checkpoint of ours, or of a folder that ``export`` wrote, in eval mode.
+    """The model of a checkpoint, or of a folder that ``export`` wrote, in eval mode.
 
     Raises :class:`CheckpointError`.
     """
@@ -315,7 +315,9 @@ def load_shared(folder: Path) -> VAE:
             "newer vae-hyperband."
         )
     if other := {str(x.dtype) for x in tensors.values() if x.dtype != torch.float32}:
-        raise CheckpointError(f"{path} holds {', '.join(other)}, but a model of ours is float32.")
+        raise CheckpointError(
+            f"{path} holds {', '.join(other)}, but this package's models are float32."
+        )
     try:
         model = _model(config["model"], tensors, path)
     except (KeyError, TypeError, RuntimeError, OverflowError, ConfigError) as error:

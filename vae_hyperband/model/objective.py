@@ -109,6 +109,7 @@ def training_total(
         # the batch's mean first: a free nat per image would let single images ignore z
         kl_Z = kl_per_dimension(passed.mu_BZ, passed.logvar_BZ).mean(dim=0)
         return recon_B.mean() + beta * kl_Z.clamp(min=config.free_bits).sum()
+    # an absolute value: a KL below C is pulled up as one above it is pushed down
     if config.objective == "capacity":
         return recon_B.mean() + beta * (kl_B.mean() - settings.capacity).abs()
     if config.objective == "beta-tc":
@@ -134,7 +135,9 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
     others = max(num_images - 1, 1) / (num_images * max(num - 1, 1))
     kind, device = log_q_BBZ.dtype, log_q_BBZ.device
     log_share_BB = torch.full((num, num), math.log(others), dtype=kind, device=device)
+    # the diagonal is each z under the image that it came from
     log_share_BB.fill_diagonal_(-math.log(num_images))
+    # log q(z) and the product of log q(z_d), both as mixtures over the batch's posteriors
     joint_B = (log_q_BBZ.sum(dim=2) + log_share_BB).logsumexp(dim=1)
     marginals_BZ = (log_q_BBZ + log_share_BB[:, :, None]).logsumexp(dim=1)
     return (joint_B - marginals_BZ.sum(dim=1)).mean()
@@ -156,11 +159,13 @@ def log_weights(
     ``logvar_BZ`` are the images' posteriors, which every sample shares.
     """
     z_KBZ = reparameterize(mu_BZ, logvar_BZ, noise_KBZ)
+    # all samples in one batch of K * B images
     logits = model.decode(z_KBZ.flatten(0, 1))
     x = x_BCHW.repeat(len(noise_KBZ), 1, 1, 1)
     recon = reconstruction_nats(logits, x, model.likelihood, model.log_scale)
     recon_KB = recon.view(len(noise_KBZ), -1)
     log_prior_KB = model.log_prior(z_KBZ.flatten(0, 1)).view_as(recon_KB)
+    # at the samples, also for a normal prior: the weights need each sample's own value
     kl_KB = log_normal(z_KBZ, mu_BZ, logvar_BZ) - log_prior_KB
     nats = Nats(recon_KB.mean(dim=0), kl_KB.mean(dim=0))
     return -recon_KB - kl_KB, Pass(nats, mu_BZ, logvar_BZ, z_KBZ[0])
@@ -177,6 +182,7 @@ def held_out_weights(config: TrainConfig) -> tuple[float, float]:
     The objective at its end, as far as the bound's two parts say it: for beta-tc without the total
     correlation, for iwae with one sample, for free-bits with nothing free.
     """
+    # the total correlation needs a batch's pairs, which an average per image does not have
     if config.objective == "beta-tc":
         return 1.0, 0.0
     return config.beta, config.capacity if config.objective == "capacity" else 0.0

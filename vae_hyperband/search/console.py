@@ -14,7 +14,7 @@ class Console:
     """Prints every new event of a board: give it to the board as its ``on_event``."""
 
     def __init__(self) -> None:
-        # of this process: a search that goes on after a stop has a pace of its own
+        # of this process: a resumed search has a pace of its own
         self._started, self._epochs_seen = time.monotonic(), 0
         self._table = sys.stdout.isatty()
         self._lines_printed = 0

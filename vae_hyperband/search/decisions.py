@@ -2,7 +2,7 @@
 
 :class:`Journal` is an append-only file of JSON lines, and all that a search remembers: each line is
 on disk before anything follows from it. :class:`Board` replays it; so a search that was killed
-anywhere goes on as if it had not been.
+anywhere continues as if it had not been.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from vae_hyperband.search.config import Hyperparameters, SearchConfig
 from vae_hyperband.search.schedulers import Curve, Verdict, brackets, verdicts
 from vae_hyperband.search.trials import Outcome, TrialRecord, ValidationRow
 
-# The lines of the log. Their keys, and their order, are those of version 0.1: its searches go on.
+# The lines of the log. Keys and their order are those of version 0.1, whose searches can resume.
 
 
 class StartEvent(TypedDict):

@@ -1,4 +1,4 @@
-"""A run's checkpoint files: the latest, the best and earlier ones; which of them to go on from.
+"""A run's checkpoint files: the latest, the best and earlier ones, and which one to continue from.
 
 What is saved is never at risk: a new file takes an old one's place only when it was read back, a
 full disk costs nothing but the save, and where a file has been damaged the newest good one is used.
@@ -35,7 +35,7 @@ def earlier_ckpts(folder: Path) -> dict[int, Path]:
 
 
 def newest_good(folder: Path) -> Checkpoint | None:
-    """The checkpoint to go on from and its content; None if the run has none yet.
+    """The checkpoint to continue from; None if the run has none yet.
 
     It is latest.pt, as long as that is good and so is the best.pt that it speaks of; else the
     newest one beside it that lacks nothing, and a note says so. Raises :class:`DamagedError` if
@@ -157,7 +157,7 @@ class Keeper:
                 save_ckpt(self.latest, checkpoint)
         except RunFolderError:
             if self._unsaved_best is checkpoint:
-                self._unsaved_best = copy.deepcopy(checkpoint)  # the weights go on changing
+                self._unsaved_best = copy.deepcopy(checkpoint)  # the weights keep changing
             raise
         self._last_step = checkpoint.step
         self._remove_superfluous()

@@ -1,4 +1,4 @@
-"""The state of a run: what changes while it goes on, how a checkpoint holds it, how it goes on.
+"""The state of a run: what changes during training, and how a checkpoint stores and restores it.
 
 A run is a pure function of its configuration and its data, so a state that was loaded continues
 exactly as if it had never been saved.
@@ -43,7 +43,7 @@ NO_BEST = {"total_loss": math.inf, "bound": math.inf, "step": 0, "epoch": 0}
 
 @dataclass
 class TrainState:
-    """All that changes while a run goes on, and all that a checkpoint has to hold of it."""
+    """Everything that changes during training; a checkpoint stores it."""
 
     config: TrainConfig
     model: VAE
@@ -132,7 +132,7 @@ def first_state(
     where: Environment,
     quiet: bool,
 ) -> TrainState:
-    """A new state, or the one in the checkpoint that this run has to go on from.
+    """A new state, or the one in the checkpoint that this run continues from.
 
     ``where`` is the environment that computes the run.
     """
@@ -167,7 +167,7 @@ def first_state(
 def ckpt_to_resume(
     config: TrainConfig, options: RunOptions, train: Split
 ) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint that a run has to go on from, and whether --resume_ckpt gave it.
+    """The checkpoint that a run continues from, and whether --resume_ckpt named it.
 
     Raises :class:`ResumeError` if it is of another run than this one, or of more epochs.
     """
@@ -192,7 +192,7 @@ def _ckpt_found(options: RunOptions) -> tuple[Checkpoint | None, bool]:
         return found, False
     if found:
         if found.resumed_from == asked.digest:
-            return found, False  # the same command a second time: go on, do not start over
+            return found, False  # the same command a second time: continue, do not start over
         if found.digest != asked.digest:
             raise ResumeError(
                 f"{found.path} (step {found.step}) would be lost by going on from {given} (step "

@@ -25,6 +25,7 @@ from vae_hyperband.common.process import EXIT_STOPPED, cpu_threads, pick_device,
 from vae_hyperband.data.splits import SplitName, load_split
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate_once
 from vae_hyperband.evaluation.results import Evaluation
+from vae_hyperband.model.checkpoint import Metrics
 from vae_hyperband.training.dry_run import a_line_each, busy, seconds_per_step, steps_and_done
 from vae_hyperband.training.loop import fit
 
@@ -92,7 +93,7 @@ def train_side_by_side(
     places: Places,
     jobs: int,
     should_stop: Callable[[], bool],
-    on_trained: Callable[[str, dict[str, Any]], None],
+    on_trained: Callable[[str, Metrics], None],
 ) -> bool:
     """Train the runs of a study, ``jobs`` of them at a time; False if told to stop.
 
@@ -104,6 +105,7 @@ def train_side_by_side(
         tempfile.TemporaryDirectory(prefix="vae-hyperband-") as folder,
         ProcessPoolExecutor(min(jobs, len(configs)), get_context("spawn")) as pool,
     ):
+        # a file, not an Event: a spawned worker could hold an Event in a module global only
         stop_file = Path(folder) / "stop"
         try:
             runs = {
@@ -121,6 +123,7 @@ def train_side_by_side(
                     wait([run], timeout=0.2)
                     if should_stop():
                         return False
+                    # also those that are not waited for yet: one that failed stops the others
                     for ended in filter(Future.done, runs.values()):
                         ended.result()  # raises what ended it
                 losses = run.result()
@@ -142,7 +145,7 @@ def train_side_by_side(
 
 def _train(
     config: TrainConfig, options: RunOptions, stop_file: Path, parent: int
-) -> dict[str, Any] | None:
+) -> Metrics | None:
     """Train one run in a worker process: its last losses, or None if it was stopped.
 
     Ctrl-C in a terminal reaches every process, other signals only the parent, which then creates
@@ -155,6 +158,7 @@ def _train(
             should_stop=lambda: signalled() or os.path.exists(stop_file) or os.getppid() != parent,
             quiet=True,
         )
+    # the pool's own threads would wait for a parent that is gone
     if os.getppid() != parent:
         os._exit(EXIT_STOPPED)
     return dict(trained.state.metrics) if trained.finished else None
@@ -175,12 +179,14 @@ def study_dry_run(
     for name, config in configs.items():
         where = RunOptions(**places.options(f"{places.run}-{name}"))
         num_steps, done = steps_and_done(config, where, train)
+        # of the grid's settings only the latent dimension changes the cost of a step
         if done < num_steps and config.latent_dim not in speeds:
             with cpu_threads(threads):
                 speeds[config.latent_dim] = seconds_per_step(config, train, device)
         seconds += (num_steps - done) * speeds.get(config.latent_dim, 0)
         lines.append(f"  {where.run:24} {done:,} of {num_steps:,} steps are done")
     jobs = min(jobs, len(configs))
+    # more jobs than cores are no faster
     seconds /= min(jobs, len(os.sched_getaffinity(0)))
     shared = {
         setting: value

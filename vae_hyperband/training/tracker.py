@@ -1,4 +1,4 @@
-"""The one place that writes what a person watches: TensorBoard, metrics.jsonl, progress.
+"""TensorBoard, metrics.jsonl and progress: all that a person watches is written here.
 
 ``metrics.jsonl`` holds one row per step and split, without any clock in it, so that a run that was
 killed and resumed leaves the same bytes as one that was not. Speed goes to ``timing.jsonl``.
@@ -203,8 +203,9 @@ def _line(row: LogRow) -> bytes:
 
 
 def _rows_until(path: Path, step: int) -> bytes:
-    """What a run that goes on from there keeps of the file. A kill may tear the last line."""
+    """The rows that a run keeps when it continues from that step. A kill may tear the last line."""
     rows = read_rows(path)
+    # said, since a person may look for the rows
     lost = path.read_bytes().count(b"\n") - len(rows) if path.exists() else 0
     if lost > 0:
         print(f"note: {lost} damaged lines of {path} are left out", file=sys.stderr, flush=True)
@@ -212,7 +213,7 @@ def _rows_until(path: Path, step: int) -> bytes:
 
 
 def _put_aside(path: Path) -> None:
-    """Keep the rows of a run whose checkpoints are not there, as one that starts anew finds them.
+    """Rename the log of an earlier run whose checkpoints are gone, before a new run starts.
 
     A run that was killed before its first validation is not meant: it computes the same rows.
     """
@@ -238,6 +239,7 @@ class Progress:
             total=num_steps,
             initial=first_step,
             unit="step",
+            # in a log file the bar would be thousands of lines
             disable=quiet or not on_terminal(),
             dynamic_ncols=True,
         )
@@ -257,6 +259,7 @@ class Progress:
         """Leave what happens inside, such as validating and saving, out of the training speed."""
         started = time.monotonic()
         yield
+        # as if the clock had stood still
         self._last_log += time.monotonic() - started
 
     def logged(self, bound: float) -> None:
@@ -273,6 +276,7 @@ class Progress:
         now = time.monotonic()
         self._images_per_second = self._images / max(now - self._last_log, 1e-9)
         speed = f"{self._images_per_second:,.0f} images/s"
+        # no refresh here: the bar draws itself at its own pace
         self._bar.set_postfix_str(f"bound {self._bound:.1f} nats, {speed}", refresh=False)
         self._last_log, self._images, self._bound = now, 0, None
         return self._images_per_second
@@ -343,10 +347,12 @@ def _sprite(images_NCHW: Tensor) -> bytes:
 
     columns = math.ceil(len(images_NCHW) ** 0.5)
     grid_CHW = image_grid(images_NCHW, columns, margin=0, background=0.0)
+    # the projector's background is white, so grey garments are shown as ink on paper
     if len(grid_CHW) == 1:
         grid_CHW = 1 - grid_CHW
     pixels_HWC = (grid_CHW * 255).round().byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC)
+    # the projector takes square sprites only
     square = Image.new(picture.mode, (picture.width, picture.width), "white")
     square.paste(picture)
     buffer = io.BytesIO()

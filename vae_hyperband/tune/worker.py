@@ -174,7 +174,7 @@ def _train(trial: TrialSpec, job: TrialJob, run: RunOptions, watchdog: "Watchdog
 
 
 def _progress(folder: Path) -> tuple[int, Mapping[str, float]]:
-    """Step and last validation of the checkpoint to go on from; -1 and nothing without one."""
+    """Step and last validation of the checkpoint to continue from; -1 and nothing without one."""
     # damaged files are not reported here: fit finds the same damage and raises it
     with contextlib.suppress(CheckpointError):
         if found := newest_good(folder):
