@@ -224,7 +224,7 @@ def test_a_signal_to_a_study_stops_its_runs(tmp_path, small_data, how):
         said = process.stdout.read()  # until the last process that writes to it has ended
     if how == signal.SIGTERM:
         assert process.returncode == 75
-        assert "go on with: " in said or "continue with: " in said
+        assert "stopped and saved; resume with: " in said
     for folder in folders:
         with only_writer(folder):
             assert load_ckpt(folder / "latest.pt").step > 0
