@@ -1,7 +1,7 @@
 """Layers with torch.nn's names, parameters and results, faster on a CPU.
 
 model/vae.py imports this module under the name ``nn``. What is not faster here is torch.nn's own.
-The results are the same up to rounding; a training step takes 0.8 times as long
+The results are the same up to rounding; a training step takes 0.86 of the time
 (benchmarks/RECORDS.md). Three things make the difference:
 
 - Channels last: oneDNN's kernels for many channels are about twice as fast on such tensors.
