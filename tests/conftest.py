@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
-TEST_SECONDS = 1800  # the longest, of many kills, takes some minutes
+TEST_SECONDS = 2700  # the longest, of many kills, takes some minutes
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from killing import run_with_kills, until_the_end
 
 from vae_hyperband.model.checkpoint import load_ckpt
 
-pytestmark = pytest.mark.faults
+# one after the other: two searches at a time would meet most kills while they start
+pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("survival")]
 
 
 @pytest.fixture
