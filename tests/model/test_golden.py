@@ -1,6 +1,6 @@
 """What was so once stays so: losses of 200 steps, files of each version of the checkpoint format.
 
-``python tests/model/test_golden.py`` records the losses anew, which only a change that is meant to
+``python tests/model/test_golden.py`` records the losses again, which only a change that is meant to
 change every result may do.
 """
 
