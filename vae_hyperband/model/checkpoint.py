@@ -49,6 +49,7 @@ def tree_digest(tree: Any) -> str:
             digest.update(f"tensor {node.dtype} {tuple(node.shape)};".encode())
             digest.update(node.detach().cpu().contiguous().numpy().tobytes())
         elif isinstance(node, dict):
+            # its length first: without it, two lists and one of both would be the same bytes
             digest.update(f"dict {len(node)};".encode())
             for key, value in node.items():
                 add(key)
@@ -134,6 +135,7 @@ class Checkpoint:
                 f"{self.path} was trained on images of shape {self.data.image_shape}, but the "
                 f"{name} split has {split.image_shape}: give the --data-dir it was trained on."
             )
+        # the test images are in another file, whose digest the run has never seen
         from_file = self.config.dataset != "drawn"  # synthetic garments have no file
         if name != "test" and from_file and split.digest != self.data.digest:
             raise CheckpointError(
@@ -224,6 +226,7 @@ def load_pt(path: Path, kind: str, keys: Keys) -> Content:
     if not path.is_file():
         raise CheckpointError(f"No {what} at {path}: give a .pt file, as checkpoints/NAME/best.pt.")
     try:
+        # read once: what is verified is what is used, even if the file is replaced meanwhile
         data = path.read_bytes()
     except OSError as error:  # which says nothing about the content: it is not "damaged"
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
@@ -268,6 +271,7 @@ def _model(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path | 
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source} is of another model: {reason}") from error
+    # assigned tensors come without it, and training may go on with this model
     return model.requires_grad_(True)
 
 
@@ -322,6 +326,7 @@ def load_shared(folder: Path) -> VAE:
         model = _model(config["model"], tensors, path)
     except (KeyError, TypeError, RuntimeError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{folder / SHARED_CONFIG} describes no model: {error}") from error
+    # the weights repeat what config.json says of them: one of another export does not pass
     described = json.dumps(config["model"]) == about.get("model")
     if not described or tree_digest(dict(model.state_dict())) != config.get("weights"):
         raise CheckpointError(f"{path} is damaged: {SHARED_CONFIG} is of other weights.")

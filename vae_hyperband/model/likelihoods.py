@@ -60,6 +60,7 @@ def pixel_means(logits_BCHW: Tensor, likelihood: Likelihood = "bernoulli") -> Te
     """E[x|z], in [0, 1]."""
     if likelihood != "continuous-bernoulli":
         return torch.sigmoid(logits_BCHW)
+    # not the sigmoid: the mean of a continuous Bernoulli is nearer to 1/2 than its parameter
     near, far = _parted(logits_BCHW)
     size = far.abs()  # the mean at -l is 1 minus that at l, and exp(-|l|) never overflows
     mean = -1 / torch.expm1(-size) - 1 / size
@@ -72,6 +73,7 @@ NEAR_0 = 1e-2  # below this |logit| the first terms of a series are exact in flo
 
 def _parted(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The logits twice, with harmless ones for the branch that is not taken."""
+    # torch.where computes both branches, and a NaN in the unused one's gradient would spread
     near = logits.abs() < NEAR_0
     return torch.where(near, logits, 0.0), torch.where(near, 1.0, logits)
 

@@ -113,6 +113,7 @@ def training_total(
     if config.objective == "capacity":
         return recon_B.mean() + beta * (kl_B.mean() - settings.capacity).abs()
     if config.objective == "beta-tc":
+        # the KL has the total correlation in it once, so beta - 1 of it is added
         correlation = total_correlation(passed, num_images)
         return (recon_B + kl_B).mean() + (beta - 1) * correlation
     # the mean over images alone: a mean over pixels, too, would multiply beta by their number
@@ -126,6 +127,7 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
     that z came from counts 1/N, the rest of the batch stands for the other N - 1 images.
     """
     num = len(passed.z_BZ)
+    # each image's z under each image's posterior: row of z, column of posterior
     log_q_BBZ = -0.5 * (
         (passed.z_BZ[:, None] - passed.mu_BZ).square() * torch.exp(-passed.logvar_BZ)
         + passed.logvar_BZ
@@ -146,6 +148,7 @@ def total_correlation(passed: Pass, num_images: int) -> Tensor:
 def _iwae_losses(model: VAE, x_BCHW: Tensor, noise_SZ: Tensor) -> tuple[Nats, Tensor]:
     """The IWAE bound, with the sign of a loss (Burda et al. 2016, equation 8)."""
     noise_KBZ = noise_SZ.unflatten(0, (-1, len(x_BCHW)))
+    # in logarithms throughout: weights differ by hundreds of nats, and exp() would overflow
     log_weights_KB, passed = log_weights(model, x_BCHW, *model.encode(x_BCHW), noise_KBZ)
     return passed.nats, math.log(len(noise_KBZ)) - log_weights_KB.logsumexp(dim=0).mean()
 

@@ -37,6 +37,7 @@ class VampPrior(nn.Module):
 
     def __init__(self, num_inputs: int, channels: int, image_size: int) -> None:
         super().__init__()
+        # zeros for now: initialization.py samples them from the run's own seed
         self.logits_KCHW = nn.Parameter(torch.zeros(num_inputs, channels, image_size, image_size))
 
     @property

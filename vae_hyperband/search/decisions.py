@@ -291,6 +291,7 @@ class Board:
         """Ask the scheduler, and end the trials that it stops or that have finished."""
         self._verdicts = verdicts(self.config, self._curves)
         for trial in self.trials:
+            # an outcome is final: it is in the log, and was told
             verdict = self._verdicts[trial.number]
             if trial.outcome:
                 continue

@@ -127,6 +127,7 @@ class SearchResult:
     @property
     def winner(self) -> TrialRecord:
         """The trial with the lowest score; the first one of equals."""
+        # min() keeps the first of equals, so the order of arrival decides nothing
         return min(self.trials, key=lambda trial: trial.score(self.config.metric))
 
     @property

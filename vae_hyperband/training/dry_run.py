@@ -103,6 +103,7 @@ def seconds_per_step(config: TrainConfig, train: Split, device: torch.device) ->
         times.append(time.monotonic())
         return times[-1] - times[0] > TRIAL_SECONDS or len(times) > 200
 
+    # by the real loop: what it costs besides the step is a part of the time
     train_epoch(state, loader, on_step)
     float(state.sums.sum())  # a GPU is asked for what it has been given
     steady = times[len(times) // 3 :] if len(times) > 5 else times  # the first ones are slower

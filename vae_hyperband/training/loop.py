@@ -89,6 +89,7 @@ def train_epoch(
     for x_BCHW, _ in loader:
         take_step(state, x_BCHW, order, losses)
         stop = after_step(state)
+        # in this order: a stop at an epoch's last step comes after its validation
         if state.ends_epoch:
             break
         if stop:
@@ -152,7 +153,7 @@ def fit(
                     trainer.progress.validated(
                         state.step, state.epoch, config.epochs, train_losses, state.metrics
                     )
-                if should_stop() and not finished:
+                if should_stop() and not finished:  # the signal may come while it validates
                     trainer.save(required=True)
                     break
     return trainer.result()
@@ -192,6 +193,7 @@ class Trainer:
             self.keeper = Keeper(
                 options.ckpt_folder, options.keep_ckpts, options.resume_ckpt, self.tracker.flush
             )
+            # everything is open; from here on it is for __exit__ to close
             self._stack = stack.pop_all()
         self._last_saved = time.monotonic()
         return self
@@ -248,6 +250,7 @@ class Trainer:
         learning to do so costs KL.
         """
         state, config = self.state, self.state.config
+        # those of the end of training: the epochs are compared by one and the same objective
         beta, capacity = held_out_weights(config)
         losses = eval_epoch(
             state.model,
@@ -287,6 +290,7 @@ class Trainer:
         state = self.state
         losses = averages(state.sums[1])
         state.sums[1] = 0
+        # of the step just taken: state.step is already the number of the next one
         last_step = state.step - 1
         rate = settings_at(state.config, last_step, state.steps_per_epoch).learning_rate
         epoch = math.ceil(state.step / state.steps_per_epoch)
@@ -317,6 +321,7 @@ class Trainer:
 
 def train_command(config: TrainConfig, run: str) -> str:
     """The command that trains such a run, data and folders apart."""
+    # only what differs from the defaults: a person is to read it
     changed = changed_options(config.to_dict(), TrainConfig().to_dict())
     return shlex.join(["vae-hyperband", "train", "--run", run, *changed])
 
@@ -334,6 +339,7 @@ def _memory_explained(state: TrainState, train: Split) -> Iterator[None]:
         if not lacks_memory(error):
             raise
         device = _device_of(state)
+        # tried, not computed: what a step needs depends on the device and its allocator
         size = batch_size_that_fits(state, train.image_shape, device)
         raise OutOfMemoryError(
             f"There is not enough memory on {device} for batches of {state.config.batch_size} "

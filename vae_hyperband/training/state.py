@@ -219,6 +219,7 @@ def _bring_best_along(given: Checkpoint, folder: Path) -> None:
     """A run continued in a new folder keeps its best checkpoint so far, if that can be found."""
     source = given.path.parent
     best, step = source / BEST, given.best.get("step", 0)
+    # it is here already, there is none yet, or the given checkpoint is the best itself
     if source.resolve() == folder.resolve() or step in (0, given.step):
         return
     with contextlib.suppress(CheckpointError):

@@ -128,6 +128,7 @@ def batch_size_that_fits(
     config, size = state.config, state.config.batch_size // 2
     settings = StepSettings(0.0, 1.0, 0.0)
     while size:
+        # the error's traceback holds the tensors of the step that failed
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

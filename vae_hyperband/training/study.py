@@ -103,6 +103,7 @@ def train_side_by_side(
     """
     with (
         tempfile.TemporaryDirectory(prefix="vae-hyperband-") as folder,
+        # spawned, not forked: a fork of a process with PyTorch's threads may hang
         ProcessPoolExecutor(min(jobs, len(configs)), get_context("spawn")) as pool,
     ):
         # a file, not an Event: a spawned worker could hold an Event in a module global only
@@ -112,6 +113,7 @@ def train_side_by_side(
                 name: pool.submit(
                     _train,
                     config,
+                    # one thread each: bits depend on their number, and the runs share the cores
                     RunOptions(**places.options(f"{places.run}-{name}"), num_threads=1),
                     stop_file,
                     os.getpid(),
@@ -240,6 +242,7 @@ def over_seeds(rows: Iterable[Row], measure: str) -> dict[str, float]:
     # one seed has no spread: NaN, not a bar of length 0
     half = math.nan
     if len(values) > 1:
+        # of Student's t: for three seeds the normal distribution's 1.96 would be less than half
         quantile = float(stdtrit(len(values) - 1, 0.975))
         half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": statistics.fmean(values), "half_interval": half, "n": len(values)}

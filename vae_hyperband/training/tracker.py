@@ -46,6 +46,7 @@ def image_grid(
     rows = math.ceil(num / columns)
     cell_h, cell_w = height + margin, width + margin
     size = (channels, rows * cell_h + margin, columns * cell_w + margin)
+    # on the CPU, wherever the images are: a picture is written, not computed with
     grid = torch.full(size, background)
     for i, image_CHW in enumerate(images_NCHW.cpu()):
         top, left = margin + i // columns * cell_h, margin + i % columns * cell_w
@@ -301,6 +302,7 @@ class Progress:
         if self._bar.disable:
             print(f"{line}, {left:.0f} s left", flush=True)
         else:
+            # through the bar: a print would land in the middle of it
             self._bar.write(line)
 
 

@@ -68,6 +68,7 @@ def search(
     folder = options.ckpt_folder
     _make_private(folder)
     refuse_foreign(folder)
+    # the lock first: what is read from here on stays true until the end
     with only_writer(folder):
         if options.fresh:
             _move_aside(options)
@@ -216,10 +217,12 @@ def _train(
         "starting Ray",
         flush=True,
     )
+    # only now, when settings and data are known to be good: Ray takes seconds to start
     with ray_for(options):
         options = with_gpus(options, nodes())
         check_resources(nodes(), options)
         check_shared(options, store)
+        # after the checks: a search that could not start has not begun
         journal.append(
             {
                 "event": "start",

@@ -51,6 +51,7 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
         f"checkpoints  {shown.ckpt_folder}, logs {shown.log_folder}",
         *_state(options, resumes),
     ]
+    # measuring takes seconds, and a finished search would train nothing
     if not (resumes and (folder / RESULT).exists()):
         lines += _time(config, options, train)
     return "\n".join(lines)

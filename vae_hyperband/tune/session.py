@@ -83,6 +83,7 @@ def _join(address: str, init: Callable[..., object]) -> None:
         if port.isdecimal():  # a closed port refuses at once; Ray's own check takes its time-out
             socket.create_connection((host, int(port)), timeout=10).close()
         if address != "auto":
+            # in a process of its own, which can be given a time limit
             subprocess.run(health_check, check=True, capture_output=True, timeout=20)
         init(address=address)
     except (OSError, OverflowError, subprocess.SubprocessError, RuntimeError, ValueError) as error:

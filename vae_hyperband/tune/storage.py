@@ -62,6 +62,7 @@ class TrialStore:
     def discard(self, folder: Path) -> None:
         """Remove a work folder, if it is a copy."""
         if self.is_url:
+            # what counts is in the store; a leftover in a temporary folder is no reason to fail
             shutil.rmtree(folder.parent, ignore_errors=True)
 
     def fetch(self, name: str, file: str, target: Path) -> None:
