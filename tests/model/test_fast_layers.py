@@ -26,7 +26,7 @@ KINDS = {
 }
 LAYERS = [
     pytest.param(kind, *shape, id=f"{kind.__name__}-{shape}") for kind in KINDS for shape in SHAPES
-]
+] + [pytest.param(ConvTranspose2d, 64, 32, 7, id="from an odd size")]
 
 
 def make(kind, channels_in, channels_out):
@@ -115,6 +115,18 @@ def test_other_layers_of_these_names_are_torch_nn_s(layer):
     assert torch.equal(layer(x), plain(layer, x))
     odd = torch.randn(2, 2, 7, 7)
     assert torch.equal(layer(odd), plain(layer, odd))
+
+
+def test_every_convolution_of_the_default_network_is_a_fast_one(monkeypatch):
+    """Not torch.nn's, which gives the same result, only later."""
+
+    def fail(*_):
+        raise AssertionError("torch.nn's own layer was called")
+
+    model = initialized_vae(32, 28, 1, seed=3)
+    for kind in KINDS:
+        monkeypatch.setattr(kind.__base__, "forward", fail)
+    model(torch.rand(2, 1, 28, 28), torch.randn(2, 32))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -35,7 +35,8 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _is_ours(self, x):
+        # an odd side would be halved with a remainder, which ``up`` cannot give back
+        if x.shape[-1] % 2 or x.shape[-2] % 2 or not _is_ours(self, x):
             return super().forward(x)
         return _apply(_Convolution, x, self.weight, self.bias, True)
 
@@ -72,7 +73,6 @@ def _is_ours(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
         and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
         and layer.bias is not None
         and x.dim() == 4
-        and x.shape[2] % 2 == x.shape[3] % 2 == 0
         and not torch.compiler.is_compiling()
     )
 
@@ -121,10 +121,14 @@ class _Convolution(torch.autograd.Function):
 def down(big: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution: (B, C, H, W) -> (B, D, H/2, W/2)."""
     if _by_patches(weight):
-        # rows are pixels, so the product has channels last already, which the next layer wants
-        height, width = big.shape[2] // 2, big.shape[3] // 2
-        small_RD = _product(_patches(big), weight.flatten(1).mT, bias)
-        return small_RD.view(len(big), height, width, -1).permute(0, 3, 1, 2)
+        # the product's rows are pixels: channels last, which the next layer wants
+        shape = (len(big), len(weight), big.shape[2] // 2, big.shape[3] // 2)
+        small = torch.empty(
+            shape, dtype=big.dtype, device=big.device, memory_format=torch.channels_last
+        )
+        # written into the result, which is no view then: a ReLU may change it in place
+        _product(_patches(big), weight.flatten(1).mT, bias, out=_to_rows(small))
+        return small
     return F.conv2d(_channels_last(big), _channels_last(weight), bias, stride=2, padding=1)
 
 
@@ -168,8 +172,10 @@ def _by_patches(weight: Tensor) -> bool:
     return not weight.is_cuda and weight.shape[1] <= FEW
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return a @ b if bias is None else torch.addmm(bias, a, b)
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(bias, a, b, out=out)
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ Shape suffixes: B images, C channels, H height, W width, Z latent dimensions.
 """
 
 import torch
-from torch import Tensor
-from torch.nn.functional import relu
+from torch import Tensor, relu_
 
 from vae_hyperband.common.errors import ConfigError
 
@@ -38,8 +37,9 @@ class Encoder(nn.Module):
         self.fc_logvar = nn.Linear(num_features, latent_dim)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        h = relu(self.conv1(x_BCHW))  # (B, 32, H/2, W/2)
-        h = relu(self.conv2(h))  # (B, 64, H/4, W/4)
+        # relu_: in place, since a convolution's gradients do not need its output
+        h = relu_(self.conv1(x_BCHW))  # (B, 32, H/2, W/2)
+        h = relu_(self.conv2(h))  # (B, 64, H/4, W/4)
         h = self.flatten(h)
         return self.fc_mu(h), self.fc_logvar(h).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
 
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
 
     def forward(self, z_BZ: Tensor) -> Tensor:
         h = self.fc(z_BZ).unflatten(1, (64, self.small, self.small))  # (B, 64, H/4, W/4)
-        h = relu(self.conv_t1(h))  # (B, 32, H/2, W/2)
+        h = relu_(self.conv_t1(h))  # (B, 32, H/2, W/2)
         logits_BCHW: Tensor = self.conv_t2(h)
         return logits_BCHW
 
