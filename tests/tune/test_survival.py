@@ -17,12 +17,6 @@ from vae_hyperband.model.checkpoint import load_ckpt
 pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("survival")]
 
 
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """Enough images for epochs of a second or two: kills have to find training under way."""
-    return write_idx_folder(tmp_path / "data", num_train=12000, size=12)
-
-
 def search_command(data: Path, scheduler: str, *extra: object) -> list[str]:
     return command_line(
         "search", "--run", "s", "--data-dir", data, "--device", "cpu", "--dataset", "custom",
@@ -44,16 +38,19 @@ def first_epoch(command: list[str], folder: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "extra", "kinds"),
+    ("scheduler", "extra", "num_images", "kinds"),
     [
-        ("asha", [], {"driver": 7, "worker": 8, "everything": 5}),
-        ("hyperband", ["--max-concurrent", 1], {"driver": 4, "worker": 5, "everything": 3}),
+        ("asha", [], 12000, {"driver": 7, "worker": 8, "everything": 5}),
+        # twice as many epochs as ASHA trains, all of them by one worker: of half the images
+        ("hyperband", ["--max-concurrent", 1], 6000, {"driver": 4, "worker": 5, "everything": 3}),
     ],
     ids=["asha", "hyperband-one-worker"],
 )
 def test_kills_of_driver_worker_or_everything_change_nothing(
-    tmp_path, data, scheduler, extra, kinds
+    tmp_path, scheduler, extra, num_images, kinds
 ):
+    # epochs of about a second: kills have to find training under way
+    data = write_idx_folder(tmp_path / "data", num_train=num_images, size=12)
     command = search_command(data, scheduler, *extra)
     calm = tmp_path / "calm"
     calm.mkdir()

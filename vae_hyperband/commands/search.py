@@ -11,7 +11,6 @@ import tyro
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.common.config import Folders, RunOptions, changed_options, require_number
 from vae_hyperband.common.process import stop_flag
-from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.summaries import (
     executable,
     print_resume_hint,
@@ -84,6 +83,8 @@ def search_and_plot(
     found = search(config, options, should_stop)
     if found is None:
         return None
+    from vae_hyperband.reporting import figures  # a second of imports: for this line only
+
     print(summary_of(found), flush=True)
     return found, figures.best_config(found, options.log_folder / "best_config.png")
 

@@ -21,7 +21,7 @@ from vae_hyperband.reporting.tables import LOSS_NAMES
 from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.trials import SearchResult, TrialRecord
 from vae_hyperband.training.study import Row, grouped, over_seeds, value_of
-from vae_hyperband.training.tracker import image_grid, read_rows
+from vae_hyperband.training.tracker import LogRow, image_grid, read_rows
 
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#B0B0B0"
 CYCLE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,8 +37,6 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 
-
-LogRow = dict[str, Any]  # of metrics.jsonl
 
 P = ParamSpec("P")
 

@@ -9,10 +9,9 @@ from typing import Any
 from vae_hyperband.common.config import Places, in_effect
 from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.model.checkpoint import BEST, LATEST, load_ckpt
-from vae_hyperband.reporting.figures import LogRow
 from vae_hyperband.reporting.tables import LOSS_NAMES, Table
 from vae_hyperband.search.trials import RESULT, SETTINGS_FILE
-from vae_hyperband.training.tracker import read_rows
+from vae_hyperband.training.tracker import LogRow, read_rows
 
 #: Losses of runs that differ in one of these cannot be compared.
 YARDSTICKS = ("likelihood", "binarize", "dataset", "data")

@@ -13,7 +13,6 @@ from vae_hyperband.data.splits import CLASS_NAMES, as_trained, load_split
 from vae_hyperband.data.synthetic import KINDS
 from vae_hyperband.evaluation.latents import encode_images
 from vae_hyperband.model.checkpoint import load_model
-from vae_hyperband.reporting import figures
 from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.trials import SearchResult, describe
 from vae_hyperband.training.loop import FitResult
@@ -85,6 +84,9 @@ def summary_of(found: SearchResult) -> str:
 
 def draw_run_figures(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> list[Path]:
     """The figures of a run, written beside its logs; those of images take validation images."""
+    # not at the top: matplotlib takes a second, which a run need not wait for before it trains
+    from vae_hyperband.reporting import figures
+
     folder, model = trained.log_folder, load_model(trained.best)
     split = as_trained(load_split("validation", data_dir, config.dataset), config)
     images = split.pixels(slice(1000))

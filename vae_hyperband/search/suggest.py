@@ -12,7 +12,6 @@ from typing import TypeVar
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState, create_trial
 
 from vae_hyperband.common.config import TrainConfig
@@ -145,6 +144,9 @@ def importance(config: SearchConfig, trials: list[TrialRecord]) -> dict[str, flo
     over the values at the last epoch that all trials have in common, so that stopped trials are not
     penalised.
     """
+    # its random forest is scikit-learn's: two seconds, not to be paid at each start of a search
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
     usable = [trial for trial in trials if trial.outcome in ("finished", "stopped")]
     if len(usable) < MIN_FOR_IMPORTANCE:
         return None

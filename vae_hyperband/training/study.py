@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 
 from vae_hyperband.common.config import Places, RunOptions, TrainConfig, in_effect, plural
 from vae_hyperband.common.errors import OutOfMemoryError
@@ -238,6 +237,8 @@ def value_of(row: Row, measure: str) -> float:
 
 def over_seeds(rows: Iterable[Row], measure: str) -> dict[str, float]:
     """Mean over runs that differ in their seed, and half of its 95% interval (Student's t)."""
+    from scipy.special import stdtrit  # half a second, which a search need not wait for
+
     values = [value_of(row, measure) for row in rows]
     # one seed has no spread: NaN, not a bar of length 0
     half = math.nan

@@ -20,6 +20,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import RayBrokeError, VAEHyperbandError
 from vae_hyperband.data.splits import Split
 from vae_hyperband.search.config import SearchOptions
@@ -274,7 +275,7 @@ class BoardScheduler(FIFOScheduler):
             # counted here and not by Ray, whose count knows no progress: on a cluster that loses a
             # node every hour, every long trial would fail in the end
             if len(deaths) > self._options.max_failures:
-                self._board.failed(number, f"{why}; tried {len(deaths)} times")
+                self._board.failed(number, f"{why}; tried {plural(len(deaths), 'time')}")
 
     def _cause_of_death(self, name: str) -> str:
         """What a trial's process died of, from what it left in the logs."""

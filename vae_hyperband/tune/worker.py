@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from ray import tune
 
-from vae_hyperband.common.config import RunOptions
+from vae_hyperband.common.config import RunOptions, plural
 from vae_hyperband.common.errors import (
     CheckpointError,
     ConfigError,
@@ -170,7 +170,7 @@ def _train(trial: TrialSpec, job: TrialJob, run: RunOptions, watchdog: "Watchdog
         attempts = attempts + 1 if step == last_step else 1
         last_step = step
         if attempts > job.options.max_failures:
-            return f"{why}; tried {attempts} times"
+            return f"{why}; tried {plural(attempts, 'time')}"
 
 
 def _progress(folder: Path) -> tuple[int, Mapping[str, float]]:
