@@ -38,8 +38,10 @@ NAMES = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-xdist's, which looks at the groups
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
     """Tests that share what takes long to make run in one process, one after the other.
 
     Those of a file that use a fixture of that file, and all that use the finished search. The
@@ -52,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("searched"))
         elif "module" in scopes.values():
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    yield
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    if config.getoption("loadgroup", False):
+        # a pytest that is too new for pytest-xdist would make everything twice, in silence
+        assert all("@" in item.nodeid for item in grouped), "pytest-xdist does not see the groups"
 
 
 TEST_SECONDS = 2700  # the longest, of many kills, takes some minutes

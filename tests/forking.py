@@ -5,9 +5,12 @@
 program that forks them.
 
 A child may do all that does not start Ray: threads that Ray's import has started are not forked.
+Commands that import Ray are forked by a process of their own: a child without those threads may
+wait for them for ever when it runs out of memory.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -20,17 +23,26 @@ from typing import Any, Self
 
 class Forks:
     def __enter__(self) -> Self:
-        env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads do not survive a fork
-        self._server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env,
-        )  # fmt: skip
-        assert self._server.stdout.readline() == "ready\n"
+        self._servers: dict[bool, subprocess.Popen[str]] = {}  # without and with Ray
         self._child = 0  # the one that was started and has not been waited for
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.communicate(timeout=60)
+        for server in self._servers.values():
+            server.communicate(timeout=60)
+
+    def _server_for(self, command: str) -> subprocess.Popen[str]:
+        """The process that has imported what the command needs; started when first asked for."""
+        needs_ray = command in ("search", "run")
+        if needs_ray not in self._servers:
+            env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads do not survive a fork
+            module = "vae_hyperband.commands." + ("run" if needs_ray else "train")
+            self._servers[needs_ray] = server = subprocess.Popen(
+                [sys.executable, __file__, module],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env,
+            )  # fmt: skip
+            assert server.stdout.readline() == "ready\n"
+        return self._servers[needs_ray]
 
     def start(self, argv: list[object], cwd: Path, **how: Any) -> int:
         """Begin ``vae-hyperband argv``; what it says goes to said.txt. For ``how`` see _child."""
@@ -38,6 +50,7 @@ class Forks:
             kill(self._child)
             self.wait()
         job = {"argv": [str(argument) for argument in argv], "cwd": str(cwd), **how}
+        self._server = self._server_for(job["argv"][0])
         self._server.stdin.write(json.dumps(job) + "\n")
         self._child = int(self._server.stdout.readline())
         return self._child
@@ -78,16 +91,13 @@ class Forks:
         return subprocess.CompletedProcess(argv, status, said.read_text(), errors.read_text())
 
 
-def _serve() -> None:
+def _serve(module: str) -> None:
     import torch._dynamo  # noqa: F401, which AdamW imports when it is first used
 
-    import vae_hyperband.commands.train
-
+    importlib.import_module(module)
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        if job["argv"][0] in ("search", "run"):  # they import Ray, which few tests need
-            import vae_hyperband.commands.run  # noqa: F401
         child = os.fork()
         if child == 0:
             _child(**job)
@@ -150,4 +160,4 @@ def kill(pid: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])
