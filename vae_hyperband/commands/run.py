@@ -47,7 +47,7 @@ class MainJob(Places):
     epochs: int = 10
     """Epochs of the full training of the best configuration."""
     scheduler: Literal["asha", "hyperband", "none"] = "asha"
-    """asha stops the worse trials early; hyperband pauses them."""
+    """asha stops the worse trials early; hyperband does so when all have reached a rung."""
     dataset: Dataset = "fashion-mnist"
     """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
     parts: tuple[Part, ...] = PARTS

@@ -34,7 +34,7 @@ class Estimate:
 
 
 def mean_and_error(values_N: Tensor) -> Estimate:
-    """Mean and the standard error of that mean, the values being independent draws."""
+    """Mean and the standard error of that mean, the values being independent samples."""
     values_N = values_N.double()
     spread = values_N.std().item() if len(values_N) > 1 else math.nan
     return Estimate(values_N.mean().item(), spread / math.sqrt(len(values_N)))

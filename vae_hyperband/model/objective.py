@@ -175,7 +175,7 @@ def log_weights(
 
 
 def noise_per_image(config: TrainConfig) -> int:
-    """How many samples of z a training step draws per image."""
+    """How many samples of z a training step takes per image."""
     return config.train_samples if config.objective == "iwae" else 1
 
 

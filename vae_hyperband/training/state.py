@@ -78,7 +78,7 @@ def new_state(
     num_images: int,
     device: torch.device | str = "cpu",
 ) -> TrainState:
-    """The state before the first step: weights drawn from the seed, AdamW without memory."""
+    """The state before the first step: weights sampled from the seed, AdamW without memory."""
     channels, image_size, _ = image_shape
     model = initialized_vae(
         image_size=image_size,
