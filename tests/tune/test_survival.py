@@ -76,8 +76,11 @@ def test_kills_of_driver_worker_or_everything_change_nothing(
         assert again == best
         winners = [load_ckpt(place / "checkpoints/s/winner.pt") for place in (storm, calm)]
         assert winners[0].digest == winners[1].digest  # of every weight and moment
-        for log in sorted((calm / "logs/s").glob("*/metrics.jsonl")):
-            name = f"{log.parent.name}/metrics.jsonl"
-            assert (storm / "logs/s" / name).read_bytes() == log.read_bytes()
+        for kind in ("metrics.jsonl", "result.json", "progress.csv"):
+            logs = sorted((calm / "logs/s").glob(f"*/{kind}"))
+            assert len(logs) == 12
+            for log in logs:
+                name = f"{log.parent.name}/{kind}"
+                assert (storm / "logs/s" / name).read_bytes() == log.read_bytes()
         shutil.rmtree(storm)
     print(f"{scheduler}: survived {len(kills)}, start {start_seconds:.0f} s")

@@ -31,7 +31,7 @@ from vae_hyperband.data.splits import Split, load_split
 from vae_hyperband.model.checkpoint import BEST, LATEST, Checkpoint, copy_ckpt, load_ckpt
 from vae_hyperband.search.config import METRICS, SearchConfig, SearchOptions
 from vae_hyperband.search.console import Console
-from vae_hyperband.search.decisions import Board, Journal, read_events
+from vae_hyperband.search.decisions import Board, Journal, TrialEvent, read_events
 from vae_hyperband.search.suggest import importance, suggest
 from vae_hyperband.search.trials import (
     RESULT,
@@ -42,6 +42,7 @@ from vae_hyperband.search.trials import (
     read_result,
     write_result,
 )
+from vae_hyperband.tune.ray_logs import RayLogs
 from vae_hyperband.tune.session import check_resources, nodes, ray_for, with_gpus
 from vae_hyperband.tune.storage import TrialStore, store_for
 from vae_hyperband.tune.tuner import run_trials
@@ -89,13 +90,20 @@ def _run(
     folder = options.ckpt_folder
     store.check()
     with Journal(folder / DECISIONS) as journal:
-        begun, console = bool(journal.events), Console()
-        board = Board(config, journal, functools.partial(suggest, config), console)
+        begun, console, logs = bool(journal.events), Console(), RayLogs(options)
+
+        def on_event(board: Board, event: TrialEvent) -> None:
+            console(board, event)
+            logs(board, event)
+
+        board = Board(config, journal, functools.partial(suggest, config), on_event)
+        logs.write(board)  # a kill may have come between the decision log and these
         if begun:
             print(f"resuming the search in {folder}: {console.progress(board)}", flush=True)
         # a kill may have come between the last decision and the result
         if not board.finished:
             _train(board, journal, options, store, should_stop)
+        logs.write_state(board)
         if board.finished:
             _write_result(board, options, store)
         return board.finished

@@ -1,0 +1,117 @@
+"""The search's logs in Ray Tune's format: read by Ray's own tools, the same after any kill."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from ray.tune import ExperimentAnalysis, ResultGrid
+
+from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
+from vae_hyperband.search.decisions import Board, Journal
+from vae_hyperband.search.trials import read_result
+from vae_hyperband.tune.ray_logs import PARAMS, PROGRESS, RESULTS, RayLogs
+
+FILES = (RESULTS, PROGRESS, PARAMS)
+CONFIG = SearchConfig(num_trials=6, max_epochs=9, scheduler="asha")
+
+
+def hyperparameters(number: int, trials: list) -> Hyperparameters:
+    return Hyperparameters(latent_dim=2 + number, learning_rate=1e-3, batch_size=8, beta=1.0)
+
+
+def row(number: int, epoch: int) -> dict:
+    bound = math.nan if (number, epoch) == (4, 2) else 250.0 - number - epoch
+    return {
+        "step": 100 * epoch, "epoch": epoch, "recon_loss": bound - 10, "KL_divergence": 10.0,
+        "total_loss": bound, "bound": bound,
+    }  # fmt: skip
+
+
+def options(folder: Path) -> SearchOptions:
+    return SearchOptions(
+        run="s", checkpoints_dir=folder / "c", logs_dir=folder / "l", device="cpu"
+    ).absolute()
+
+
+def train(board: Board, num_reports: int) -> None:
+    """Report for the first trial that may run."""
+    for _ in range(num_reports):
+        if board.finished:
+            return
+        if len(board.trials) < CONFIG.num_trials and len(board.runnable()) < 2:
+            board.suggest_next()
+            continue
+        trial = board.trials[board.runnable()[0]]
+        board.reported(trial.number, row(trial.number, trial.num_epochs + 1))
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for name in FILES
+        for path in sorted(folder.glob(f"trial_*/{name}"))
+    }
+
+
+def test_the_logs_are_the_same_whatever_was_killed_and_torn(tmp_path):
+    calm, storm = options(tmp_path / "calm"), options(tmp_path / "storm")
+    for place in (calm, storm):
+        place.ckpt_folder.mkdir(parents=True)
+    with Journal(calm.ckpt_folder / "log") as journal:
+        board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(calm))
+        logs.write(board)
+        train(board, 10**6)
+        assert board.finished
+    expected = written(calm.log_folder)
+    assert len(expected) == 3 * CONFIG.num_trials
+
+    random = np.random.default_rng(3)
+    for _ in range(200):
+        with Journal(storm.ckpt_folder / "log") as journal:
+            board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(storm))
+            logs.write(board)
+            train(board, int(random.integers(1, 4)))
+        if board.finished:
+            break
+        for path in storm.log_folder.glob("trial_*/*"):  # what a kill may leave of a file
+            if random.random() < 0.3:
+                path.write_bytes(path.read_bytes()[: int(random.integers(0, 200))])
+    assert written(storm.log_folder) == expected
+
+
+def test_trials_that_failed_are_errors_to_ray(tmp_path):
+    place = options(tmp_path)
+    place.ckpt_folder.mkdir(parents=True)
+    with Journal(place.ckpt_folder / "log") as journal:
+        board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(place))
+        logs.write(board)
+        train(board, 10**6)
+        logs.write_state(board)
+    failed = [trial for trial in board.trials if trial.outcome == "failed"]
+    assert [trial.number for trial in failed] == [4]
+    found = ResultGrid(ExperimentAnalysis(str(place.log_folder)))
+    assert len(found) == CONFIG.num_trials
+    assert found.num_errors == 1
+    assert (place.log_folder / "trial_004/error.txt").read_text() == failed[0].why + "\n"
+    assert not (place.log_folder / ".validate_storage_marker").exists()
+
+
+def test_ray_s_analysis_finds_the_trials_and_the_winner_of_a_search(searched):
+    folder = searched[0]
+    result = read_result(folder / "checkpoints/s")
+    found = ExperimentAnalysis(str(folder / "logs/s"), default_metric="bound", default_mode="min")
+    assert found.best_trial.trial_id == result.winner.name
+    assert found.best_config == result.winner.hyperparameters.to_dict()
+    assert len(found.trials) == len(result.trials) == 9
+    for trial in result.trials:
+        table = pd.read_csv(folder / "logs/s" / trial.name / PROGRESS)
+        assert table["bound"].tolist() == pytest.approx(trial.curve("bound"), rel=1e-15)
+        assert table["training_iteration"].tolist() == trial.curve("epoch")
+        lines = (folder / "logs/s" / trial.name / RESULTS).read_text().splitlines()
+        assert [json.loads(line)["bound"] for line in lines] == trial.curve("bound")
+        assert found.trial_dataframes[trial.name]["step"].tolist() == trial.curve("step")
+    best = ResultGrid(found).get_best_result(metric="bound", mode="min")
+    assert best.metrics["bound"] == result.best_score
