@@ -1,10 +1,14 @@
 """What a process that hangs leaves behind: where it was, whatever it was doing."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from killing import descendants
 
 # one interpreter imports Ray and PyTorch, its children hang
 SCRIPT = """
@@ -34,16 +38,46 @@ for number in range(num_processes):
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("hang", "num_processes"), [("never_ends_in_python", 30), ("never_ends_in_c", 1)]
+    ("hang", "num_processes", "status"),
+    [("never_ends_in_python", 30, "1"), ("never_ends_in_c", 1, "-9")],
 )
-def test_the_report_of_a_hang_goes_back_to_where_the_process_began(hang, num_processes, tmp_path):
+def test_the_report_of_a_hang_goes_back_to_where_the_process_began(
+    hang, num_processes, status, tmp_path
+):
     """The stack of a thread that runs, read without stopping it, is cut off one time in five."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, hang, tmp_path, str(num_processes)],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.stdout.split() == ["1"] * num_processes, done.stderr
+    assert done.stdout.split() == [status] * num_processes, done.stderr
     for number in range(num_processes):
         report = Path(tmp_path / str(number)).read_text()
         assert f"in {hang}\n" in report, report
         assert report.rstrip().endswith("in <module>"), report
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_time_in_which_the_process_did_not_run_is_no_hang(everything, tmp_path):
+    """Stopped for three times as long as it may hang: alone, or with all that it started."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from vae_hyperband.tune import worker\n"
+        "worker.INTERPRETER_SECONDS = 0.5\n"
+        "with worker.Watchdog(Path(sys.argv[1]), 1.5):\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(0.7)\n"
+        "print('well', flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "report"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        stopped = descendants(process.pid) if everything else [process.pid]
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in stopped:
+                os.kill(pid, number)
+            time.sleep(6 if number == signal.SIGSTOP else 0)
+        assert process.stdout.read() == "well\n"
+    assert process.returncode == 0
+    assert not (tmp_path / "report").exists()

@@ -6,12 +6,16 @@ continues. Errors in here become a report to the search; Ray never sees an excep
 
 import contextlib
 import faulthandler
+import functools
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypedDict
@@ -191,57 +195,109 @@ class Watchdog:
     """A context manager that ends the process if it makes no progress for ``seconds``.
 
     Before that it writes the stacks of all threads to ``report``. Ray has no time limit per report:
-    a trial that hangs would hold its worker until the search is stopped.
+    a trial that hangs would hold its worker until the search is stopped. Time in which the process
+    was suspended (a laptop's lid, Slurm's SUSPEND, ``docker pause``) does not count.
     """
 
     # A thread of Python's writes the report, since the others stand still while it runs: reading
     # the stack of a running thread, as faulthandler's own timer does, gives half a stack, or none
     # and a crash. Code that hangs without releasing the interpreter's lock keeps that thread from
-    # running; then, some seconds later, faulthandler's timer, a thread in C, does it after all, and
-    # nothing moves then either.
+    # running; then a second process, which hears nothing from it, has faulthandler's signal handler
+    # write the report, and nothing moves then either.
 
     def __init__(self, report: Path, seconds: float) -> None:
         self._report, self._seconds = report, seconds
+        self._done, self._spent, self._counting = threading.Event(), 0.0, True
 
     def __enter__(self) -> Self:
         make_folder(self._report.parent)
         # opened now: a process that hangs may be short of memory, descriptors or disk
         self._file = self._report.open("w", encoding="utf-8")
-        self._start()
+        faulthandler.register(REPORT_SIGNAL, file=self._file)
+        self._hearing = _heartbeat(self._seconds + INTERPRETER_SECONDS)
+        self._hearing(ALIVE)  # now: what hangs may never let the thread begin
+        # a daemon, or a process that is done would wait for it
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._cancel()
+        self._done.set()
+        self._thread.join()
+        self._hearing(ASLEEP)
+        faulthandler.unregister(REPORT_SIGNAL)
         self._file.close()
         self._report.unlink(missing_ok=True)  # what is left of a process tells how it ended
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Do not count the time inside of this block."""
-        self._cancel()
+        self._counting = False
         yield
-        # not in a finally: an exception leaves the trial, and __exit__ has nothing to cancel
-        self._start()
+        # not in a finally: an exception leaves the trial, and nothing is to be counted any more
+        self.restart()
 
     def restart(self) -> None:
         """Count the seconds from 0 again."""
-        self._cancel()
-        self._start()
+        self._spent, self._counting = 0.0, True
 
-    def _start(self) -> None:
-        self._timer = threading.Timer(self._seconds, self._end)
-        self._timer.daemon = True  # or a process that is done would wait for it
-        self._timer.start()
-        later = self._seconds + INTERPRETER_SECONDS
-        faulthandler.dump_traceback_later(later, exit=True, file=self._file)
+    def _watch(self) -> None:
+        tick = min(1.0, self._seconds / 4)
+        last = time.monotonic()
+        while not self._done.wait(tick):
+            now = time.monotonic()
+            # far more than a tick: the process did not run meanwhile, so it did not hang either
+            self._spent += min(now - last, 2 * tick) if self._counting else 0.0
+            last = now
+            self._hearing(ALIVE)
+            if self._spent >= self._seconds:
+                faulthandler.dump_traceback(self._file)
+                # at once: sys.exit in a thread ends the thread, and clean-up may hang as well
+                os._exit(1)
 
-    def _cancel(self) -> None:
-        self._timer.cancel()
-        faulthandler.cancel_dump_traceback_later()
 
-    def _end(self) -> None:
-        faulthandler.dump_traceback(self._file)
-        os._exit(1)  # at once: sys.exit in a thread ends the thread, and clean-up may hang as well
+ALIVE, ASLEEP = b"1", b"0"
+REPORT_SIGNAL = signal.SIGRTMAX - 1  # that nobody else sends
+
+#: Ends the process that started it if that is awake and says nothing for so many seconds of its own
+#: and of that process's running; with it, it ends itself.
+LISTENER = """
+import os, select, signal, sys, time
+parent, seconds, report = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+awake, silent = False, 0.0
+while silent < seconds:
+    begun = time.monotonic()
+    if select.select([0], [], [], 1.0)[0]:
+        said = os.read(0, 4096)
+        if not said:
+            sys.exit()
+        awake, silent = said[-1:] == b"1", 0.0
+    elif awake:
+        with open(f"/proc/{parent}/stat") as stat:
+            stopped = stat.read().rsplit(")", 1)[1].split()[0] in "Tt"
+        silent += 0.0 if stopped else min(time.monotonic() - begun, 1.5)
+os.kill(parent, report)
+time.sleep(1)  # for the handler to write
+os.kill(parent, signal.SIGKILL)
+"""
+
+
+@functools.cache
+def _heartbeat(seconds: float) -> Callable[[bytes], None]:
+    """Start the listener of this process, once; a function that tells it ALIVE or ASLEEP."""
+    numbers = map(str, (os.getpid(), seconds, int(REPORT_SIGNAL)))
+    listener = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", LISTENER, *numbers],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the search
+    )
+
+    def say(what: bytes) -> None:
+        assert listener.stdin is not None
+        with contextlib.suppress(OSError):  # the listener was killed: the thread still watches
+            os.write(listener.stdin.fileno(), what)
+
+    return say
 
 
 def reason(error: Exception) -> str:
