@@ -8,7 +8,6 @@ rate-distortion trade-off of the beta-VAE (Higgins et al. 2017; Alemi et al. 201
 """
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.common.config import Dataset, Places, TrainConfig
 from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
-from vae_hyperband.common.process import EXIT_STOPPED, pick_device, stop_flag
+from vae_hyperband.common.process import EXIT_STOPPED, available_cpus, pick_device, stop_flag
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.model.checkpoint import Metrics
 from vae_hyperband.training.study import train_side_by_side
@@ -78,7 +77,7 @@ def train(args: BetaArgs, should_stop: Callable[[], bool]) -> bool:
         )
 
     print("beta   reconstruction      KL   bound (validation, nats/image; bound at beta = 1)")
-    return train_side_by_side(args.configs(), args, len(os.sched_getaffinity(0)), should_stop, show)
+    return train_side_by_side(args.configs(), args, available_cpus(), should_stop, show)
 
 
 def check(args: BetaArgs) -> None:

@@ -38,8 +38,8 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
 
 "vae-hyperband COMMAND --help" explains each. Options take hyphens and underscores alike.
 Exit status: 0 done; 2 invalid option or file; 3 training diverged, or every trial of a search
-failed; 70 Ray broke down; 75 stopped on request (SIGINT, SIGTERM, SIGUSR1); 128 + n ended at once
-by signal n. After 70, 75, 128 + n and a kill, the same command continues.
+failed; 70 Ray broke down; 75 stopped on request (SIGINT, SIGTERM, SIGHUP, SIGUSR1); 128 + n ended
+at once by signal n. After 70, 75, 128 + n and a kill, the same command continues.
 """
 
 
@@ -69,6 +69,12 @@ def _status_of(argv: list[str]) -> int:
     except BrokenPipeError:  # as in "--help | head": the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        # of a path that an option names: no permission, too long, not a folder, a stale handle
+        if error.filename is None:
+            raise
+        print(f"vae-hyperband: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return VAEHyperbandError.exit_status
     except KeyboardInterrupt:  # training and searches handle signals themselves
         print("vae-hyperband: interrupted; the same command continues.", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from vae_hyperband.common.config import TrainConfig
-from vae_hyperband.common.errors import DeviceError, DivergedError
+from vae_hyperband.common.errors import ConfigError, DeviceError, DivergedError
 from vae_hyperband.common.process import environment
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import Split, load_split
@@ -230,6 +231,42 @@ def test_a_poisoned_image_is_named_and_its_step_is_not_applied(small_config, sma
     for value in (*state.model.parameters(), *state.optimizer.state.values()):
         tensors = value.values() if isinstance(value, dict) else [value]
         assert all(torch.isfinite(t).all() for t in tensors)
+
+
+def test_the_remedy_fits_the_cause(options, small_config):
+    wild = dataclasses.replace(small_config, beta=1e38)
+    with pytest.raises(DivergedError, match=r"Use a lower --beta\.$"):
+        fit(wild, options(), quiet=True)
+
+
+def test_a_loop_by_hand_with_other_batches_than_the_state_s_is_refused(state, small_data):
+    split = load_split("train", small_data, "custom")
+    for loader in (
+        get_dataloader(split, 50),
+        get_dataloader(split.subset(torch.arange(290)), 32),
+        DataLoader(TensorDataset(split.pixels(slice(None)), split.labels_N), batch_size=50),
+    ):
+        with pytest.raises(ConfigError, match="make both with the same numbers"):
+            train_epoch(state, loader)
+        assert state.step == 0
+    batches = list(get_dataloader(split, 32, shuffle=False))
+    with pytest.raises(ConfigError, match="ended after 9 batches"):
+        train_epoch(state, iter(batches[:9]))
+
+
+def test_any_iterable_of_batches_trains_and_evaluates_as_ours(state, small_config, small_data):
+    split = load_split("train", small_data, "custom")
+    ours = get_dataloader(split, 32, shuffle=False)
+    plain = DataLoader(TensorDataset(split.pixels(slice(None)), split.labels_N), batch_size=32)
+    other, third = (new_state(small_config, (1, 8, 8), 300) for _ in range(2))
+    expected = train_epoch(state, ours)
+    assert train_epoch(other, plain) == expected
+    stopped = train_epoch(third, iter(list(plain)), lambda st: st.step == 4)
+    assert stopped is None
+    assert train_epoch(third, plain) == expected  # goes on from the middle of the epoch
+    held_out = eval_epoch(state.model, ours)
+    assert eval_epoch(other.model, plain) == held_out
+    assert eval_epoch(third.model, iter(list(plain))) == held_out
 
 
 def test_divergence_leaves_the_last_checkpoint_finite(options, small_config):

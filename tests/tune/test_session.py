@@ -2,6 +2,7 @@
 
 import pytest
 
+from vae_hyperband.common.errors import SearchError
 from vae_hyperband.search.config import SearchOptions
 from vae_hyperband.tune import session
 
@@ -37,3 +38,28 @@ def test_places_and_shares(nodes, options, resources, places, each):
     options = SearchOptions(**options)
     assert session.num_concurrent(session.nodes(), options) == places
     assert session.trial_resources(options) == each
+
+
+def test_a_long_folder_for_temporary_files_is_not_ray_s(monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for length, short in ((10, False), (36, False), (60, True), (105, True)):
+        folder = "/" + "t" * (length - 1)
+        monkeypatch.setattr(session.tempfile, "gettempdir", lambda: folder)  # noqa: B023
+        found = session.short_temp_dir()
+        assert (found is not None) == short, length
+        path = f"{found or folder + '/ray'}/{session.SOCKET}"
+        assert len(path) <= session.MAX_SOCKET_BYTES
+
+
+@pytest.mark.parametrize(
+    "error", [Exception("The process died.\nmore"), OSError("disk"), ValueError()]
+)
+def test_whatever_ray_raises_at_its_start_is_one_sentence(monkeypatch, error):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(session.ray, "init", fail)
+    said = "Ray cannot be started on this machine"
+    with pytest.raises(SearchError, match=said) as raised, session.ray_for(SearchOptions()):
+        pass
+    assert "\n" not in str(raised.value)

@@ -8,10 +8,12 @@ says where and how a run is computed, which changes rounding (and on a GPU the n
 import dataclasses
 import json
 import math
+import numbers
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from vae_hyperband.common.errors import ConfigError
 
@@ -203,7 +205,8 @@ class Places(Folders, RunName):
     def __post_init__(self) -> None:
         check_types(self)
         check_run_name(self.run)
-        same = self.checkpoints_dir.resolve() == self.logs_dir.resolve()
+        # realpath, since Path.resolve raises for a loop of links
+        same = os.path.realpath(self.checkpoints_dir) == os.path.realpath(self.logs_dir)
         require(not same, "--checkpoints-dir and --logs-dir are the same folder: give two folders.")
 
     def options(self, run: str) -> dict[str, Any]:
@@ -355,7 +358,10 @@ def check_types(config: Any) -> None:
 
 
 def _of_type(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as a field's declared type: ints are taken for floats, strings for paths."""
+    """``value`` as a field's declared type.
+
+    Taken for it: integers for floats, strings for paths, and numpy's numbers for Python's.
+    """
     if type(None) in typing.get_args(hint):  # X | None
         if value is None:
             return None
@@ -373,8 +379,10 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
             len(value) == len(kinds), f"{name} is {value!r}, but must have {len(kinds)} values."
         )
         return tuple(_of_type(name, v, kind) for v, kind in zip(value, kinds, strict=True))
-    wanted = {float: (int, float), Path: (str, Path)}.get(hint, hint)
-    ok = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
+    wanted = {float: numbers.Real, int: numbers.Integral, Path: (str, os.PathLike)}.get(hint, hint)
+    if hint is bool and type(value).__name__ == "bool":  # numpy's is no subclass of Python's
+        wanted = type(value)
+    ok = isinstance(value, cast(Any, wanted)) and (hint is bool or not isinstance(value, bool))
     require(ok, f"{name} is {value!r}, but must be of type {hint.__name__}.")
     if dataclasses.is_dataclass(hint):  # its own __post_init__ has checked it
         return value

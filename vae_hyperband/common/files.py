@@ -115,7 +115,12 @@ def write_text(path: Path, text: str) -> None:
         except OSError as error:
             raise _unwritable(path, error) from error
     else:
-        write_bytes(path.resolve(), text.encode())
+        write_bytes(real(path), text.encode())
+
+
+def real(path: Path) -> Path:
+    """The path without symbolic links; unlike Path.resolve it does not raise for a loop of them."""
+    return Path(os.path.realpath(path))
 
 
 def check_place(path: Path, *endings: str, option: str = "--out") -> None:
@@ -130,9 +135,9 @@ def check_place(path: Path, *endings: str, option: str = "--out") -> None:
         return  # such as /dev/stdout
     if endings and path.suffix not in endings:
         raise ConfigError(f"{option} is {path}, but must end in {' or '.join(endings)}.")
-    make_folder(path.resolve().parent)
+    make_folder(real(path).parent)
     try:
-        with tempfile.TemporaryFile(dir=path.resolve().parent):
+        with tempfile.TemporaryFile(dir=real(path).parent):
             pass
     except OSError as error:
         raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error

@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import math
 import os
 import platform
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -23,15 +25,25 @@ from vae_hyperband.common.files import make_folder, no_link
 #: again (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGINT, SIGTERM or SIGUSR1 came; a second one ends at once."""
+    """A function that tells whether one of :data:`STOP_SIGNALS` came; a second one ends at once.
+
+    Outside of the main thread, as in a notebook server, it is never true: Python gives signals to
+    the main thread alone.
+    """
+    if not in_main_thread():
+        yield lambda: False
+        return
     stopped_by: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        # a terminal that is closed may say so twice: by the shell and by the kernel
+        if stopped_by and number == signal.SIGHUP:
+            return
         if stopped_by:
             os._exit(128 + number)
         stopped_by.append(number)
@@ -39,15 +51,46 @@ def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], boo
             if isinstance(stream, _Lossy):
                 stream.reader_may_be_gone = True
         name = signal.Signals(number).name
+        again = "" if number == signal.SIGHUP else " (again: stop at once)"
         with contextlib.suppress(OSError):  # the output's reader may be gone, too
-            os.write(2, f"\n{name}: {doing} (again: stop at once)\n".encode())
+            os.write(2, f"\n{name}: {doing}{again}\n".encode())
 
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: the run is to outlive its terminal
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, on_signal)
     try:
         yield lambda: bool(stopped_by)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def own_modes() -> Iterator[None]:
+    """float32, gradients, no autocast, the CPU: whatever modes of PyTorch the caller has entered.
+
+    Also a decorator.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            modes.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":  # only then: it costs time in every call
+            modes.enter_context(torch.device("cpu"))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def in_main_thread() -> bool:
+    """Whether this thread may set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager
@@ -98,13 +141,62 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def cpu_threads(num_threads: int | None) -> Iterator[None]:
-    """Compute with that many CPU threads (None: as before), then restore their number."""
+    """Compute with that many CPU threads, then restore their number.
+
+    None: as before, but no more than a control group's quota has CPUs for.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(before if num_threads is None else num_threads)
+    # PyTorch looks at the machine's cores; more threads than the quota wait for each other
+    usual = min([before, *(math.ceil(quota) for quota in cpu_quotas())])
+    torch.set_num_threads(usual if num_threads is None else num_threads)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may keep busy: by its affinity and its control group's quota."""
+    return min([len(os.sched_getaffinity(0)), *(math.ceil(quota) for quota in cpu_quotas())])
+
+
+def cpu_quotas(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[float]:
+    """The CPU quotas of this process's control group and those around it, in CPUs.
+
+    As containers and batch systems set them: ``cpu.max`` of version 2, ``cpu.cfs_quota_us`` of
+    version 1 (Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1). No quota: an empty
+    list.
+    """
+    quotas = []
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / controllers if controllers else root
+            folder = top / path.strip("/")
+            # the groups around count, too; in a container its own group is often the top
+            for group in (folder, *folder.parents):
+                quotas += _quota(group)
+                if group == top:
+                    break
+    return quotas
+
+
+def _quota(group: Path) -> list[float]:
+    """The quota of one control group, as a list of one or none."""
+    # a file that is not there, or says "max" or -1: no quota
+    with contextlib.suppress(OSError, ValueError):
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        if int(quota) > 0:
+            return [int(quota) / int(period)]
+    return []
 
 
 def keep_freed_memory() -> None:
@@ -177,9 +269,27 @@ class _Lossy:
         return getattr(self._stream, name)
 
 
+def open_standard_streams() -> None:
+    """Put the null device where a batch system has closed stdin, stdout or stderr.
+
+    Otherwise the next file that is opened takes its number, and whatever is printed goes into it.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+        if getattr(sys, name) is None:  # as Python leaves it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 @contextlib.contextmanager
 def lossy_output() -> Iterator[None]:
     """Let a full disk cost the output that goes to a file on it, but not the run."""
+    open_standard_streams()
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast(TextIO, _Lossy(out)), cast(TextIO, _Lossy(err))
     try:

@@ -9,13 +9,14 @@ K importance samples.
 """
 
 import math
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vae_hyperband.common.process import own_modes
 from vae_hyperband.common.randomness import generator, standard_normal
 from vae_hyperband.data.batches import SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Split
@@ -79,11 +80,15 @@ def _with_noise(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each batch of images with its own rows of the split's noise."""
     device = next(model.parameters()).device
-    num_images = len(loader.dataset)  # type: ignore[arg-type]
+    batches: Iterable[Any] = loader
+    images = getattr(loader, "dataset", None)
+    if not isinstance(images, Sized):  # then only its batches tell how many there are
+        batches = images = list(loader)
+    num_images = len(images) if batches is loader else sum(len(x) for x, _ in batches)
     noise_NZ = standard_normal(seed, purpose, position, num_images, model.latent_dim, device)
     start = 0
-    for x_BCHW, _ in loader:
-        yield x_BCHW, noise_NZ[start : start + len(x_BCHW)]
+    for x_BCHW, _ in batches:
+        yield x_BCHW.to(device), noise_NZ[start : start + len(x_BCHW)]
         start += len(x_BCHW)
 
 
@@ -98,6 +103,7 @@ def prior_fid(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> fl
     return frechet(moments(real_NF), moments(image_features(generated_NCHW, device)))
 
 
+@own_modes()
 def eval_epoch(
     model: VAE,
     loader: DataLoader,

@@ -145,7 +145,7 @@ class Checkpoint:
         return split
 
 
-def save_ckpt(path: Path, checkpoint: Checkpoint) -> None:
+def save_ckpt(path: Path | str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint. See :func:`save_pt`."""
     content = {
         "config": checkpoint.config.to_dict(),
@@ -162,7 +162,7 @@ def save_ckpt(path: Path, checkpoint: Checkpoint) -> None:
         "resumed_from": checkpoint.resumed_from,
         "weights": checkpoint.weights_digest,
     }
-    save_pt(path, content, FORMAT, KEYS)
+    save_pt(Path(path), content, FORMAT, KEYS)
 
 
 def save_pt(path: Path, content: Content, kind: str, keys: Keys) -> None:

@@ -8,11 +8,12 @@ Shape suffixes: B images of a batch, N images of a split, C channels, H height, 
 """
 
 import contextlib
+import itertools
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -20,7 +21,12 @@ from typing import Any, Self, cast
 import torch
 
 from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect, plural
-from vae_hyperband.common.errors import DivergedError, OutOfMemoryError, RunFolderError
+from vae_hyperband.common.errors import (
+    ConfigError,
+    DivergedError,
+    OutOfMemoryError,
+    RunFolderError,
+)
 from vae_hyperband.common.process import (
     Environment,
     cpu_threads,
@@ -28,6 +34,7 @@ from vae_hyperband.common.process import (
     keep_freed_memory,
     lacks_memory,
     only_writer,
+    own_modes,
     pick_device,
 )
 from vae_hyperband.common.randomness import generator
@@ -68,35 +75,66 @@ class FitResult:
         return tree_digest(self.state.model.state_dict())
 
 
+@own_modes()
 def train_epoch(
     state: TrainState,
-    loader: Batches,
+    loader: Iterable[Any],
     after_step: Callable[[TrainState], bool] = lambda state: False,
     losses: BatchLosses = batch_losses,
 ) -> Losses | None:
     """Train to the end of the epoch that ``state`` is in, wherever in it that is.
 
     ``state`` comes from :func:`vae_hyperband.new_state`, ``loader`` from
-    :func:`vae_hyperband.get_dataloader`. Returns the epoch's training losses, averaged per image,
-    in nats. ``after_step`` is called after every step: if it returns True within the epoch,
-    training stops there and None is returned. Raises :class:`DivergedError`, with the state as it
-    was before the step that is not finite.
+    :func:`vae_hyperband.get_dataloader`, or is any other iterable of an epoch's batches (images in
+    [0, 1], shape (B, C, H, W); labels). Returns the epoch's training losses, averaged per image, in
+    nats. ``after_step`` is called after every step: if it returns True within the epoch, training
+    stops there and None is returned. Raises :class:`DivergedError`, with the state as it was before
+    the step that is not finite, and :class:`ConfigError` for a loader of another number of batches
+    than the state's epochs have steps.
     """
     state.model.train()
-    order = cast(EpochOrder, loader.sampler)
+    sampler = getattr(loader, "sampler", None)
+    order = sampler if isinstance(sampler, EpochOrder) else None
+    _check_loader(state, loader, order)
     # a resumed run starts in the middle of its epoch
-    order.start_at(state.epoch, batch=state.step % state.steps_per_epoch)
-    for x_BCHW, _ in loader:
-        take_step(state, x_BCHW, order, losses)
+    first = state.step % state.steps_per_epoch
+    if order is not None:
+        order.start_at(state.epoch, batch=first)
+    device = _device_of(state)
+    for x_BCHW, _ in loader if order is not None else itertools.islice(loader, first, None):
+        take_step(state, x_BCHW.to(device), order, losses)
         stop = after_step(state)
         # in this order: a stop at an epoch's last step comes after its validation
         if state.ends_epoch:
             break
         if stop:
             return None
+    else:
+        raise ConfigError(
+            f"The loader ended after {state.step % state.steps_per_epoch} batches, but the state's "
+            f"epochs have {state.steps_per_epoch} steps."
+        )
     return averages(state.sums[0])
 
 
+def _check_loader(state: TrainState, loader: Iterable[Any], order: EpochOrder | None) -> None:
+    """Raise :class:`ConfigError` if one epoch of the loader is not one of the state."""
+    wanted, found = (state.num_images, state.config.batch_size), None
+    if order is not None:
+        found = (order.num_images, order.batch_size)
+    if found not in (None, wanted):
+        raise ConfigError(
+            f"The loader gives {found[0]:,} images in batches of {found[1]}, but the state is for "
+            f"{wanted[0]:,} in batches of {wanted[1]}: make both with the same numbers."
+        )
+    if order is None and isinstance(loader, Sized) and len(loader) != state.steps_per_epoch:
+        raise ConfigError(
+            f"The loader has {len(loader)} batches, but the state's epochs have "
+            f"{state.steps_per_epoch} steps: make both with the same numbers."
+        )
+
+
+@own_modes()
 def fit(
     config: TrainConfig,
     options: RunOptions | None = None,

@@ -22,7 +22,7 @@ from vae_hyperband.common.config import (
     model_settings,
 )
 from vae_hyperband.common.errors import CheckpointError, ResumeError
-from vae_hyperband.common.process import Environment
+from vae_hyperband.common.process import Environment, own_modes
 from vae_hyperband.data.splits import Split
 from vae_hyperband.model.checkpoint import (
     BEST,
@@ -48,7 +48,7 @@ class TrainState:
     config: TrainConfig
     model: VAE
     optimizer: torch.optim.Optimizer
-    steps_per_epoch: int
+    num_images: int  # of the training split
     step: int = 0
     #: Running sums of (reconstruction, KL, total, images): row 0 since the epoch began, row 1 since
     #: the last row of the log. float64, on the model's device.
@@ -56,6 +56,10 @@ class TrainState:
     best: Metrics = dataclasses.field(default_factory=lambda: dict(NO_BEST))
     metrics: Metrics = dataclasses.field(default_factory=dict)  # of the last validation
     resumed_from: str | None = None  # digest of the checkpoint given by --resume_ckpt
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_images / self.config.batch_size)
 
     @property
     def epoch(self) -> int:
@@ -72,6 +76,7 @@ class TrainState:
         return self.config.epochs * self.steps_per_epoch
 
 
+@own_modes()
 def new_state(
     config: TrainConfig,
     image_shape: tuple[int, int, int],
@@ -86,15 +91,15 @@ def new_state(
         seed=config.seed,
         **model_settings(config),
     ).to(device)
-    return _state_of(config, model, math.ceil(num_images / config.batch_size))
+    return _state_of(config, model, num_images)
 
 
-def _state_of(config: TrainConfig, model: VAE, steps_per_epoch: int) -> TrainState:
+def _state_of(config: TrainConfig, model: VAE, num_images: int) -> TrainState:
     # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, fused=True
     )
-    state = TrainState(config, model, optimizer, steps_per_epoch)
+    state = TrainState(config, model, optimizer, num_images)
     # on the model's device, so that adding to them does not wait for it
     state.sums = state.sums.to(next(model.parameters()).device)
     return state
@@ -139,7 +144,7 @@ def first_state(
     found, given = ckpt_to_resume(config, options, train)
     if found is None:
         return new_state(config, train.image_shape, len(train), device)
-    state = _state_of(config, found.model(device), math.ceil(len(train) / config.batch_size))
+    state = _state_of(config, found.model(device), len(train))
     state.optimizer.load_state_dict(found.optimizer_state)
     state.step, state.sums = found.step, found.sums.to(device)
     state.metrics = found.metrics

@@ -22,14 +22,22 @@ from vae_hyperband.model.schedules import StepSettings, settings_at
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.training.state import TrainState
 
+HUGE_BETA = 1e4  # of no published model; the default learning rate diverges far above it
+
 #: What :func:`~vae_hyperband.model.objective.batch_losses` is, compiled or not.
 BatchLosses = Callable[..., tuple[Nats, Tensor]]
 
 
 def take_step(
-    state: TrainState, x_BCHW: Tensor, order: EpochOrder, losses: BatchLosses = batch_losses
+    state: TrainState,
+    x_BCHW: Tensor,
+    order: EpochOrder | None = None,
+    losses: BatchLosses = batch_losses,
 ) -> None:
-    """Train on one batch, or raise :class:`DivergedError` with the state as it was."""
+    """Train on one batch, or raise :class:`DivergedError` with the state as it was.
+
+    ``order`` is where the batch comes from, so that the error can name its images.
+    """
     config, model, optimizer = state.config, state.model, state.optimizer
     settings = settings_at(config, state.step, state.steps_per_epoch)
     # set in every step instead of by a scheduler object, whose state would have to be saved
@@ -42,7 +50,7 @@ def take_step(
     noise_SZ = standard_normal(
         config.seed, "noise", state.step, num_samples, model.latent_dim, x_BCHW.device
     )
-    nats, total = losses(config, model, x_BCHW, noise_SZ, settings, order.num_images)
+    nats, total = losses(config, model, x_BCHW, noise_SZ, settings, state.num_images)
 
     # to None, not to zeros: the backward pass then writes gradients instead of adding them
     optimizer.zero_grad(set_to_none=True)
@@ -144,7 +152,9 @@ def batch_size_that_fits(
     return 0
 
 
-def _refuse_non_finite(state: TrainState, total: Tensor, nats: Nats, order: EpochOrder) -> None:
+def _refuse_non_finite(
+    state: TrainState, total: Tensor, nats: Nats, order: EpochOrder | None
+) -> None:
     """Raise :class:`DivergedError` instead of letting a NaN or infinity into the weights."""
     # a norm is finite only if all squares are, of which Adam keeps an average
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
@@ -152,12 +162,20 @@ def _refuse_non_finite(state: TrainState, total: Tensor, nats: Nats, order: Epoc
     if math.isfinite(sum(norms, start=total.detach())):
         return
     # name the images: a damaged one is the usual cause
-    start = state.step % state.steps_per_epoch * order.batch_size
-    ids_B = order.order(state.epoch)[start : start + order.batch_size]
-    bad = ids_B[~torch.isfinite(nats.recon_B + nats.kl_B).cpu()].tolist()
-    where = f"images {bad[:10]}" if bad else "the gradient"
+    bad = (~torch.isfinite(nats.recon_B + nats.kl_B)).nonzero()[:, 0].cpu()
+    whose = "of the batch "
+    if order is not None:
+        start = state.step % state.steps_per_epoch * order.batch_size
+        bad, whose = order.order(state.epoch)[start : start + order.batch_size][bad], ""
+    where = f"images {whose}{bad[:10].tolist()}" if len(bad) else "the gradient"
     raise DivergedError(
         f"Training diverged at step {state.step}: {where} gave a value that is not finite "
         f"(reconstruction {nats.recon_B.mean():.4g}, KL {nats.kl_B.mean():.4g} nats/image); the "
-        "step was not applied. Use a lower --learning-rate."
+        f"step was not applied. Use a lower {_remedy(state.config)}."
     )
+
+
+def _remedy(config: TrainConfig) -> str:
+    """The option that is the likely cause of a divergence."""
+    # a KL has some tens of nats: beyond this weight its gradient alone is out of all proportion
+    return "--beta" if config.beta > HUGE_BETA else "--learning-rate"

@@ -20,7 +20,13 @@ import torch
 from vae_hyperband.common.config import Places, RunOptions, TrainConfig, in_effect, plural
 from vae_hyperband.common.errors import OutOfMemoryError
 from vae_hyperband.common.files import make_folder, write_text
-from vae_hyperband.common.process import EXIT_STOPPED, cpu_threads, pick_device, stop_flag
+from vae_hyperband.common.process import (
+    EXIT_STOPPED,
+    available_cpus,
+    cpu_threads,
+    pick_device,
+    stop_flag,
+)
 from vae_hyperband.data.splits import SplitName, load_split
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate_once
 from vae_hyperband.evaluation.results import Evaluation
@@ -188,7 +194,7 @@ def study_dry_run(
         lines.append(f"  {where.run:24} {done:,} of {num_steps:,} steps are done")
     jobs = min(jobs, len(configs))
     # more jobs than cores are no faster
-    seconds /= min(jobs, len(os.sched_getaffinity(0)))
+    seconds /= min(jobs, available_cpus())
     shared = {
         setting: value
         for setting, value in in_effect(one.to_dict()).items()

@@ -58,9 +58,9 @@ def search(
 ) -> SearchResult | None:
     """Run a search to its end; None if it was stopped before, and the same call will resume it.
 
-    It stops when ``should_stop()`` is true; without that argument, on SIGINT, SIGTERM or SIGUSR1. A
-    search that was stopped or killed resumes from its folder. Raises :class:`SearchError`,
-    :class:`SearchFailedError` if every trial failed, and :class:`DataError`.
+    It stops when ``should_stop()`` is true; without that argument, on SIGINT, SIGTERM, SIGHUP or
+    SIGUSR1, in the main thread. A search that was stopped or killed resumes from its folder. Raises
+    :class:`SearchError`, :class:`SearchFailedError` if every trial failed, and :class:`DataError`.
     """
     if should_stop is None:
         with stop_flag(STOPPING) as should_stop:
@@ -98,6 +98,9 @@ def _run(
 
         board = Board(config, journal, functools.partial(suggest, config), on_event)
         logs.write(board)  # a kill may have come between the decision log and these
+        total = config.total_trials
+        if config.num_trials not in (total, SearchConfig.num_trials):
+            print(f"note: a grid has {total} combinations: --num-trials has no effect", flush=True)
         if begun:
             print(f"resuming the search in {folder}: {console.progress(board)}", flush=True)
         # a kill may have come between the last decision and the result

@@ -3,14 +3,13 @@
 import collections
 import dataclasses
 import math
-import os
 import statistics
 
 import torch
 
 from vae_hyperband.common.config import RunOptions, in_effect
 from vae_hyperband.common.files import refuse_foreign
-from vae_hyperband.common.process import cpu_threads, pick_device
+from vae_hyperband.common.process import available_cpus, cpu_threads, pick_device
 from vae_hyperband.data.splits import Split
 from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.decisions import read_events
@@ -104,7 +103,7 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split) -> list[st
         return [
             f"device       what the cluster at {options.address} provides; it was not contacted"
         ]
-    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    cpus, gpus = available_cpus(), torch.cuda.device_count()
     machines: list[Resources] = [{"CPU": cpus, "GPU": gpus}]
     options = with_gpus(options, machines)
     check_resources(machines, options)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ import ray
 from ray._private import ray_constants
 
 from vae_hyperband.common.errors import SearchError
+from vae_hyperband.common.process import available_cpus, in_main_thread
 from vae_hyperband.search.config import SearchOptions
 
 #: No usage report, no second set of logs, no advice between the console's lines. Ray reads these
@@ -31,11 +33,15 @@ QUIET = {
 }
 
 
+MAX_SOCKET_BYTES = 107  # sun_path of unix(7), without the zero byte at its end
+SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.0"  # the longest one
+
+
 @contextmanager
 def ray_for(options: SearchOptions) -> Iterator[None]:
     """Connect to the cluster at --address, or start a local Ray and stop it in the end.
 
-    Raises :class:`SearchError` if no cluster answers.
+    Raises :class:`SearchError` if no cluster answers, or the local one does not start.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -54,17 +60,37 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
             init(
                 address="local",
                 # the cores of this process, as Slurm or a container limits it, not the machine's
-                num_cpus=len(os.sched_getaffinity(0)),
+                num_cpus=available_cpus(),
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
+                _temp_dir=short_temp_dir(),
             )
+        # whatever its processes and its own code raise: a full disk, a path, a port, a time-out
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise SearchError(
+                f"Ray cannot be started on this machine ({said}): correct that, or join a running "
+                "cluster with --address."
+            ) from error
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = clusters
-    signal.signal(signal.SIGTERM, before)  # ray.init sets a handler that exits at once
+    if in_main_thread():
+        signal.signal(signal.SIGTERM, before)  # ray.init sets a handler that exits at once
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def short_temp_dir() -> str | None:
+    """A folder for the session of a local Ray; None where Ray's own choice will do.
+
+    The paths of its sockets may have 107 bytes, whatever TMPDIR is.
+    """
+    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(os.path.join(usual, "ray", SOCKET))) <= MAX_SOCKET_BYTES:
+        return None
+    return f"/tmp/ray-{os.geteuid()}"  # noqa: S108, where Ray's sessions are by default
 
 
 def _join(address: str, init: Callable[..., object]) -> None:

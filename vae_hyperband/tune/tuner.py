@@ -22,6 +22,7 @@ from ray.tune.stopper import Stopper
 
 from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import RayBrokeError, VAEHyperbandError
+from vae_hyperband.common.process import in_main_thread
 from vae_hyperband.data.splits import Split
 from vae_hyperband.search.config import SearchOptions
 from vae_hyperband.search.decisions import Board
@@ -121,6 +122,7 @@ class StopOnRequest(Stopper):
 
     def __init__(self, should_stop: Callable[[], bool]) -> None:
         self._should_stop, self._on_usr1 = should_stop, signal.getsignal(signal.SIGUSR1)
+        self._handles_signals = in_main_thread()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -128,7 +130,8 @@ class StopOnRequest(Stopper):
     def stop_all(self) -> bool:
         # Tune has set a handler of its own by now, but this is the signal by which Slurm warns of
         # a time limit: it has to stop the search
-        signal.signal(signal.SIGUSR1, self._on_usr1)
+        if self._handles_signals:
+            signal.signal(signal.SIGUSR1, self._on_usr1)
         return self._should_stop()
 
     def __getstate__(self) -> dict[str, object]:
