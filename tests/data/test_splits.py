@@ -139,6 +139,61 @@ def test_other_data_under_fashion_mnist_s_names_is_refused_by_digest(small_data)
     assert splits.FASHION_MNIST_SHA256[NAMES[0]] in str(error.value)
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("where", ["dots", "FashionMNIST/raw", "MNIST/raw", "raw"])
+def test_files_are_found_where_kaggle_and_torchvision_have_them(tmp_path, where, zipped):
+    folder = write_idx_folder(tmp_path / "d" / (where if where != "dots" else ""), zipped=zipped)
+    if where == "dots":
+        for path in folder.iterdir():
+            path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    expected = custom(write_idx_folder(tmp_path / "usual"))
+    found = custom(tmp_path / "d")
+    assert torch.equal(found.images_NCHW, expected.images_NCHW)
+    assert torch.equal(found.labels_N, expected.labels_N)
+
+
+def test_a_file_of_another_name_is_named(tmp_path):
+    folder = write_idx_folder(tmp_path / "d")
+    for path in folder.iterdir():
+        path.rename(path.with_name(f"emnist-letters-{path.name}"))
+    with pytest.raises(DataError, match="did you mean emnist-letters-train-images-idx3-ubyte"):
+        custom(folder)
+
+
+def test_a_user_without_a_home_still_has_the_system_s_package(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("VAE_HYPERBAND_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(splits.Path, "home", no_home)
+    monkeypatch.setattr(splits, "SYSTEM_FOLDER", tmp_path)
+    with pytest.raises(DataError, match=f"No file train-images-idx3-ubyte .* in {tmp_path}: run"):
+        load_split("train")
+    write_idx_folder(tmp_path)
+    with pytest.raises(DataError, match="is not Fashion-MNIST's"):  # looked at, and refused
+        load_split("train")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_a_folder_that_may_not_be_entered_is_one_sentence(tmp_path, small_data):
+    closed = tmp_path / "closed"
+    (closed / "data").mkdir(parents=True)
+    closed.chmod(0o700)
+    script = (
+        "import os, sys, pathlib\n"
+        "from vae_hyperband.data.splits import load_split\n"
+        "from vae_hyperband.common.errors import DataError\n"
+        "os.setuid(12345)\n"
+        "try: load_split('train', pathlib.Path(sys.argv[1]), 'custom')\n"
+        "except DataError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, closed / "data"], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.endswith("cannot be read: Permission denied.\n"), done.stderr
+
+
 def damaged(tmp_path, change):
     folder = write_idx_folder(tmp_path / "d")
     path = folder / NAMES[0]

@@ -1,5 +1,6 @@
 """The command ``run``: data -> search -> train the winner -> evaluate it once -> figures."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.common.process import pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
-from vae_hyperband.data.splits import SplitName, load_split
+from vae_hyperband.data.splits import Split, SplitName, check_test_split, load_split
 from vae_hyperband.evaluation.evaluate import PARTS, EvaluateOptions, Part, evaluate_once
 from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.reporting.report import write_report
@@ -86,7 +87,9 @@ def main_job_dry_run(job: MainJob) -> str:
     """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
     config, options = job.search()
     try:
-        load_split("train", job.data_dir, job.dataset)
+        train = load_split("train", job.data_dir, job.dataset)
+        config = _fitted(config, train)
+        check_test_split(train.image_shape, job.data_dir, job.dataset)
     except DataError as error:
         if job.dataset != "fashion-mnist" or job.data_dir:
             raise
@@ -122,6 +125,9 @@ def run_main_job(job: MainJob) -> bool:
     for name in names:
         split = load_split(name, job.data_dir, job.dataset)
         print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
+    # now, not after the search and the training
+    check_test_split(split.image_shape, job.data_dir, job.dataset)
+    config = _fitted(config, load_split("train", job.data_dir, job.dataset))
 
     _heading(
         f"2/5  search: {plural(job.num_trials, 'configuration')}, up to "
@@ -157,6 +163,16 @@ def run_main_job(job: MainJob) -> bool:
         print(path, flush=True)
     _print_summary(found, trained, best, evaluation, reports, job)
     return True
+
+
+def _fitted(config: SearchConfig, train: Split) -> SearchConfig:
+    """The search with batch sizes that the training split has images for; says so if it changed."""
+    sizes = tuple(size for size in config.batch_sizes if size <= len(train))
+    if sizes == config.batch_sizes:
+        return config
+    sizes = sizes or (max(1, len(train) // 4),)
+    print(f"batch sizes for {len(train)} images: {', '.join(map(str, sizes))}", flush=True)
+    return dataclasses.replace(config, batch_sizes=sizes)
 
 
 def _heading(text: str) -> None:

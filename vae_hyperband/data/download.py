@@ -56,8 +56,8 @@ def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> No
         if not (install and _install_package()):
             raise DataError(
                 f"Fashion-MNIST could not be downloaded: on Debian or Ubuntu run "
-                f'"sudo apt-get install {PACKAGE}", elsewhere copy its four files to '
-                f"{cache_folder()}, or give their folder with --data-dir."
+                f'"sudo apt-get install {PACKAGE}", elsewhere give the folder of its four files '
+                "with --data-dir."
             ) from error
     check_data()
 

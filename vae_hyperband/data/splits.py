@@ -7,11 +7,12 @@ images and its last 10,000; only the split "test" opens the test file.
 Shape suffixes: N images of a split, B images of a batch, C channels, H height, W width.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -22,7 +23,7 @@ from torch import Tensor
 from vae_hyperband.common.config import CommonConfig, Dataset
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.idx import read_idx_once
+from vae_hyperband.data.idx import idx_sizes, read_idx_once
 from vae_hyperband.data.synthetic import NUM_SYNTHETIC, render_garments, sample_factors
 
 SplitName = Literal["train", "validation", "test"]
@@ -47,11 +48,20 @@ SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 def cache_folder() -> Path:
-    """The user's cache: $VAE_HYPERBAND_CACHE, else $XDG_CACHE_HOME or ~/.cache, vae-hyperband."""
+    """The user's cache: $VAE_HYPERBAND_CACHE, else $XDG_CACHE_HOME or ~/.cache, vae-hyperband.
+
+    Raises :class:`DataError` for a user without a home directory, as containers have them.
+    """
     if chosen := os.environ.get("VAE_HYPERBAND_CACHE"):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "vae-hyperband"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "vae-hyperband"
+    try:
+        return Path.home() / ".cache" / "vae-hyperband"
+    except RuntimeError as error:
+        raise DataError(
+            "This user has no home directory to keep data in: set VAE_HYPERBAND_CACHE to a folder."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -182,10 +192,10 @@ def synthetic_split(name: SplitName, num: int | None = None) -> Split:
 
 def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Tensor, str]:
     """The first right file among the folders: its array and the digest of its content."""
-    folders = [data_dir] if data_dir is not None else [cache_folder(), SYSTEM_FOLDER]
+    folders = _folders(data_dir)
     wrong = []
-    for path in (folder / (name + ending) for folder in folders for ending in ("", ".gz")):
-        if not path.is_file():
+    for path in (path for folder in folders for path in _places_of(name, folder)):
+        if not os.path.isfile(path):  # False, too, where this user may not look
             continue
         try:
             array, digest = read_idx_once(path, path.stat().st_mtime_ns, 3 if "idx3" in name else 1)
@@ -203,4 +213,53 @@ def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Te
     hint = 'run "make data" (vae-hyperband data) to download it'
     if data_dir:
         hint = "--data-dir takes a folder of IDX files"
+        if alike := sorted(path.name for path in data_dir.glob(f"*{name.partition('-idx')[0]}*")):
+            hint = f"did you mean {alike[0]}? Give it that name"
     raise DataError(f"No file {name} or {name}.gz in {places}: {hint}.")
+
+
+def check_test_split(
+    image_shape: tuple[int, int, int], data_dir: Path | None, dataset: str
+) -> None:
+    """Raise :class:`DataError` if the test split is missing, or of images of another size.
+
+    Looks at the headers of its files alone: its images are for the end.
+    """
+    if dataset == "drawn":
+        return
+    sizes = {}
+    for name, num_dims in (("t10k-images-idx3-ubyte", 3), ("t10k-labels-idx1-ubyte", 1)):
+        places = (path for folder in _folders(data_dir) for path in _places_of(name, folder))
+        found = next((path for path in places if os.path.isfile(path)), None)
+        if found is None:
+            _load_file(name, data_dir, None)  # raises, and says where it has looked
+            return
+        sizes[num_dims] = idx_sizes(found, num_dims)
+    if tuple(sizes[3][1:]) != image_shape[1:] or sizes[3][0] != sizes[1][0]:
+        raise DataError(
+            f"The test files announce images {sizes[3]} and {sizes[1][0]} labels, which do not go "
+            f"with training images of shape {image_shape}."
+        )
+
+
+def _folders(data_dir: Path | None) -> list[Path]:
+    """Where to look for the four files. Raises :class:`DataError` for a folder that is closed."""
+    if data_dir is None:
+        with contextlib.suppress(DataError):  # no cache: the system's package may do
+            return [cache_folder(), SYSTEM_FOLDER]
+        return [SYSTEM_FOLDER]
+    try:
+        os.listdir(data_dir)
+    except FileNotFoundError:
+        pass  # said below, with the names of the files
+    except OSError as error:
+        raise DataError(f"--data-dir {data_dir} cannot be read: {error.strerror}.") from error
+    return [data_dir]
+
+
+def _places_of(name: str, folder: Path) -> Iterator[Path]:
+    """Where a folder may have a file: by its own name or Kaggle's, or in torchvision's folders."""
+    for inside in ("", "raw", "FashionMNIST/raw", "MNIST/raw"):
+        for called in (name, name.replace("-idx", ".idx")):
+            yield folder / inside / called
+            yield folder / inside / f"{called}.gz"
