@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, command_line, write_idx_folder, written
+from PIL import Image
 
 from vae_hyperband import train_vae
 from vae_hyperband.commands.sample import label_number
@@ -116,6 +117,48 @@ def test_sample_asks_a_fitted_sampler_for_one_label_and_writes_bytes(trained, sm
     picture = [*arguments, "--sampler", "mixture", "--label", "3", "--out", "three.png"]
     assert train_vae.main(picture) == 0
     assert (tmp_path / "three.png").stat().st_size > 1000
+
+
+def test_sample_writes_a_folder_of_pictures_and_no_grid_that_nobody_can_look_at(
+    trained, tmp_path, capsys
+):
+    arguments = ["sample", str(trained.best), "--device", "cpu", "--num-samples"]
+    assert train_vae.main([*arguments, "12", "--out", "many"]) == 0
+    assert train_vae.main([*arguments, "12", "--out", "many.npy"]) == 0
+    pictures = sorted((tmp_path / "many").iterdir())
+    assert [path.name for path in pictures] == [f"{i:02}.png" for i in range(12)]
+    expected = np.load(tmp_path / "many.npy", allow_pickle=False)[:, 0]
+    assert np.array_equal([np.asarray(Image.open(path)) for path in pictures], expected)
+    assert train_vae.main([*arguments, "12", "--out", "many"]) == 2
+    assert "many exists: give the name of a new folder" in capsys.readouterr().err
+    assert train_vae.main([*arguments, "100000", "--out", "grid.png"]) == 2
+    assert "give --out an .npy file or a folder" in capsys.readouterr().err
+    assert not (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize("missing", ["images", "labels", "size"])
+def test_what_the_whole_job_needs_at_its_end_is_checked_at_its_start(tmp_path, capsys, missing):
+    folder = write_idx_folder(tmp_path / "data")
+    if missing == "size":
+        other = write_idx_folder(tmp_path / "other", size=12)
+        (other / "t10k-images-idx3-ubyte").replace(folder / "t10k-images-idx3-ubyte")
+    else:
+        next(folder.glob(f"t10k-{missing}-*")).unlink()
+    job = ["run", "--dataset", "custom", "--data-dir", str(folder), "--device", "cpu"]
+    said = "do not go with" if missing == "size" else f"No file t10k-{missing}-idx"
+    for arguments in (job, [*job, "--dry-run"]):
+        assert train_vae.main(arguments) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_whole_job_s_space_fits_itself_to_few_images(tmp_path, capsys):
+    for num_train, sizes in ((240, "64, 128"), (48, "10")):
+        folder = write_idx_folder(tmp_path / str(num_train), num_train=num_train)
+        job = ["run", "--dataset", "custom", "--data-dir", str(folder), "--device", "cpu"]
+        assert train_vae.main([*job, "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert f"batch sizes for {num_train * 5 // 6} images: {sizes}\n" in said
 
 
 @pytest.mark.parametrize(

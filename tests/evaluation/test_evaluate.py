@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,12 @@ from vae_hyperband.evaluation.bounds import (
     mean_image_nats,
     prior_fid,
 )
-from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate, of_whole_split
+from vae_hyperband.evaluation.evaluate import (
+    EvaluateOptions,
+    evaluate,
+    evaluate_once,
+    of_whole_split,
+)
 from vae_hyperband.evaluation.image_quality import (
     copying,
     frechet,
@@ -295,6 +301,39 @@ def test_only_the_parts_asked_for_are_there(trained, small_data):
     asked = EvaluateOptions(parts=("likelihood",), iwae_samples=0)
     report = evaluate(trained.best, "validation", small_data, "cpu", asked)
     assert "iwae" not in report.to_dict()
+
+
+def test_an_evaluation_is_kept_until_the_labels_change(tmp_path, options, small_config):
+    """Probes depend on them; the images and the checkpoint are the same."""
+    folder = write_idx_folder(tmp_path / "data")
+    place = options(run="a", data_dir=folder)
+    trained = fit(small_config, place, quiet=True)
+    asked = EvaluateOptions(parts=("latents",))
+    path, said = tmp_path / "evaluation.json", []
+
+    def once():
+        return evaluate_once(path, trained.best, "validation", place, asked, said.append)
+
+    first = once()
+    assert once() == first
+    assert len(said) == 1
+    labels = folder / "train-labels-idx1-ubyte"
+    content = labels.read_bytes()
+    labels.write_bytes(content[:8] + content[:7:-1])
+    os.utime(labels, (1, 1))  # files are read again when their time differs
+    again = once()
+    assert len(said) == 2
+    assert again.data_digest != first.data_digest
+
+
+def test_a_split_of_one_image_keeps_what_one_image_can_say(tmp_path, options, small_config):
+    folder = write_idx_folder(tmp_path / "data", num_test=1)
+    trained = fit(small_config, options(run="a", data_dir=folder), quiet=True)
+    said = []
+    found = evaluate(trained.best, "test", folder, "cpu", EvaluateOptions(), said.append)
+    assert found.likelihood
+    assert (found.latents, found.images) == (None, None)
+    assert "images left out: they need 10 images, and the split has 1" in said
 
 
 def test_a_collapsed_model_is_called_that(trained, small_data):

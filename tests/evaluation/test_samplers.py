@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
+import os
 
 import pytest
 import torch
 from conftest import write_idx_folder
 
-from vae_hyperband.common.errors import CheckpointError, ConfigError, RunFolderError
+from vae_hyperband.common.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import as_trained, load_split
 from vae_hyperband.evaluation import samplers
@@ -20,6 +21,7 @@ from vae_hyperband.evaluation.samplers import (
     Mixture,
     Prior,
     SamplerConfig,
+    covariance_kind,
     fit_sampler,
     generate,
     get_sampler,
@@ -120,14 +122,36 @@ def test_a_label_without_images_is_never_drawn():
             mixture.draw(5, generator(0, "test"), label)
 
 
-def test_a_label_with_a_single_image_is_never_drawn_from_a_mixture():
+def test_a_label_with_a_single_image_is_around_it():
     z_PZ = torch.randn(61, 2, generator=generator(0, "test"))
     label_P = torch.tensor([0, 1] * 30 + [2])
     mixture = Mixture.fit(z_PZ, label_P, components=3, seed=0)
-    assert mixture.shares_L.tolist() == [0.5, 0.5, 0]
-    assert mixture.draw(200, generator(0, "test")).isfinite().all()
+    assert mixture.shares_L.tolist() == pytest.approx([30 / 61, 30 / 61, 1 / 61])
+    drawn = mixture.draw(2000, generator(0, "test"), label=2)
+    assert torch.allclose(drawn.mean(dim=0), z_PZ[60], atol=0.2)
+    assert drawn.std(dim=0).min() > 0.05
     with pytest.raises(ConfigError, match="No label has two training images"):
         Mixture.fit(z_PZ[:3], torch.tensor([0, 1, 2]), components=1, seed=0)
+
+
+def test_covariances_too_large_for_memory_are_diagonal(monkeypatch):
+    assert covariance_kind(10, 20, 256) == "full"  # 105 MB
+    assert covariance_kind(10, 20, 512) == "diag"  # 419 MB
+    monkeypatch.setattr(samplers, "MAX_ROOTS_BYTES", 8 * 2 * 3 * 2**2 - 1)
+    scale_2 = torch.tensor([0.5, 3.0])
+    z_PZ = torch.randn(4000, 2, generator=generator(0, "test")) * scale_2
+    mixture = Mixture.fit(z_PZ, torch.tensor([0, 1] * 2000), components=3, seed=0)
+    assert mixture.roots_LKZZ.shape == (2, 3, 2)
+    drawn = mixture.draw(20000, generator(0, "test"))
+    assert torch.allclose(drawn.std(dim=0), scale_2, rtol=0.05)
+
+
+def test_samples_in_chunks_are_the_samples_at_once(two_rings, monkeypatch):
+    posteriors, label_P = two_rings
+    mixture = Mixture.fit(posteriors.draw(0), label_P, components=3, seed=0)
+    at_once = mixture.draw(1000, generator(0, "test"))
+    monkeypatch.setattr(samplers, "MAX_CHUNK_BYTES", 8 * 2**2 * 7)
+    assert torch.allclose(mixture.draw(1000, generator(0, "test")), at_once, rtol=1e-6, atol=1e-7)
 
 
 def test_a_rare_label_does_not_make_the_others_poorer():
@@ -149,32 +173,31 @@ def test_the_prior_is_standard_normal_and_knows_no_labels():
 
 @pytest.mark.parametrize("name", ["mixture", "flow"])
 def test_a_sampler_is_kept_beside_its_checkpoint_and_read_again(trained, small_data, name):
-    loads, said = [], []
-
-    def load_train():
-        loads.append(1)
-        return load_split("train", small_data, "custom")
+    said = []
 
     def draw(config=QUICK):
+        load_train = functools.partial(load_split, "train", small_data, "custom")
         sampler = get_sampler(name, load_ckpt(trained.best), load_train, config, said.append)
         return sampler.draw(20, generator(0, "test"))
+
+    def num_fits():
+        return said.count(f"fitting the {name} to the training split's latents")
 
     first = draw()
     path = sampler_file(trained.best, name)
     assert path == trained.best.parent / f"best.{name}.pt"
     assert torch.equal(draw(), first)
-    assert len(loads) == 1
-    assert said[0] == f"fitting the {name} to the training split's latents"
+    assert num_fits() == 1
     # other settings, or another checkpoint: fitted again
     draw(dataclasses.replace(QUICK, components=3, flow_epochs=3))
-    assert len(loads) == 2
+    assert num_fits() == 2
     draw()
-    assert len(loads) == 3
+    assert num_fits() == 3
     content = load_ckpt(trained.best)
     content.model_state["encoder.fc_mu.bias"] += 1
     save_ckpt(trained.best, content)
     assert not torch.equal(draw(), first)
-    assert len(loads) == 4
+    assert num_fits() == 4
 
 
 @pytest.mark.parametrize("damage", ["one bit of a weight", "another file", "a newer version"])
@@ -214,6 +237,32 @@ def test_other_training_images_are_refused(trained, tmp_path):
             "flow", load_ckpt(trained.best), lambda: load_split("train", other, "custom"), QUICK
         )
     assert not sampler_file(trained.best, "flow").exists()
+
+
+def test_corrected_labels_fit_a_sampler_again(tmp_path, options, small_config):
+    """The images are the same, so the checkpoint still belongs to the data."""
+    folder = write_idx_folder(tmp_path / "data")
+    trained = fit(small_config, options(run="a", data_dir=folder), quiet=True)
+    checkpoint, said = load_ckpt(trained.best), []
+    load_train = functools.partial(load_split, "train", folder, "custom")
+    first = get_sampler("mixture", checkpoint, load_train, QUICK, said.append)
+    again = get_sampler("mixture", checkpoint, load_train, QUICK, said.append)
+    assert len(said) == 1  # kept
+    path = folder / "train-labels-idx1-ubyte"
+    content = path.read_bytes()
+    labels = bytes((label + 1) % 10 for label in content[8:])
+    path.write_bytes(content[:8] + labels)
+    os.utime(path, (1, 1))  # files are read again when their time differs
+    corrected = get_sampler("mixture", checkpoint, load_train, QUICK, said.append)
+    assert len(said) == 2
+    assert torch.equal(first.means_LKZ, again.means_LKZ)
+    assert torch.allclose(corrected.means_LKZ[1], first.means_LKZ[0])
+
+    def gone():
+        raise DataError("No file")
+
+    without = get_sampler("mixture", checkpoint, gone, QUICK, said.append)
+    assert torch.equal(without.means_LKZ, corrected.means_LKZ)
 
 
 def test_a_sampler_that_cannot_be_kept_is_used_all_the_same(trained, small_data, monkeypatch):

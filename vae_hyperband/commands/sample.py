@@ -22,8 +22,12 @@ from vae_hyperband.evaluation.samplers import (
     get_sampler,
 )
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
-from vae_hyperband.reporting import figures
+from vae_hyperband.reporting import animations, figures
 from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
+
+MOST_IN_GRID = (
+    4096  # images of a contact sheet: beyond, nobody can look at it, and it takes gigabytes
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class SampleArgs:
     label: str = ""
     """mixture, flow: generate this class only, by its name (sneaker) or its number."""
     out: Path = Path("samples.png")
-    """.png: one grid of all images; .npy: an array of bytes, shape (N, C, H, W)."""
+    """.png: one grid; .npy: bytes, shape (N, C, H, W); no ending: a new folder of PNG files."""
     seed: int = 0
     """The same seed gives the same images."""
     device: str = "auto"
@@ -53,7 +57,14 @@ class SampleArgs:
 def sample(argv: list[str]) -> int:
     args = parse_options(SampleArgs, argv, "vae-hyperband sample")
     require_number("num_samples", args.num_samples, 1)
-    check_place(args.out, ".png", ".npy")
+    if args.out.suffix:
+        check_place(args.out, ".png", ".npy")
+    elif args.out.exists():
+        raise RunFolderError(f"{args.out} exists: give the name of a new folder.")
+    if args.out.suffix == ".png" and args.num_samples > MOST_IN_GRID:
+        raise ConfigError(
+            f"A grid shows at most {MOST_IN_GRID:,} images: give --out an .npy file or a folder."
+        )
     checkpoint = load_ckpt(find_ckpt(args.run, args.folders))
     names = LABEL_NAMES.get(checkpoint.config.dataset, ())
     label = label_number(args.label, names)
@@ -62,6 +73,8 @@ def sample(argv: list[str]) -> int:
     images_NCHW = generate(model, sampler, args.num_samples, args.seed, label)
     if args.out.suffix == ".npy":
         _save_array(images_NCHW, args.out)
+    elif not args.out.suffix:
+        animations.save_pictures(images_NCHW, args.out)
     else:
         kind = "" if label is None else f", {names[label] if names else f'label {label}'}"
         title = f"{args.num_samples} samples, z from the {args.sampler}{kind}, seed {args.seed}"

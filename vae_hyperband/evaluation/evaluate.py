@@ -31,7 +31,7 @@ from vae_hyperband.common.config import (
 )
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import write_text
-from vae_hyperband.common.process import environment, pick_device
+from vae_hyperband.common.process import environment, own_modes, pick_device
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, SplitName, as_trained, load_split, per_split
 from vae_hyperband.data.synthetic import FACTORS, sample_factors
@@ -128,6 +128,10 @@ class EvaluateOptions:
             require_number("num_generated", self.num_generated, 10)
 
 
+#: Images of the split without which a part has no value: a variance needs two, a covariance of
+#: features and the nearest neighbours some more.
+LEAST_IMAGES: dict[Part, int] = {"latents": 2, "images": 10}
+
 # ---- The three parts of an evaluation: likelihood, latent space, generated images.
 
 
@@ -216,9 +220,8 @@ def of_whole_split(bound_N: Tensor, iwae_n: Tensor) -> Estimate:
     total, n = len(bound_N), len(iwae_n)
     pair_2n = torch.stack((bound_N[:n], iwae_n - bound_N[:n])).double()
     covariance_22 = pair_2n.cov() if n > 1 else torch.full((2, 2), math.nan)
-    variance = (
-        bound_N.double().var() / total + covariance_22[1, 1] / n + 2 * covariance_22[0, 1] / total
-    )
+    spread = bound_N.double().var() if total > 1 else torch.tensor(math.nan)
+    variance = spread / total + covariance_22[1, 1] / n + 2 * covariance_22[0, 1] / total
     mean = bound_N.double().mean() + pair_2n[1].mean()
     return Estimate(mean.item(), variance.clamp(min=0).sqrt().item())
 
@@ -381,6 +384,7 @@ def _image_protocol(context: EvaluationContext, options: EvaluateOptions) -> str
     )
 
 
+@own_modes()
 def evaluate(
     ckpt: Path | Checkpoint,
     split: SplitName = "validation",
@@ -401,6 +405,12 @@ def evaluate(
             "training images: with --split train, use --parts likelihood."
         )
     context = EvaluationContext.load(ckpt, split, data_dir, device)
+    num_images = len(context.held_out)
+    for part, least in LEAST_IMAGES.items():
+        if part in options.parts and num_images < least:
+            say(f"{part} left out: they need {least} images, and the split has {num_images}")
+            parts = tuple(name for name in options.parts if name != part)
+            options = dataclasses.replace(options, parts=parts or ("likelihood",))
     steps = {"likelihood": 1, "latents": 1, "images": 2 + len(options.samplers)}
     total = sum(steps[part] for part in set(options.parts))
     numbers = itertools.count(1)
@@ -430,7 +440,7 @@ def _without_parts(context: EvaluationContext, options: EvaluateOptions) -> Eval
         split=context.split,
         options=plain_options(options),
         num_images=len(context.held_out),
-        data_digest=context.held_out.digest,
+        data_digest=evaluated_data(context.train, context.held_out, context.config.dataset),
         epoch=checkpoint.epoch,
         step=checkpoint.step,
         config=checkpoint.config.to_dict(),
@@ -451,7 +461,9 @@ def evaluate_once(
     So a number of the test split is taken once. Data and device are those of ``places``.
     """
     checkpoint = load_ckpt(ckpt)
-    data_digest = load_split(split, places.data_dir, checkpoint.config.dataset).digest
+    dataset = checkpoint.config.dataset
+    train, held_out = (load_split(name, places.data_dir, dataset) for name in ("train", split))
+    data_digest = evaluated_data(train, held_out, dataset)
     with contextlib.suppress(ConfigError):  # no such file yet, or a broken one
         found = Evaluation.from_dict(read_json(path), str(path))
         same = (VERSION, checkpoint.digest, split, data_digest, plain_options(options))
@@ -462,6 +474,14 @@ def evaluate_once(
     found = evaluate(checkpoint, split, places.data_dir, places.device, options, say)
     write_text(path, found.to_json())
     return found
+
+
+def evaluated_data(train: Split, held_out: Split, dataset: str) -> str:
+    """SHA-256 of all the data that an evaluation depends on."""
+    # the other data sets' files are accepted by their digests, so their labels cannot change
+    if dataset != "custom":
+        return held_out.digest
+    return hashlib.sha256((train.content_digest() + held_out.content_digest()).encode()).hexdigest()
 
 
 def plain_options(options: EvaluateOptions) -> Json:

@@ -8,6 +8,7 @@ training split's latents alone, label by label, so that it can generate one kind
 Shape suffixes: N samples, P training images, Z latent dimensions, K components, L labels.
 """
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.common.config import check_types, require, require_number
-from vae_hyperband.common.errors import CheckpointError, ConfigError, RunFolderError
+from vae_hyperband.common.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, as_trained
 from vae_hyperband.evaluation.bounds import EVAL_BATCH_SIZE, eval_dataloader
@@ -32,7 +33,9 @@ SamplerName = Literal["prior", "mixture", "flow"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 FORMAT = "vae-hyperband sampler"
-KEYS = {1: frozenset({"checkpoint", "sampler", "fitted", "tensors"})}
+_KEYS_1 = frozenset({"checkpoint", "sampler", "fitted", "tensors"})
+#: "data" came with version 2: SHA-256 of the images and labels that it was fitted to.
+KEYS = {1: _KEYS_1, 2: _KEYS_1 | {"data"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class SamplerConfig:
     """How a sampler is fitted."""
 
     components: int = 20
-    """Gaussians per class of the mixture, with full covariances."""
+    """Gaussians per class of the mixture; their covariances are full, or diagonal if too large."""
     flow_epochs: int = 40
     """Passes of the flow over the training split's latents."""
     flow_width: int = 256
@@ -73,14 +76,27 @@ class Prior:
         return self.model.sample_prior(num, stream)
 
 
+MAX_ROOTS_BYTES = 256 << 20  # of a mixture, in memory and in its file
+MAX_CHUNK_BYTES = 64 << 20  # of the matrices that samples are multiplied by at a time
+
+
+def covariance_kind(num_labels: int, components: int, latent_dim: int) -> Literal["full", "diag"]:
+    """What a mixture of that size has."""
+    return "full" if 8 * num_labels * components * latent_dim**2 <= MAX_ROOTS_BYTES else "diag"
+
+
 @dataclass(frozen=True)
 class Mixture:
-    """Gaussians with full covariances, up to K for each label. float64."""
+    """Gaussians, up to K for each label. float64.
+
+    Their covariances are full, or diagonal where full ones would take more than
+    :data:`MAX_ROOTS_BYTES`.
+    """
 
     shares_L: Tensor  # of the labels in the training split
     weights_LK: Tensor
     means_LKZ: Tensor
-    roots_LKZZ: Tensor  # lower Cholesky factors of the covariances
+    roots_LKZZ: Tensor  # lower Cholesky factors of the covariances; (L, K, Z) if they are diagonal
 
     @classmethod
     def fit(cls, z_PZ: Tensor, label_P: Tensor, components: int, seed: int) -> Self:
@@ -89,17 +105,19 @@ class Mixture:
         from sklearn.mixture import GaussianMixture
         from threadpoolctl import threadpool_limits
 
-        counts_L = label_P.bincount()
-        counts_L[counts_L < 2] = 0  # a single image has no covariance: its label is left out
-        require(bool(counts_L.any()), "No label has two training images: no mixture can be fitted.")
-        shares_L = counts_L.double() / counts_L.sum()
+        counts_L, shares_L = label_P.bincount(), _shares(label_P)
+        require(bool((counts_L > 1).any()), "No label has two training images to fit a mixture to.")
         num_labels, latent_dim = len(shares_L), z_PZ.shape[1]
+        kind = covariance_kind(num_labels, components, latent_dim)
         weights_LK = torch.zeros(num_labels, components, dtype=torch.float64)
         means_LKZ = torch.zeros(num_labels, components, latent_dim, dtype=torch.float64)
-        roots_LKZZ = torch.eye(latent_dim, dtype=torch.float64).repeat(num_labels, components, 1, 1)
-        for label in shares_L.nonzero()[:, 0].tolist():
+        unit = torch.eye(latent_dim) if kind == "full" else torch.ones(latent_dim)
+        roots_LKZZ = unit.double().repeat(num_labels, components, *[1] * unit.dim())
+        for label in (counts_L > 1).nonzero()[:, 0].tolist():
             num = min(components, int(counts_L[label]))  # fewer for a rare label
-            model = GaussianMixture(num, reg_covar=1e-4, random_state=seed & 0xFFFFFFFF)
+            model = GaussianMixture(
+                num, covariance_type=kind, reg_covar=1e-4, random_state=seed & 0xFFFFFFFF
+            )
             # the matrices are small: two threads take two to four times as long as one
             with warnings.catch_warnings(), threadpool_limits(1):
                 # a fit that has not converged after 100 rounds is good enough
@@ -107,7 +125,15 @@ class Mixture:
                 model.fit(z_PZ[label_P == label].double().numpy())
             weights_LK[label, :num] = torch.from_numpy(model.weights_)
             means_LKZ[label, :num] = torch.from_numpy(model.means_)
-            roots_LKZZ[label, :num] = torch.linalg.cholesky(torch.from_numpy(model.covariances_))
+            covariances = torch.from_numpy(model.covariances_)
+            roots_LKZZ[label, :num] = (
+                torch.linalg.cholesky(covariances) if kind == "full" else covariances.sqrt()
+            )
+        # a single image has no covariance of its own: it takes one of the most frequent label
+        for label in (counts_L == 1).nonzero()[:, 0].tolist():
+            weights_LK[label, 0] = 1
+            means_LKZ[label, 0] = z_PZ[label_P == label][0]
+            roots_LKZZ[label, 0] = roots_LKZZ[int(counts_L.argmax()), 0]
         return cls(shares_L, weights_LK, means_LKZ, roots_LKZZ)
 
     def draw(self, num: int, stream: torch.Generator, label: int | None = None) -> Tensor:
@@ -115,8 +141,16 @@ class Mixture:
         component_N = torch.multinomial(self.weights_LK[label_N], 1, generator=stream)[:, 0]
         mean_NZ = self.means_LKZ[label_N, component_N]
         noise_NZ = torch.randn(mean_NZ.shape, generator=stream, dtype=torch.float64)
-        roots_NZZ = self.roots_LKZZ[label_N, component_N]
-        return (mean_NZ + torch.einsum("nzy,ny->nz", roots_NZZ, noise_NZ)).float()
+        if self.roots_LKZZ.dim() == 3:
+            return (mean_NZ + self.roots_LKZZ[label_N, component_N] * noise_NZ).float()
+        # in chunks: each sample takes a matrix of its own, (Z, Z)
+        size = max(1, MAX_CHUNK_BYTES // (8 * mean_NZ.shape[1] ** 2))
+        parts = zip(*(x.split(size) for x in (label_N, component_N, noise_NZ)), strict=True)
+        steps = [
+            torch.einsum("nzy,ny->nz", self.roots_LKZZ[labels, components], noise)
+            for labels, components, noise in parts
+        ]
+        return (mean_NZ + torch.cat(steps)).float()
 
 
 @dataclass(frozen=True)
@@ -160,8 +194,9 @@ def get_sampler(
 ) -> Sampler:
     """The sampler of a checkpoint: read from the file beside it, or fitted and saved there.
 
-    If that file is damaged, or of another checkpoint or other settings, the sampler is fitted
-    again. ``load_train`` gives the training split, and is called only to fit. Raises
+    If that file is damaged, or of another checkpoint, other settings or other data, the sampler is
+    fitted again. ``load_train`` gives the training split. It is called to fit, and for data whose
+    labels may change: without the data, a sampler that is there is used. Raises
     :class:`CheckpointError` if it is not the data that the checkpoint was trained on.
     """
     config = config or SamplerConfig()
@@ -176,7 +211,8 @@ def get_sampler(
         except CheckpointError:
             say(f"{path} is damaged or of another version: fitting again")
         else:
-            if {key: found[key] for key in facts} == facts:
+            same = {key: found[key] for key in facts} == facts
+            if same and _same_data(found.get("data"), checkpoint, load_train):
                 return _from_tensors(name, found["tensors"], config)
     say(f"fitting the {name} to the training split's latents")
     train = load_train()
@@ -189,10 +225,23 @@ def get_sampler(
     seed = checkpoint.config.seed
     sampler = fit_sampler(name, posteriors, train.labels_N, seed, config, say)
     try:
-        save_pt(path, {**facts, "tensors": _to_tensors(sampler)}, FORMAT, KEYS)
+        content = {**facts, "tensors": _to_tensors(sampler), "data": train.content_digest()}
+        save_pt(path, content, FORMAT, KEYS)
     except RunFolderError as error:  # perhaps another user's folder
         say(f"the {name} is not saved: {error}")
     return sampler
+
+
+def _same_data(
+    fitted_to: str | None, checkpoint: Checkpoint, load_train: Callable[[], Split]
+) -> bool:
+    """Whether the training split is still what a sampler was fitted to, as far as can be told."""
+    # the other data sets' files are accepted by their digests, so their labels cannot change
+    if checkpoint.config.dataset != "custom":
+        return True
+    with contextlib.suppress(DataError, ConfigError):  # the data are not here
+        return load_train().content_digest() == fitted_to
+    return True
 
 
 def fit_sampler(
@@ -205,6 +254,9 @@ def fit_sampler(
 ) -> Mixture | LearnedFlow:
     """Fit a mixture or a flow to samples of the posteriors. Deterministic in its arguments."""
     if name == "mixture":
+        sizes = (int(label_P.max()) + 1, config.components, posteriors.mu_NZ.shape[1])
+        if covariance_kind(*sizes) == "diag":
+            say("the mixture's covariances are diagonal: full ones would take too much memory")
         return Mixture.fit(posteriors.draw(seed), label_P, config.components, seed)
     shares_L = _shares(label_P)
 

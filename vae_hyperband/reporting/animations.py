@@ -1,4 +1,4 @@
-"""Animations: samples over training, and a walk through the latent space.
+"""Animations: samples over training, and a walk through the latent space; pictures as files.
 
 Shape suffixes: K stops, W walkers side by side, Z latent dimensions.
 """
@@ -15,7 +15,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from torch import Tensor
 
 from vae_hyperband.common.errors import ConfigError, RunFolderError
-from vae_hyperband.common.files import replacing
+from vae_hyperband.common.files import make_folder, replacing
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.latents import Posteriors
 from vae_hyperband.model.vae import VAE
@@ -166,3 +166,13 @@ def _save(frames: list[Image.Image], durations: list[int], path: Path) -> Path:
     except OSError as error:
         raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
     return path
+
+
+def save_pictures(images_NCHW: Tensor, folder: Path) -> None:
+    """Bytes (N, C, H, W) as one PNG each, in a new folder: what programs that compute FIDs read."""
+    make_folder(folder)
+    width = len(str(len(images_NCHW) - 1))
+    for number, image_CHW in enumerate(images_NCHW):
+        pixels_HWC = image_CHW.permute(1, 2, 0).numpy()
+        picture = Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC)
+        picture.save(folder / f"{number:0{width}}.png")
