@@ -180,6 +180,6 @@ def read_result(folder: Path) -> SearchResult:
 def describe(settings: Hyperparameters | TrainConfig) -> str:
     """The hyperparameters in a few words."""
     return (
-        f"latent {settings.latent_dim}, lr {settings.learning_rate:.2g}, "
+        f"latent {settings.latent_dim}, lr {settings.learning_rate:.4g}, "
         f"batch {settings.batch_size}, beta {settings.beta:g}"
     )
