@@ -128,20 +128,20 @@ def test_a_run_in_a_thread_works_without_signals(small_data, options, small_conf
 
 
 def test_a_closed_terminal_is_a_signal_to_save_unless_it_is_ignored():
-    handler = signal.getsignal(signal.SIGHUP)
-    with stop_flag() as should_stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert should_stop()
-        os.kill(os.getpid(), signal.SIGHUP)  # the shell and the kernel both send it
-        assert should_stop()
-    assert signal.getsignal(signal.SIGHUP) == handler
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, too
     try:
+        with stop_flag() as should_stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert should_stop()
+            os.kill(os.getpid(), signal.SIGHUP)  # the shell and the kernel both send it
+            assert should_stop()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         with stop_flag() as should_stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not should_stop()
     finally:
-        signal.signal(signal.SIGHUP, handler)
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_caller_s_modes_change_nothing(options, small_config):

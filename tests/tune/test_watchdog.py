@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import descendants
+from killing import descendants, until_the_end
 
 # one interpreter imports Ray and PyTorch, its children hang
 SCRIPT = """
@@ -45,11 +45,14 @@ def test_the_report_of_a_hang_goes_back_to_where_the_process_began(
     hang, num_processes, status, tmp_path
 ):
     """The stack of a thread that runs, read without stopping it, is cut off one time in five."""
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", SCRIPT, hang, tmp_path, str(num_processes)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.stdout.split() == [status] * num_processes, done.stderr
+        stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        for _ in until_the_end(process, seconds=120):  # what hangs is killed with it
+            pass
+        said = process.stdout.read()
+    assert said.split() == [status] * num_processes
     for number in range(num_processes):
         report = Path(tmp_path / str(number)).read_text()
         assert f"in {hang}\n" in report, report
