@@ -205,6 +205,7 @@ def test_whatever_the_file_system_says_is_one_sentence(tmp_path, small_data, for
             ["sample", place / "best.pt", "--out", place / "a.png"],
             ["report", "a", "--logs-dir", place],
             ["data", "--dataset", "custom", "--data-dir", place],
+            ["search", "--dataset", "custom", "--data-dir", small_data, "--checkpoints-dir", place],
         ):
             done = fork(*arguments)
             said = done.stderr.strip().splitlines()

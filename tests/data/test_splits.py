@@ -152,6 +152,16 @@ def test_files_are_found_where_kaggle_and_torchvision_have_them(tmp_path, where,
     assert torch.equal(found.labels_N, expected.labels_N)
 
 
+def test_images_of_one_folder_do_not_meet_labels_of_another(tmp_path):
+    for name in ("FashionMNIST", "MNIST"):
+        write_idx_folder(tmp_path / name / "raw")
+    (tmp_path / "FashionMNIST/raw/train-labels-idx1-ubyte").unlink()  # an interrupted download
+    with pytest.raises(DataError, match=r"has data in .*FashionMNIST/raw and in .*: give one"):
+        custom(tmp_path)
+    with pytest.raises(DataError, match="No file train-labels-idx1-ubyte"):
+        custom(tmp_path / "FashionMNIST")
+
+
 def test_a_file_of_another_name_is_named(tmp_path):
     folder = write_idx_folder(tmp_path / "d")
     for path in folder.iterdir():

@@ -82,6 +82,19 @@ def test_the_logs_are_the_same_whatever_was_killed_and_torn(tmp_path):
     assert written(storm.log_folder) == expected
 
 
+def test_logs_that_cannot_be_written_do_not_end_a_search(tmp_path, capsys):
+    (tmp_path / "l").touch()  # a file, where the folder of logs should be
+    place = options(tmp_path)
+    place.ckpt_folder.mkdir(parents=True)
+    with Journal(place.ckpt_folder / "log") as journal:
+        board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(place))
+        logs.write(board)
+        train(board, 10**6)
+        logs.write_state(board)
+    assert board.finished
+    assert capsys.readouterr().err.count("note: Ray's logs are not written") == 1
+
+
 def test_trials_that_failed_are_errors_to_ray(tmp_path):
     place = options(tmp_path)
     place.ckpt_folder.mkdir(parents=True)

@@ -42,9 +42,11 @@ def test_places_and_shares(nodes, options, resources, places, each):
 
 def test_a_long_folder_for_temporary_files_is_not_ray_s(monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    assert session.short_temp_dir() is None
     for length, short in ((10, False), (36, False), (60, True), (105, True)):
         folder = "/" + "t" * (length - 1)
-        monkeypatch.setattr(session.tempfile, "gettempdir", lambda: folder)  # noqa: B023
+        monkeypatch.setenv("TMPDIR", folder)
         found = session.short_temp_dir()
         assert (found is not None) == short, length
         path = f"{found or folder + '/ray'}/{session.SOCKET}"

@@ -30,7 +30,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 @contextlib.contextmanager
 def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], bool]]:
-    """A function that tells whether one of :data:`STOP_SIGNALS` came; a second one ends at once.
+    """A function that tells whether one of :data:`STOP_SIGNALS` came.
+
+    A second one, unless it is SIGHUP, ends the process at once.
 
     Outside of the main thread, as in a notebook server, it is never true: Python gives signals to
     the main thread alone.
@@ -282,6 +284,7 @@ def open_standard_streams() -> None:
             if handle != number:
                 os.dup2(handle, number)
                 os.close(handle)
+            os.set_inheritable(number, True)  # the processes that this one starts need them, too
         if getattr(sys, name) is None:  # as Python leaves it
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 

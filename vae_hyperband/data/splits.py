@@ -43,6 +43,9 @@ FASHION_MNIST_SHA256 = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 
+FILES = tuple(FASHION_MNIST_SHA256)
+TORCHVISION = ("raw", "FashionMNIST/raw", "MNIST/raw")  # below the folder that it is given
+
 #: Where Debian's and Ubuntu's package dataset-fashion-mnist puts the four files.
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -230,11 +233,12 @@ def check_test_split(
     sizes = {}
     for name, num_dims in (("t10k-images-idx3-ubyte", 3), ("t10k-labels-idx1-ubyte", 1)):
         places = (path for folder in _folders(data_dir) for path in _places_of(name, folder))
-        found = next((path for path in places if os.path.isfile(path)), None)
-        if found is None:
+        for path in filter(os.path.isfile, places):
+            with contextlib.suppress(DataError):  # as when it is loaded: the next may be right
+                sizes[num_dims] = idx_sizes(path, num_dims)
+                break
+        else:
             _load_file(name, data_dir, None)  # raises, and says where it has looked
-            return
-        sizes[num_dims] = idx_sizes(found, num_dims)
     if tuple(sizes[3][1:]) != image_shape[1:] or sizes[3][0] != sizes[1][0]:
         raise DataError(
             f"The test files announce images {sizes[3]} and {sizes[1][0]} labels, which do not go "
@@ -251,15 +255,26 @@ def _folders(data_dir: Path | None) -> list[Path]:
     try:
         os.listdir(data_dir)
     except FileNotFoundError:
-        pass  # said below, with the names of the files
+        return [data_dir]  # said later, with the names of the files
     except OSError as error:
         raise DataError(f"--data-dir {data_dir} cannot be read: {error.strerror}.") from error
-    return [data_dir]
+    if any(_is_there(name, data_dir) for name in FILES):
+        return [data_dir]
+    # one place for all four files: images of one data set must not meet labels of another
+    inside = [data_dir / name for name in TORCHVISION]
+    found = [folder for folder in inside if any(_is_there(name, folder) for name in FILES)]
+    if len(found) > 1:
+        places = " and in ".join(map(str, found))
+        raise DataError(f"--data-dir {data_dir} has data in {places}: give one of them.")
+    return found or [data_dir]
+
+
+def _is_there(name: str, folder: Path) -> bool:
+    return any(os.path.isfile(path) for path in _places_of(name, folder))
 
 
 def _places_of(name: str, folder: Path) -> Iterator[Path]:
-    """Where a folder may have a file: by its own name or Kaggle's, or in torchvision's folders."""
-    for inside in ("", "raw", "FashionMNIST/raw", "MNIST/raw"):
-        for called in (name, name.replace("-idx", ".idx")):
-            yield folder / inside / called
-            yield folder / inside / f"{called}.gz"
+    """Where a folder may have a file: by its own name or Kaggle's, plain or gzipped."""
+    for called in (name, name.replace("-idx", ".idx")):
+        yield folder / called
+        yield folder / f"{called}.gz"

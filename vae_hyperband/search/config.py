@@ -7,9 +7,9 @@ on which hardware they are computed, and never changes the result.
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Self
 
 from vae_hyperband.common.config import (
@@ -20,6 +20,7 @@ from vae_hyperband.common.config import (
     require_number,
     require_values,
 )
+from vae_hyperband.common.files import real
 
 #: Importance samples per image of a trial's IWAE bound, if that is the metric. Each one costs a
 #: pass through the decoder at every validation; ``evaluate`` takes 100 of the winner.
@@ -246,8 +247,8 @@ class SearchOptions(Places):
         local = self.storage is not None and "://" not in self.storage
         return dataclasses.replace(
             self,
-            checkpoints_dir=self.checkpoints_dir.resolve(),
-            logs_dir=self.logs_dir.resolve(),
-            data_dir=self.data_dir.resolve() if self.data_dir else None,
-            storage=str(Path(self.storage).resolve()) if local and self.storage else self.storage,
+            checkpoints_dir=real(self.checkpoints_dir),
+            logs_dir=real(self.logs_dir),
+            data_dir=real(self.data_dir) if self.data_dir else None,
+            storage=os.path.realpath(self.storage) if local and self.storage else self.storage,
         )

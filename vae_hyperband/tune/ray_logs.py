@@ -8,10 +8,13 @@ Ray's own callbacks would write what arrived, with a row twice where a killed tr
 again. These files follow from the decision log alone: they are the same whatever was killed.
 """
 
+import contextlib
 import csv
 import io
 import json
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any, cast
 
 from ray.train._internal.storage import StorageContext
@@ -19,6 +22,7 @@ from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 from ray.tune.experiment import Trial
 from ray.tune.utils.util import flatten_dict
 
+from vae_hyperband.common.errors import RunFolderError
 from vae_hyperband.common.files import make_folder, write_text
 from vae_hyperband.search.config import SearchOptions
 from vae_hyperband.search.decisions import Board, TrialEvent
@@ -40,27 +44,43 @@ class RayLogs:
     def __init__(self, options: SearchOptions) -> None:
         self._folder = options.log_folder
         self._resources = resource_dict_to_pg_factory(trial_resources(options))
-        self._state_due = 0.0
+        self._state_due, self._said = 0.0, False
 
     def __call__(self, board: Board, event: TrialEvent) -> None:
         trial = board.trials[event["trial"]]
-        match event["event"]:
-            case "draw" | "end":
-                self._write_trial(board, trial)
-            case "result":
-                self._append(board, trial)
-        if time.monotonic() > self._state_due:
-            self.write_state(board)
+        with self._no_reason_to_stop():
+            match event["event"]:
+                case "draw" | "end":
+                    self._write_trial(board, trial)
+                case "result":
+                    self._append(board, trial)
+            if time.monotonic() > self._state_due:
+                self._write_state(board)
 
     def write(self, board: Board) -> None:
         """All files anew, as the board is now: rows that a kill has torn or lost are whole then."""
-        make_folder(self._folder)
-        for trial in board.trials:
-            self._write_trial(board, trial)
-        self.write_state(board)
+        with self._no_reason_to_stop():
+            make_folder(self._folder)
+            for trial in board.trials:
+                self._write_trial(board, trial)
+            self._write_state(board)
 
     def write_state(self, board: Board) -> None:
         """``experiment_state-search.json``: all trials, how they ended and their best values."""
+        with self._no_reason_to_stop():
+            self._write_state(board)
+
+    @contextlib.contextmanager
+    def _no_reason_to_stop(self) -> Iterator[None]:
+        """A full disk or a closed folder is said once; the decision log has all that counts."""
+        try:
+            yield
+        except (OSError, RunFolderError) as error:
+            if not self._said:
+                self._said = True
+                print(f"note: Ray's logs are not written: {error}", file=sys.stderr, flush=True)
+
+    def _write_state(self, board: Board) -> None:
         begun = time.monotonic()
         states = [self._state(board, trial) for trial in board.trials]
         content = {"trial_data": states, "runner_data": {}, "stats": {}}
@@ -84,14 +104,10 @@ class RayLogs:
         """Append the trial's last validation; not durably, since the decision log has it."""
         folder, number = self._folder / trial.name, len(trial.rows) - 1
         result = _result(board, trial, number)
-        try:
-            with open(folder / RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            with open(folder / PROGRESS, "a", encoding="utf-8") as file:
-                file.write(_csv([result], with_head=number == 0))
-        # a full disk or a removed folder: no reason to stop a search whose own log is written
-        except OSError:
-            return
+        with open(folder / RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        with open(folder / PROGRESS, "a", encoding="utf-8") as file:
+            file.write(_csv([result], with_head=number == 0))
 
     def _state(self, board: Board, trial: TrialRecord) -> tuple[str, str]:
         """A trial as Ray stores it: what it is, and how it has gone."""

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -56,6 +55,8 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
         # machines reach: then anyone on the network could run code here
         clusters = ray_constants.ENABLE_RAY_CLUSTER
         ray_constants.ENABLE_RAY_CLUSTER = False
+        # its processes inherit this: a closed terminal is for the search, which then ends them
+        hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN) if in_main_thread() else None
         try:
             init(
                 address="local",
@@ -74,6 +75,8 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
             ) from error
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = clusters
+            if in_main_thread():
+                signal.signal(signal.SIGHUP, hangup)
     if in_main_thread():
         signal.signal(signal.SIGTERM, before)  # ray.init sets a handler that exits at once
     try:
@@ -87,7 +90,8 @@ def short_temp_dir() -> str | None:
 
     The paths of its sockets may have 107 bytes, whatever TMPDIR is.
     """
-    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    # as Ray looks for it, whether the folder exists or not
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
     if len(os.fsencode(os.path.join(usual, "ray", SOCKET))) <= MAX_SOCKET_BYTES:
         return None
     return f"/tmp/ray-{os.geteuid()}"  # noqa: S108, where Ray's sessions are by default
