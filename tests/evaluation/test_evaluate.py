@@ -334,6 +334,10 @@ def test_a_split_of_one_image_keeps_what_one_image_can_say(tmp_path, options, sm
     assert found.likelihood
     assert (found.latents, found.images) == (None, None)
     assert "images left out: they need 10 images, and the split has 1" in said
+    asked, place = EvaluateOptions(), options(run="a", data_dir=folder)
+    for _ in range(2):
+        evaluate_once(tmp_path / "e.json", trained.best, "test", place, asked, said.append)
+    assert sum("images left out" in text for text in said) == 2  # the third call found a file
 
 
 def test_a_collapsed_model_is_called_that(trained, small_data):

@@ -48,6 +48,17 @@ def train(board: Board, num_reports: int) -> None:
         board.reported(trial.number, row(trial.number, trial.num_epochs + 1))
 
 
+def finished(place: SearchOptions) -> Board:
+    """The board of a search there that ran to its end."""
+    place.ckpt_folder.mkdir(parents=True)
+    with Journal(place.ckpt_folder / "log") as journal:
+        board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(place))
+        logs.write(board)
+        train(board, 10**6)
+        logs.write_state(board)
+    return board
+
+
 def written(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -85,24 +96,14 @@ def test_the_logs_are_the_same_whatever_was_killed_and_torn(tmp_path):
 def test_logs_that_cannot_be_written_do_not_end_a_search(tmp_path, capsys):
     (tmp_path / "l").touch()  # a file, where the folder of logs should be
     place = options(tmp_path)
-    place.ckpt_folder.mkdir(parents=True)
-    with Journal(place.ckpt_folder / "log") as journal:
-        board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(place))
-        logs.write(board)
-        train(board, 10**6)
-        logs.write_state(board)
+    board = finished(place)
     assert board.finished
     assert capsys.readouterr().err.count("note: Ray's logs are not written") == 1
 
 
 def test_trials_that_failed_are_errors_to_ray(tmp_path):
     place = options(tmp_path)
-    place.ckpt_folder.mkdir(parents=True)
-    with Journal(place.ckpt_folder / "log") as journal:
-        board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(place))
-        logs.write(board)
-        train(board, 10**6)
-        logs.write_state(board)
+    board = finished(place)
     failed = [trial for trial in board.trials if trial.outcome == "failed"]
     assert [trial.number for trial in failed] == [4]
     found = ResultGrid(ExperimentAnalysis(str(place.log_folder)))

@@ -25,9 +25,7 @@ from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import animations, figures
 from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
 
-MOST_IN_GRID = (
-    4096  # images of a contact sheet: beyond, nobody can look at it, and it takes gigabytes
-)
+MOST_IN_GRID = 4096  # images: a larger picture takes gigabytes, and nobody can look at it
 
 
 @dataclass(frozen=True)

@@ -380,7 +380,10 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
         )
         return tuple(_of_type(name, v, kind) for v, kind in zip(value, kinds, strict=True))
     wanted = {float: numbers.Real, int: numbers.Integral, Path: (str, os.PathLike)}.get(hint, hint)
-    if hint is bool and type(value).__name__ == "bool":  # numpy's is no subclass of Python's
+    if hint is bool and type(value).__name__ in (
+        "bool",
+        "bool_",
+    ):  # numpy's is no subclass of Python's
         wanted = type(value)
     ok = isinstance(value, cast(Any, wanted)) and (hint is bool or not isinstance(value, bool))
     require(ok, f"{name} is {value!r}, but must be of type {hint.__name__}.")

@@ -405,6 +405,8 @@ def evaluate(
             "training images: with --split train, use --parts likelihood."
         )
     context = EvaluationContext.load(ckpt, split, data_dir, device)
+    # the file keeps what was asked for, so that the same question finds it again
+    found = _without_parts(context, options)
     num_images = len(context.held_out)
     for part, least in LEAST_IMAGES.items():
         if part in options.parts and num_images < least:
@@ -418,7 +420,6 @@ def evaluate(
     def step(text: str) -> None:
         say(f"{next(numbers)} of {total}: {text}")
 
-    found = _without_parts(context, options)
     if "likelihood" in options.parts:
         step("likelihood bounds")
         found = dataclasses.replace(found, likelihood=likelihood(context, options))
