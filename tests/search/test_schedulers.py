@@ -1,19 +1,23 @@
 """The schedulers against the papers' algorithms, written down as they are printed there."""
 
+import functools
 import math
 import statistics
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from from_scratch import Curve, asha, hyperband, median_stopping
 
 from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.schedulers import (
-    Curve,
-    asha,
+    ASHA,
+    HyperBand,
+    MedianStopping,
+    Scheduler,
+    Verdict,
     brackets,
-    hyperband,
-    median_stopping,
-    verdicts,
+    scheduler_for,
 )
 
 Stream = dict[int, float]  # what a trial would report, by epoch; it fails where that is NaN
@@ -114,27 +118,40 @@ def random_streams(random: np.random.Generator, max_epochs: int, gaps: bool) -> 
     return streams
 
 
-def run_in_any_order(random: np.random.Generator, streams: list[Stream], scheduler) -> list[int]:
-    """Let trials report in random order where the scheduler lets them; last epoch of each."""
+def run_in_any_order(
+    random: np.random.Generator,
+    streams: list[Stream],
+    scheduler: Scheduler,
+    from_scratch: Callable[[list[Curve]], list[Verdict]],
+) -> list[int]:
+    """Let trials report in random order where the scheduler lets them; last epoch of each.
+
+    After every report its verdicts must be those from scratch, and it must have named each that
+    changed.
+    """
     curves = [Curve() for _ in streams]
     left = [list(stream.items()) for stream in streams]
     while True:
-        found = scheduler(curves)
         # a trial that ended at its last epoch has nothing left
         runnable = [
             n
-            for n, verdict in enumerate(found)
+            for n, verdict in enumerate(scheduler.verdicts)
             if verdict.action == "continue" and left[n] and not curves[n].failed
         ]
         if not runnable:
             break
         n = random.choice(runnable)
         epoch, value = left[n].pop(0)
+        before = list(scheduler.verdicts)
         if math.isnan(value):
             curves[n].failed = True
+            changed = scheduler.fail(n)
         else:
             curves[n].values[epoch] = value
-    for verdict, curve, rest in zip(found, curves, left, strict=True):
+            changed = scheduler.report(n, epoch, value)
+        assert scheduler.verdicts == from_scratch(curves)
+        assert changed >= {n for n, was in enumerate(before) if was != scheduler.verdicts[n]} | {n}
+    for verdict, curve, rest in zip(scheduler.verdicts, curves, left, strict=True):
         assert verdict.action != "pause"  # no trial waits for ever
         assert verdict.action == "stop" or not rest or curve.failed
     return [max(curve.values, default=0) for curve in curves]
@@ -145,10 +162,17 @@ def test_asha_in_any_order_decides_as_the_paper_does_in_order(gaps):
     random = np.random.default_rng(0)
     for _ in range(1000):
         eta, grace, max_epochs = (int(random.integers(*r)) for r in ((2, 5), (1, 3), (4, 28)))
-        config = SearchConfig(max_epochs=max_epochs, grace_period=grace, reduction_factor=eta)
+        rungs = SearchConfig(
+            max_epochs=max_epochs, grace_period=grace, reduction_factor=eta
+        ).rungs  # fmt: skip
         streams = random_streams(random, max_epochs, gaps)
-        found = run_in_any_order(random, streams, lambda c: asha(c, config.rungs, eta))  # noqa: B023
-        assert found == asha_reference(streams, config.rungs, eta)
+        found = run_in_any_order(
+            random,
+            streams,
+            ASHA(len(streams), rungs, eta),
+            functools.partial(asha, rungs=rungs, reduction_factor=eta),
+        )
+        assert found == asha_reference(streams, rungs, eta)
 
 
 @pytest.mark.parametrize("gaps", [False, True], ids=["every epoch", "missing reports"])
@@ -157,21 +181,51 @@ def test_hyperband_in_any_order_decides_as_the_paper_does(gaps):
     for _ in range(1000):
         eta, max_epochs = int(random.integers(2, 5)), int(random.integers(4, 28))
         streams = random_streams(random, max_epochs, gaps)
-        found = run_in_any_order(random, streams, lambda c: hyperband(c, max_epochs, eta))  # noqa: B023
-        assert found == hyperband_reference(streams, max_epochs, eta)
-
-
-def test_median_stopping_in_any_order_decides_as_the_paper_does_in_order():
-    random = np.random.default_rng(2)
-    for _ in range(1000):
-        grace, max_epochs = int(random.integers(1, 4)), int(random.integers(4, 12))
-        streams = random_streams(random, max_epochs, gaps=False)
         found = run_in_any_order(
             random,
             streams,
-            lambda c: median_stopping(c, grace, max_epochs),  # noqa: B023
+            HyperBand(len(streams), max_epochs, eta),
+            functools.partial(hyperband, max_epochs=max_epochs, reduction_factor=eta),
         )
-        assert found == median_reference(streams, grace, max_epochs)
+        assert found == hyperband_reference(streams, max_epochs, eta)
+
+
+@pytest.mark.parametrize("gaps", [False, True], ids=["every epoch", "missing reports"])
+def test_median_stopping_in_any_order_decides_as_the_paper_does_in_order(gaps):
+    random = np.random.default_rng(2)
+    for _ in range(1000):
+        grace, max_epochs = int(random.integers(1, 4)), int(random.integers(4, 12))
+        streams = random_streams(random, max_epochs, gaps)
+        found = run_in_any_order(
+            random,
+            streams,
+            MedianStopping(len(streams), grace, max_epochs),
+            functools.partial(median_stopping, grace_period=grace, max_epochs=max_epochs),
+        )
+        # the paper does not say what a missing report means
+        assert gaps or found == median_reference(streams, grace, max_epochs)
+
+
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
+def test_reports_against_the_verdicts_change_nothing_for_the_others(name):
+    """As after a kill: a trial reports although it is paused, or fails while it waits."""
+    random, config = np.random.default_rng(4), SearchConfig(num_trials=13, scheduler=name)
+    from_scratch = {
+        "asha": functools.partial(asha, rungs=config.rungs, reduction_factor=3),
+        "hyperband": functools.partial(hyperband, max_epochs=9, reduction_factor=3),
+        "median": functools.partial(median_stopping, grace_period=1, max_epochs=9),
+    }[name]
+    for _ in range(200):
+        scheduler, curves = scheduler_for(config), [Curve() for _ in range(13)]
+        while active := [n for n in range(13) if not curves[n].failed and len(curves[n].values) < 9]:
+            n, value = int(random.choice(active)), float(random.integers(0, 9))
+            if random.random() < 0.02:
+                curves[n].failed = True
+                scheduler.fail(n)
+            else:
+                curves[n].values[len(curves[n].values) + 1] = value
+                scheduler.report(n, len(curves[n].values), value)
+            assert scheduler.verdicts == from_scratch(curves)
 
 
 def test_the_brackets_are_those_of_the_hyperband_paper():
@@ -190,19 +244,20 @@ def test_a_verdict_to_stop_is_final(scheduler):
     random = np.random.default_rng(3)
     config = SearchConfig(num_trials=12, max_epochs=9, scheduler=scheduler)
     for _ in range(50):
-        curves, stopped = [Curve() for _ in range(12)], set()
+        board, stopped, num_epochs = scheduler_for(config), set(), [0] * 12
         while True:
-            found = verdicts(config, curves)
+            found = board.verdicts
             now = {n for n, verdict in enumerate(found) if verdict.action == "stop"}
             assert stopped <= now
             stopped = now
             active = [
                 n
                 for n, verdict in enumerate(found)
-                if verdict.action == "continue" and len(curves[n].values) < 9
+                if verdict.action == "continue" and num_epochs[n] < 9
             ]
             if not active:
                 break
-            curve = curves[random.choice(active)]
-            curve.values[len(curve.values) + 1] = float(random.integers(0, 9))
+            n = random.choice(active)
+            num_epochs[n] += 1
+            board.report(n, num_epochs[n], float(random.integers(0, 9)))
         assert (scheduler == "none") == (not stopped)

@@ -23,9 +23,6 @@ class Search:
         self.scheduler = BoardScheduler(self.board, self.searcher, options)
         self.trials = []
 
-    def get_trials(self):
-        return self.trials
-
     def suggest(self):
         given = self.searcher.suggest(f"id {len(self.trials)}")
         if given is None:
@@ -33,6 +30,7 @@ class Search:
         trial = Trial("train", config=given, stub=True)
         trial.set_status(Trial.PENDING)
         self.trials.append(trial)
+        self.scheduler.on_trial_add(self, trial)
         return trial
 
     def report(self, number, epoch, bound):

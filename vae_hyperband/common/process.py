@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -308,3 +309,24 @@ def lossy_output() -> Iterator[None]:
 
 def on_terminal() -> bool:
     return sys.stderr.isatty()
+
+
+class TimeShare:
+    """Keeps what is done again and again to a share of the time, however long it takes.
+
+    ``if share.due:`` says whether it may be done again; ``with share:`` measures it.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share, self._next = share, 0.0
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def __enter__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        now = time.monotonic()
+        self._next = now + (now - self._begun) / self._share

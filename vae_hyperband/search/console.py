@@ -1,13 +1,16 @@
 """What a search prints while it runs: a live table on a terminal, elsewhere a line per event."""
 
+import heapq
 import shutil
 import sys
 import time
 
+from vae_hyperband.common.process import TimeShare
 from vae_hyperband.search.decisions import Board, TrialEvent
 from vae_hyperband.search.trials import TrialRecord, describe
 
 NUM_ROWS = 12  # of the table: it has to fit on a small terminal, or redrawing it would scroll
+TABLE_SHARE = 0.02  # of the time, for drawing the table: it ranks all trials
 
 
 class Console:
@@ -17,12 +20,13 @@ class Console:
         # of this process: a resumed search has a pace of its own
         self._started, self._epochs_seen = time.monotonic(), 0
         self._table = sys.stdout.isatty()
-        self._lines_printed = 0
+        self._table_time, self._lines_printed = TimeShare(TABLE_SHARE), 0
 
     def __call__(self, board: Board, event: TrialEvent) -> None:
         self._epochs_seen += event["event"] == "result"
         if self._table:
-            self._print_table(board)
+            if self._table_time.due or board.finished:
+                self._print_table(board)
         elif line := self._line(board, event):
             # flushed, so that a log file of a batch job shows how far the search is
             print(f"[{self._seconds:4.0f} s] {line}", flush=True)
@@ -52,29 +56,26 @@ class Console:
 
     def progress(self, board: Board) -> str:
         """The search so far, in one line."""
-        ended = [trial for trial in board.trials if trial.outcome]
-        max_epochs = board.config.max_epochs
-        stopped = [trial for trial in ended if trial.outcome == "stopped"]
-        failed = sum(trial.outcome == "failed" for trial in ended)
+        totals = board.totals
         parts = [
-            f"{len(ended)} of {board.config.total_trials} done",
-            f"{sum(trial.num_epochs for trial in board.trials)} epochs trained",
-            f"{sum(max_epochs - trial.num_epochs for trial in stopped)} epochs saved",
+            f"{totals.ended} of {board.config.total_trials} done",
+            f"{totals.epochs} epochs trained",
+            f"{totals.epochs_saved} epochs saved",
         ]
-        if failed:
-            parts.append(f"{failed} failed")
+        if totals.failed:
+            parts.append(f"{totals.failed} failed")
         if (left := self._seconds_left(board)) is not None:
             parts.append(f"about {left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
         return ", ".join(parts)
 
     def _seconds_left(self, board: Board) -> float | None:
         """An estimate: trials to come get as far as those that ended did, at the same pace."""
-        ended = [trial.num_epochs for trial in board.trials if trial.outcome]
+        totals = board.totals
         # before a trial has ended, nothing is known of how early the scheduler stops them
-        if not ended or not self._epochs_seen or board.finished:
+        if not totals.ended or not self._epochs_seen or board.finished:
             return None
-        usual = max(1.0, sum(ended) / len(ended))
-        under_way = [trial.num_epochs for trial in board.trials if not trial.outcome]
+        usual = max(1.0, totals.epochs_of_ended / totals.ended)
+        under_way = [board.trials[number].num_epochs for number in board.under_way]
         # one that is past the usual end has at least one more epoch, or it would have ended
         epochs = sum(max(usual - done, 1.0) for done in under_way)
         epochs += usual * (board.config.total_trials - len(board.trials))
@@ -83,10 +84,14 @@ class Console:
 
     def _print_table(self, board: Board) -> None:
         """Replace the table printed before: trials under way first, then the best ones."""
+        with self._table_time:
+            self._draw_table(board)
+
+    def _draw_table(self, board: Board) -> None:
         metric = board.config.metric
-        under_way = [trial for trial in board.trials if not trial.outcome]
+        under_way = [board.trials[number] for number in sorted(board.under_way)]
         ended = [trial for trial in board.trials if trial.outcome]
-        ended.sort(key=lambda trial: trial.score(metric))
+        ended = heapq.nsmallest(NUM_ROWS, ended, key=lambda trial: trial.score(metric))
         lines = [f"{self.progress(board)}; {self._seconds:.0f} s"]
         lines.append(f"{'trial':10} {'epoch':>7} {metric:>9}  state     hyperparameters")
         lines += [self._row(board, trial) for trial in (under_way + ended)[:NUM_ROWS]]

@@ -5,19 +5,22 @@ on disk before anything follows from it. :class:`Board` replays it; so a search 
 anywhere continues as if it had not been.
 """
 
+import bisect
 import hashlib
+import heapq
 import io
 import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, TypedDict
 
 from vae_hyperband.common.errors import RunFolderError, SearchError
 from vae_hyperband.common.files import fsync_folder, no_link
 from vae_hyperband.search.config import Hyperparameters, SearchConfig
-from vae_hyperband.search.schedulers import Curve, Verdict, brackets, verdicts
+from vae_hyperband.search.schedulers import Verdict, scheduler_for
 from vae_hyperband.search.trials import Outcome, TrialRecord, ValidationRow
 
 # The lines of the log. Keys and their order are those of version 0.1, whose searches can resume.
@@ -80,7 +83,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.events = read_events(path)
+        self.events, self._whole = _read(path)
         self._file: io.FileIO | None = None
 
     def __enter__(self) -> Self:
@@ -89,9 +92,8 @@ class Journal:
             # lingers in this process to be written twice, or half
             self._file = file = open(self.path, "ab", buffering=0, opener=no_link)
             fsync_folder(self.path.parent)  # else a power cut may lose the name of a new file
-            whole = sum(len(_line(event)) for event in self.events)
-            if file.tell() > whole:  # a torn last line: what it said has had no consequences
-                file.truncate(whole)
+            if file.tell() > self._whole:  # a torn last line: what it said had no consequences
+                file.truncate(self._whole)
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunFolderError(f"{self.path} cannot be written: {error.strerror}.") from error
@@ -126,11 +128,16 @@ def read_events(path: Path) -> list[Event]:
 
     Raises :class:`SearchError` for a log that cannot be read or is damaged elsewhere.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[Event], int]:
+    """The events of a log, and the bytes that their lines take."""
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     except OSError as error:
         raise SearchError(f"{path} cannot be read: {error.strerror}.") from error
-    events = []
+    events, size = [], 0
     # the last element follows the last newline: nothing, or a line torn by a kill
     for number, line in enumerate(lines[:-1], start=1):
         event = _event(line)
@@ -143,7 +150,8 @@ def read_events(path: Path) -> list[Event]:
                 "over with --fresh, or choose another --run."
             )
         events.append(event)
-    return events
+        size += len(line) + 1
+    return events, size
 
 
 def _line(event: Event) -> bytes:
@@ -180,6 +188,25 @@ COLLAPSED_STEPS = 100
 Suggest = Callable[[int, list[TrialRecord]], Hyperparameters]
 
 
+@dataclass
+class Totals:
+    """Numbers of a search so far."""
+
+    ended: int = 0  # trials that have an outcome
+    failed: int = 0
+    epochs: int = 0  # trained
+    epochs_of_ended: int = 0  # of these, by trials that have ended
+    epochs_saved: int = 0  # that running the stopped trials to their end would have cost
+
+    def count(self, trial: TrialRecord, max_epochs: int) -> None:
+        """Add a trial that has just ended."""
+        self.ended += 1
+        self.epochs_of_ended += trial.num_epochs
+        self.failed += trial.outcome == "failed"
+        if trial.outcome == "stopped":
+            self.epochs_saved += max_epochs - trial.num_epochs
+
+
 class Board:
     """All trials of a search, what each has reported, and the scheduler's verdict on it.
 
@@ -196,9 +223,14 @@ class Board:
     ) -> None:
         self.config, self.trials = config, list[TrialRecord]()
         self._journal, self._suggest, self._on_event = journal, suggest, on_event
-        # one per trial that there will be, also of those to come: HyperBand's brackets depend on
-        # how many trials there are, and a trial at a rung has to wait for its bracket's later ones
-        self._curves = [Curve() for _ in range(config.total_trials)]
+        # whatever depends on all trials is kept up to date, not computed at each event: an event
+        # of a search of thousands of trials costs what one of a small search costs
+        self._scheduler = scheduler_for(config)
+        self.totals = Totals()
+        self.under_way: set[int] = set()  # numbers of the trials that have not ended
+        self._ranking: list[tuple[float, int]] = []  # a heap of scores and numbers, old ones too
+        self._runnable: list[int] = []
+        self._undecided: set[int] = set()  # trials whose verdict may have changed
         for event in journal.events:
             self._apply(event)
         self._decide()  # a kill may have come between a result and the decisions it leads to
@@ -206,24 +238,28 @@ class Board:
     @property
     def finished(self) -> bool:
         """Whether all trials were suggested and have ended."""
-        suggested_all = len(self.trials) == self.config.total_trials
-        return suggested_all and all(trial.outcome for trial in self.trials)
+        return self.totals.ended == self.config.total_trials
 
     @property
     def best(self) -> TrialRecord | None:
-        """The best trial so far."""
-        scored = [trial for trial in self.trials if trial.best_row]
-        return min(scored, key=lambda t: t.score(self.config.metric), default=None)
+        """The best trial so far; of equals, the one with the lowest number."""
+        while self._ranking:
+            score, number = self._ranking[0]
+            trial = self.trials[number]
+            if trial.best_row and trial.score(self.config.metric) == score:
+                return trial
+            heapq.heappop(self._ranking)  # it has another score by now, or has failed
+        return None
 
     def verdict(self, number: int) -> Verdict:
         """Whether the trial with that number continues, pauses or stops."""
         if self.trials[number].outcome:
             return Verdict("stop", why=self.trials[number].why)
-        return self._verdicts[number]
+        return self._scheduler.verdicts[number]
 
     def runnable(self) -> list[int]:
         """Numbers of the trials, among those suggested so far, that are to be trained further."""
-        return [t.number for t in self.trials if self.verdict(t.number).action == "continue"]
+        return list(self._runnable)
 
     def suggest_next(self) -> TrialRecord | None:
         """Add one more trial; None if the search has all of them."""
@@ -271,7 +307,8 @@ class Board:
             return f"{self.config.metric} was {value} after epoch {row['epoch']}"
         # a model that ignores z may have the best bound at an early rung; Bowman et al. 2016
         # saw such models stay there
-        trained = row["epoch"] >= self._first_rung(trial.number) and row["step"] >= COLLAPSED_STEPS
+        first_rung = self._scheduler.first_rung(trial.number)
+        trained = row["epoch"] >= first_rung and row["step"] >= COLLAPSED_STEPS
         if trained and row["KL_divergence"] < COLLAPSED_NATS:
             return (
                 f"collapsed: KL {row['KL_divergence']:.1e} nats/image after epoch {row['epoch']}, "
@@ -279,26 +316,18 @@ class Board:
             )
         return ""
 
-    def _first_rung(self, number: int) -> int:
-        """The epoch after which the scheduler first decides on the trial."""
-        config = self.config
-        if config.scheduler != "hyperband":
-            return config.grace_period
-        found = brackets(config.total_trials, config.max_epochs, config.reduction_factor)
-        return next(bracket.rungs[0] for bracket in found if number in bracket.members)
-
     def _decide(self) -> None:
-        """Ask the scheduler, and end the trials that it stops or that have finished."""
-        self._verdicts = verdicts(self.config, self._curves)
-        for trial in self.trials:
+        """End the trials that the scheduler stops or that have finished."""
+        undecided, self._undecided = self._undecided, set()
+        for number in sorted(undecided):
+            trial, verdict = self.trials[number], self.verdict(number)
             # an outcome is final: it is in the log, and was told
-            verdict = self._verdicts[trial.number]
             if trial.outcome:
                 continue
             if trial.num_epochs >= self.config.max_epochs:
-                self._end(trial.number, "finished")
+                self._end(number, "finished")
             elif verdict.action == "stop":
-                self._end(trial.number, "stopped", verdict.why)
+                self._end(number, "stopped", verdict.why)
 
     def _end(self, number: int, outcome: Outcome, why: str = "") -> None:
         self._record({"event": "end", "trial": number, "outcome": outcome, "why": why})
@@ -315,11 +344,32 @@ class Board:
             case "draw":
                 hyperparameters = Hyperparameters.from_dict(event["drawn"])
                 self.trials.append(TrialRecord(event["trial"], hyperparameters))
+                self.under_way.add(event["trial"])
+                self._changed({event["trial"]})
             case "result":
-                row = event["row"]
-                self.trials[event["trial"]].rows.append(row)
-                self._curves[event["trial"]].values[row["epoch"]] = row[self.config.metric]
+                row, trial = event["row"], self.trials[event["trial"]]
+                trial.rows.append(row)
+                self.totals.epochs += 1
+                score = trial.score(self.config.metric)
+                heapq.heappush(self._ranking, (score, trial.number))
+                value = row[self.config.metric]
+                self._changed(self._scheduler.report(trial.number, row["epoch"], value))
             case "end":
                 trial = self.trials[event["trial"]]
                 trial.outcome, trial.why = event["outcome"], event["why"]
-                self._curves[event["trial"]].failed = trial.outcome == "failed"
+                self.under_way.discard(trial.number)
+                self.totals.count(trial, self.config.max_epochs)
+                failed = trial.outcome == "failed"
+                self._changed(self._scheduler.fail(trial.number) if failed else {trial.number})
+
+    def _changed(self, numbers: set[int]) -> None:
+        """Take note of trials whose verdict may have changed."""
+        self._undecided |= numbers
+        for number in numbers:
+            place = bisect.bisect_left(self._runnable, number)
+            listed = self._runnable[place : place + 1] == [number]
+            runs = self.verdict(number).action == "continue"
+            if runs and not listed:
+                self._runnable.insert(place, number)
+            elif listed and not runs:
+                del self._runnable[place]

@@ -19,6 +19,9 @@ from typing import Any, Self
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.metadata import create_summary_metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard.summary import histogram, hparams, image, scalar, text
@@ -79,8 +82,9 @@ class Tracker:
         self._metrics, self._timing = self._files
         self._board = None
         if tensorboard:
-            self._board = EventFile(folder, purge_step=start_step + 1 if start_step else 0)
-            self._files.append(self._board.file)
+            file = AppendedFile(next_event_file(folder))
+            self._board = EventFile(file, purge_step=start_step + 1 if start_step else 0)
+            self._files.append(file)
 
     def __enter__(self) -> Self:
         return self
@@ -125,13 +129,11 @@ class Tracker:
         self._show(histogram("KL_per_dimension", kl_Z.cpu().numpy(), bins=30), step)
 
     def hyperparameters(
-        self, config: Mapping[str, Any], metrics: dict[str, float], step: int
+        self, config: Mapping[str, Any], metrics: Mapping[str, float], step: int
     ) -> None:
-        """The row of this run in TensorBoard's HParams table."""
-        for summary in hparams(config, metrics):
-            self._show(summary, 0)
-        for name, value in metrics.items():
-            self._show(scalar(name, value), step)
+        """The row of this run, which has finished, in TensorBoard's HParams table."""
+        for summary in _hyperparameters(config, metrics, "finished"):
+            self._show(summary, step)
 
     def _show(self, summary: Summary, step: int) -> None:
         if self._board:
@@ -148,19 +150,24 @@ class Tracker:
             file.flush()
 
 
+EVENTS = "events.out.tfevents"
+
+
+def next_event_file(folder: Path, ending: str = "") -> Path:
+    """The path of one more file of a run's events; TensorBoard reads them in order of names."""
+    others = [path.name.split(".")[3] for path in folder.glob(f"{EVENTS}.*.*")]
+    second = max([int(time.time()), *(int(other) + 1 for other in others if other.isdecimal())])
+    return folder / f"{EVENTS}.{second:010d}.{socket.gethostname()}.{os.getpid()}{ending}"
+
+
 class EventFile:
-    """One more file of the events of a run, which TensorBoard shows.
+    """Events of a run, as TensorBoard reads them, written into a file that is open.
 
     PyTorch's SummaryWriter loses what a full disk does not take, and flushes, but not to the disk.
     """
 
-    def __init__(self, folder: Path, purge_step: int) -> None:
-        # TensorBoard reads a run's files in the order of their names
-        others = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*.*")]
-        second = max([int(time.time()), *(int(other) + 1 for other in others if other.isdecimal())])
-        name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = AppendedFile(folder / name)
-        self._records = RecordWriter(self.file)
+    def __init__(self, file: AppendedFile | io.BytesIO, purge_step: int) -> None:
+        self._records = RecordWriter(file)
         self.add(file_version="brain.Event:2")
         # what older files say about steps from this one on counts no more
         self.add(session_log=SessionLog(status=SessionLog.START), step=purge_step)
@@ -168,6 +175,32 @@ class EventFile:
     def add(self, **what: Any) -> None:
         """Add an event; its fields are those of TensorBoard's event.proto."""
         self._records.write(Event(wall_time=time.time(), **what).SerializeToString())
+
+
+def _hyperparameters(
+    config: Mapping[str, Any], metrics: Mapping[str, float], outcome: str
+) -> list[Summary]:
+    """What TensorBoard makes a row of its HParams table of; the outcome is one of its columns."""
+    *head, end = hparams({"outcome": outcome, **config}, dict(metrics))
+    if outcome == "failed":  # PyTorch's function knows success only
+        status = SessionEndInfo(status=Status.Value("STATUS_FAILURE"))
+        data = HParamsPluginData(session_end_info=status)
+        end.value[0].metadata.CopyFrom(create_summary_metadata(data))
+    return [*head, end, *(scalar(name, value) for name, value in metrics.items())]
+
+
+def write_hyperparameters(
+    folder: Path, config: Mapping[str, Any], metrics: Mapping[str, float], step: int, outcome: str
+) -> None:
+    """Write the HParams row of a run that did not finish, beside its other events; once."""
+    if any(folder.glob(f"{EVENTS}.*.outcome")):
+        return
+    memory = io.BytesIO()
+    file = EventFile(memory, purge_step=step + 1)
+    for summary in _hyperparameters(config, metrics, outcome):
+        file.add(summary=summary, step=step)
+    # atomically: a torn file would be taken for a whole one
+    write_bytes(next_event_file(folder, ".outcome"), memory.getvalue())
 
 
 def read_rows(path: Path, needed: tuple[str, ...] = ()) -> list[LogRow]:

@@ -42,7 +42,7 @@ from vae_hyperband.search.trials import (
     read_result,
     write_result,
 )
-from vae_hyperband.tune.ray_logs import RayLogs
+from vae_hyperband.tune.logs import SearchLogs
 from vae_hyperband.tune.session import check_resources, nodes, ray_for, with_gpus
 from vae_hyperband.tune.storage import TrialStore, store_for
 from vae_hyperband.tune.tuner import run_trials
@@ -90,7 +90,7 @@ def _run(
     folder = options.ckpt_folder
     store.check()
     with Journal(folder / DECISIONS) as journal:
-        begun, console, logs = bool(journal.events), Console(), RayLogs(options)
+        begun, console, logs = bool(journal.events), Console(), SearchLogs(options)
 
         def on_event(board: Board, event: TrialEvent) -> None:
             console(board, event)

@@ -233,6 +233,11 @@ class BoardScheduler(FIFOScheduler):
         self._board, self._searcher, self._options = board, searcher, options
         # number -> the times at which its process died, since its last new result
         self._deaths: dict[int, list[float]] = {}
+        # Ray's trials that have not ended: Ray's own list is of all that there ever were
+        self._trials: dict[str, Trial] = {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._trials[trial.trial_id] = trial
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         number = _number(trial)
@@ -246,22 +251,22 @@ class BoardScheduler(FIFOScheduler):
         action = self._action(trial)
         # where the board has no objection, but others lag behind
         if action == "continue" and self._searcher.interleaves:
-            action = "pause" if self._is_ahead(tune_controller, trial) else action
+            action = "pause" if self._is_ahead(trial) else action
         return ACTIONS[action]
 
-    def _is_ahead(self, tune_controller: Any, trial: Trial) -> bool:
+    def _is_ahead(self, trial: Trial) -> bool:
         """Whether a trial that waits for a worker is :data:`MAX_LEAD` epochs behind this one."""
         limit = self._num_epochs(trial) - MAX_LEAD
-        return any(self._num_epochs(other) <= limit for other in self._ready(tune_controller))
+        return any(self._num_epochs(other) <= limit for other in self._ready())
 
     def _num_epochs(self, trial: Trial) -> int:
         return self._board.trials[_number(trial)].num_epochs
 
-    def _ready(self, tune_controller: Any) -> list[Trial]:
+    def _ready(self) -> list[Trial]:
         """The trials that could run if there were a free worker."""
         return [
             trial
-            for trial in tune_controller.get_trials()
+            for trial in self._trials.values()
             if trial.status in (Trial.PENDING, Trial.PAUSED) and self._action(trial) == "continue"
         ]
 
@@ -292,18 +297,18 @@ class BoardScheduler(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Of the trials that may run, the one furthest behind; of equals, the lowest number."""
-        trials = tune_controller.get_trials()
-        for trial in trials:
+        for trial in list(self._trials.values()):
             idle = trial.status in (Trial.PAUSED, Trial.PENDING)
             if idle and self._action(trial) == "stop":
                 tune_controller.stop_trial(trial)  # it lost by a report of another, or failed
             elif trial.status in (Trial.ERROR, Trial.TERMINATED):
                 self._searcher.release(trial)
-        num_running = sum(trial.status == Trial.RUNNING for trial in trials)
-        if num_running >= (self._options.max_concurrent or len(trials) + 1):
+                del self._trials[trial.trial_id]
+        num_running = sum(trial.status == Trial.RUNNING for trial in self._trials.values())
+        if num_running >= (self._options.max_concurrent or num_running + 1):
             return None
         # low numbers first, since a trial waits at a rung for all lower ones
-        ready = self._ready(tune_controller)
+        ready = self._ready()
         return min(ready, key=lambda trial: (self._num_epochs(trial), _number(trial)), default=None)
 
     def _action(self, trial: Trial) -> str:

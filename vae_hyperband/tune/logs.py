@@ -1,20 +1,22 @@
-"""The logs of a search in Ray Tune's format, so that whatever reads those reads ours.
+"""The logs of a whole search: its trials in Ray Tune's format, and in TensorBoard's HParams table.
 
 In the search's log folder each trial gets ``result.json`` (a line per validation), ``progress.csv``
 and ``params.json``; beside them lies ``experiment_state-search.json``, with which
-``ray.tune.ExperimentAnalysis`` opens the whole search.
+``ray.tune.ExperimentAnalysis`` opens the whole search. A trial that did not get to its end gets its
+row of the HParams table here; one that did wrote it itself.
 
 Ray's own callbacks would write what arrived, with a row twice where a killed trial computed it
 again. These files follow from the decision log alone: they are the same whatever was killed.
 """
 
 import contextlib
+import copy
 import csv
 import io
 import json
 import sys
-import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from ray.train._internal.storage import StorageContext
@@ -24,9 +26,11 @@ from ray.tune.utils.util import flatten_dict
 
 from vae_hyperband.common.errors import RunFolderError
 from vae_hyperband.common.files import make_folder, write_text
+from vae_hyperband.common.process import TimeShare
 from vae_hyperband.search.config import SearchOptions
 from vae_hyperband.search.decisions import Board, TrialEvent
 from vae_hyperband.search.trials import TrialRecord
+from vae_hyperband.training.tracker import write_hyperparameters
 from vae_hyperband.tune.session import trial_resources
 
 RESULTS, PROGRESS, PARAMS = "result.json", "progress.csv", "params.json"
@@ -34,35 +38,41 @@ STATE, ERROR = "experiment_state-search.json", "error.txt"
 
 STORAGE_MARKER = ".validate_storage_marker"
 
-#: The state holds every trial: writing it may take one part in this many of a search's time.
-STATE_SHARE = 50
+#: The state holds every trial: writing it may take this share of a search's time.
+STATE_SHARE = 0.02
 
 
-class RayLogs:
+class SearchLogs:
     """Keeps the logs of one search as its board changes: give it the board's events."""
 
     def __init__(self, options: SearchOptions) -> None:
         self._folder = options.log_folder
         self._resources = resource_dict_to_pg_factory(trial_resources(options))
-        self._state_due, self._said = 0.0, False
+        # where the trials' own logs go to the store, the driver's have a row of each
+        self._has_all_rows = options.storage is not None and "://" in options.storage
+        self._state_time, self._said = TimeShare(STATE_SHARE), False
+        self._ended: dict[int, tuple[str, str]] = {}  # states of trials, which change no more
 
     def __call__(self, board: Board, event: TrialEvent) -> None:
         trial = board.trials[event["trial"]]
         with self._no_reason_to_stop():
             match event["event"]:
-                case "draw" | "end":
+                case "draw":
                     self._write_trial(board, trial)
                 case "result":
                     self._append(board, trial)
-            if time.monotonic() > self._state_due:
+                case "end":
+                    self._write_end(board, trial)
+            if self._state_time.due:
                 self._write_state(board)
 
     def write(self, board: Board) -> None:
-        """All files anew, as the board is now: rows that a kill has torn or lost are whole then."""
+        """All files as the board is now: rows that a kill has torn or lost are whole then."""
         with self._no_reason_to_stop():
             make_folder(self._folder)
             for trial in board.trials:
                 self._write_trial(board, trial)
+                self._write_end(board, trial)
             self._write_state(board)
 
     def write_state(self, board: Board) -> None:
@@ -78,30 +88,23 @@ class RayLogs:
         except (OSError, RunFolderError) as error:
             if not self._said:
                 self._said = True
-                print(f"note: Ray's logs are not written: {error}", file=sys.stderr, flush=True)
-
-    def _write_state(self, board: Board) -> None:
-        begun = time.monotonic()
-        states = [self._state(board, trial) for trial in board.trials]
-        content = {"trial_data": states, "runner_data": {}, "stats": {}}
-        write_text(self._folder / STATE, json.dumps(content) + "\n")
-        (self._folder / STORAGE_MARKER).unlink(missing_ok=True)  # StorageContext's
-        now = time.monotonic()
-        self._state_due = now + STATE_SHARE * (now - begun)
+                print(
+                    f"note: the search's own logs are not written: {error}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _write_trial(self, board: Board, trial: TrialRecord) -> None:
         folder = self._folder / trial.name
         make_folder(folder)
         results = [_result(board, trial, number) for number in range(len(trial.rows))]
         params = json.dumps(trial.hyperparameters.to_dict(), indent=2, sort_keys=True)
-        write_text(folder / PARAMS, params)
-        write_text(folder / RESULTS, "".join(json.dumps(result) + "\n" for result in results))
-        write_text(folder / PROGRESS, _csv(results, with_head=True))
-        if trial.outcome == "failed":
-            write_text(folder / ERROR, trial.why + "\n")
+        _write(folder / PARAMS, params)
+        _write(folder / RESULTS, "".join(json.dumps(result) + "\n" for result in results))
+        _write(folder / PROGRESS, _csv(results, with_head=True))
 
     def _append(self, board: Board, trial: TrialRecord) -> None:
-        """Append the trial's last validation; not durably, since the decision log has it."""
+        """Append the trial's last validation."""
         folder, number = self._folder / trial.name, len(trial.rows) - 1
         result = _result(board, trial, number)
         with open(folder / RESULTS, "a", encoding="utf-8") as file:
@@ -109,13 +112,39 @@ class RayLogs:
         with open(folder / PROGRESS, "a", encoding="utf-8") as file:
             file.write(_csv([result], with_head=number == 0))
 
-    def _state(self, board: Board, trial: TrialRecord) -> tuple[str, str]:
+    def _write_end(self, board: Board, trial: TrialRecord) -> None:
+        """What is known only when a trial has ended: why it failed, and its row of HParams."""
+        folder = self._folder / trial.name
+        if trial.outcome == "failed":
+            _write(folder / ERROR, trial.why + "\n")
+        if trial.outcome is None or (trial.outcome == "finished" and not self._has_all_rows):
+            return
+        bounds = {}
+        if trial.rows:
+            best = min(trial.rows, key=lambda row: row["total_loss"])
+            bounds = {"best_bound": best["bound"], "final_bound": trial.rows[-1]["bound"]}
+        config = board.config.trial_config(trial.hyperparameters).to_dict()
+        step = trial.rows[-1]["step"] if trial.rows else 0
+        write_hyperparameters(folder, config, bounds, step, trial.outcome)
+
+    def _write_state(self, board: Board) -> None:
+        with self._state_time:
+            storage = StorageContext(
+                storage_path=str(self._folder.parent), experiment_dir_name=self._folder.name
+            )
+            states = [self._state(board, trial, storage) for trial in board.trials]
+            content = {"trial_data": states, "runner_data": {}, "stats": {}}
+            write_text(self._folder / STATE, json.dumps(content) + "\n")
+            (self._folder / STORAGE_MARKER).unlink(missing_ok=True)  # StorageContext's
+
+    def _state(
+        self, board: Board, trial: TrialRecord, storage: StorageContext
+    ) -> tuple[str, str]:
         """A trial as Ray stores it: what it is, and how it has gone."""
-        storage = StorageContext(
-            storage_path=str(self._folder.parent),
-            experiment_dir_name=self._folder.name,
-            trial_dir_name=trial.name,
-        )
+        if trial.number in self._ended:
+            return self._ended[trial.number]
+        storage = copy.copy(storage)
+        storage.trial_dir_name = trial.name
         found = Trial(
             "train_trial",
             config=trial.hyperparameters.to_dict(),
@@ -132,7 +161,18 @@ class RayLogs:
         ended = {None: Trial.PAUSED, "failed": Trial.ERROR}
         found.set_status(ended.get(trial.outcome, Trial.TERMINATED))
         state: tuple[str, str] = found.get_json_state()
+        if trial.outcome:
+            self._ended[trial.number] = state
         return state
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file; not durably, since the decision log has what is in it."""
+    # a search that resumes finds nearly all of thousands as they should be
+    with contextlib.suppress(OSError, ValueError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    path.write_text(text, encoding="utf-8")
 
 
 def _result(board: Board, trial: TrialRecord, number: int) -> dict[str, Any]:

@@ -8,11 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from ray.tune import ExperimentAnalysis, ResultGrid
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
 from vae_hyperband.search.decisions import Board, Journal
 from vae_hyperband.search.trials import read_result
-from vae_hyperband.tune.ray_logs import PARAMS, PROGRESS, RESULTS, RayLogs
+from vae_hyperband.tune.logs import PARAMS, PROGRESS, RESULTS, SearchLogs
 
 FILES = (RESULTS, PROGRESS, PARAMS)
 CONFIG = SearchConfig(num_trials=6, max_epochs=9, scheduler="asha")
@@ -52,7 +56,7 @@ def finished(place: SearchOptions) -> Board:
     """The board of a search there that ran to its end."""
     place.ckpt_folder.mkdir(parents=True)
     with Journal(place.ckpt_folder / "log") as journal:
-        board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(place))
+        board = Board(CONFIG, journal, hyperparameters, logs := SearchLogs(place))
         logs.write(board)
         train(board, 10**6)
         logs.write_state(board)
@@ -72,7 +76,7 @@ def test_the_logs_are_the_same_whatever_was_killed_and_torn(tmp_path):
     for place in (calm, storm):
         place.ckpt_folder.mkdir(parents=True)
     with Journal(calm.ckpt_folder / "log") as journal:
-        board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(calm))
+        board = Board(CONFIG, journal, hyperparameters, logs := SearchLogs(calm))
         logs.write(board)
         train(board, 10**6)
         assert board.finished
@@ -82,7 +86,7 @@ def test_the_logs_are_the_same_whatever_was_killed_and_torn(tmp_path):
     random = np.random.default_rng(3)
     for _ in range(200):
         with Journal(storm.ckpt_folder / "log") as journal:
-            board = Board(CONFIG, journal, hyperparameters, logs := RayLogs(storm))
+            board = Board(CONFIG, journal, hyperparameters, logs := SearchLogs(storm))
             logs.write(board)
             train(board, int(random.integers(1, 4)))
         if board.finished:
@@ -98,7 +102,7 @@ def test_logs_that_cannot_be_written_do_not_end_a_search(tmp_path, capsys):
     place = options(tmp_path)
     board = finished(place)
     assert board.finished
-    assert capsys.readouterr().err.count("note: Ray's logs are not written") == 1
+    assert capsys.readouterr().err.count("note: the search's own logs are not written") == 1
 
 
 def test_trials_that_failed_are_errors_to_ray(tmp_path):
@@ -129,3 +133,50 @@ def test_ray_s_analysis_finds_the_trials_and_the_winner_of_a_search(searched):
         assert found.trial_dataframes[trial.name]["step"].tolist() == trial.curve("step")
     best = ResultGrid(found).get_best_result(metric="bound", mode="min")
     assert best.metrics["bound"] == result.best_score
+
+
+def hparams_row(folder: Path) -> tuple[dict, str, dict[str, float]]:
+    """A run's row of TensorBoard's HParams table: settings, status, and values by tag."""
+    events = EventAccumulator(str(folder)).Reload()
+    start, end = (
+        HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+        for tag in (SESSION_START_INFO_TAG, SESSION_END_INFO_TAG)
+    )
+    settings = {
+        name: value.string_value or value.number_value
+        for name, value in start.session_start_info.hparams.items()
+    }
+    status = Status.Name(end.session_end_info.status)
+    values = {
+        tag: events.Scalars(tag)[-1].value
+        for tag in ("best_bound", "final_bound")
+        if tag in events.Tags()["scalars"]
+    }
+    return settings, status, values
+
+
+def test_tensorboard_s_table_has_every_trial_of_a_search_and_its_outcome(searched):
+    result = read_result(searched[0] / "checkpoints/s")
+    assert {trial.outcome for trial in result.trials} >= {"finished", "stopped"}
+    for trial in result.trials:
+        settings, status, values = hparams_row(searched[0] / "logs/s" / trial.name)
+        assert settings["outcome"] == trial.outcome
+        assert settings["learning_rate"] == trial.hyperparameters.learning_rate
+        assert status == "STATUS_SUCCESS"
+        assert values["final_bound"] == pytest.approx(trial.curve("bound")[-1], rel=1e-6)
+        assert values["best_bound"] == pytest.approx(min(trial.curve("bound")), rel=1e-6)
+
+
+def test_a_trial_that_failed_has_its_row_once_whatever_was_killed(tmp_path):
+    place = options(tmp_path)
+    board = finished(place)
+    rows = list(place.log_folder.glob("trial_*/events.out.tfevents.*.outcome"))
+    ended = [trial.name for trial in board.trials if trial.outcome != "finished"]
+    assert sorted(path.parent.name for path in rows) == ended
+    settings, status, values = hparams_row(place.log_folder / "trial_004")
+    assert (settings["outcome"], status) == ("failed", "STATUS_FAILURE")
+    assert values["final_bound"] == board.trials[4].rows[-1]["bound"]
+    rows[0].unlink()  # a kill came before it
+    SearchLogs(place).write(board)
+    again = place.log_folder.glob("trial_*/events.out.tfevents.*.outcome")
+    assert sorted(path.parent.name for path in again) == ended
