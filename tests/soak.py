@@ -2,9 +2,10 @@
 
 Each case has a seed of its own, which chooses a configuration and a chain of faults: kills,
 signals, ends at the n-th change to a file, full disks, flipped bits, cut files, lost files, torn
-logs, a second process in the same folder. After the last one the run is let through, and has to
-leave the bytes of the same run without any fault. A case that does not prints the line that repeats
-it; kills and signals depend on the clock, too, so that it may take a few tries.
+logs, a second process in the same folder, suspension, closed streams, no home, corrected labels.
+After the last one the run is let through, and has to leave the bytes of the same run without any
+fault. A case that does not prints the line that repeats it; kills and signals depend on the clock,
+too, so that it may take a few tries.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import io
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +24,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import write_idx_folder
+from conftest import command_line, write_idx_folder
 from forking import Forks, kill
-from test_resume import digests, scalars
 
 from vae_hyperband.common.errors import CheckpointError
 from vae_hyperband.common.process import EXIT_STOPPED, STOP_SIGNALS
 from vae_hyperband.training import keeper
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+from test_resume import digests, scalars
 
 CHOICES: dict[str, list[object]] = {
     "latent-dim": [1, 3, 8],
@@ -54,7 +58,7 @@ class Case:
     """One run and what happens to it."""
 
     def __init__(self, seed: int, forks: Forks, data: Path, place: Path) -> None:
-        self.random, self.forks, self.place = random.Random(seed), forks, place
+        self.random, self.forks, self.place, self.data = random.Random(seed), forks, place, data
         chosen = {name: self.random.choice(values) for name, values in CHOICES.items()}
         if chosen["objective"] == "beta-tc":
             chosen["prior"] = "normal"
@@ -87,6 +91,7 @@ class Case:
         faults: list[Callable[[float], str | None]] = [
             self.kill, self.kill, self.signal, self.end_at_a_change, self.fill_the_disk,
             self.flip_a_bit, self.cut_a_file, self.lose_a_file, self.tear_the_log, self.be_two,
+            self.suspend, self.close_the_streams, self.lose_the_home, self.correct_the_labels,
         ]  # fmt: skip
         for _ in range(self.random.randint(1, 6)):
             fault = self.random.choice(faults)
@@ -154,7 +159,7 @@ class Case:
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 found = keeper.newest_good(best.parent)
-            if found and not best.exists() and keeper._lacks_best(found[1], None):
+            if found and not best.exists() and keeper._lacks_best(found, None):
                 self.begin_anew()
         except CheckpointError:
             status = self.run()
@@ -191,6 +196,67 @@ class Case:
         untouched = before == [path.read_bytes() for path in self.ckpts]
         holder.communicate("")
         return None if status == 2 and untouched else f"status {status} beside another process"
+
+    def suspend(self, seconds: float) -> str | None:
+        """As a laptop's lid, ``docker pause`` or Slurm's SUSPEND do."""
+        child = self.forks.start(self.arguments, self.place)
+        time.sleep(self.random.uniform(0, seconds))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGSTOP)
+            time.sleep(self.random.uniform(0, 1))
+            os.kill(child, signal.SIGCONT)
+        status = self.forks.wait()
+        return None if status == 0 else f"status {status} after a suspension"
+
+    def close_the_streams(self, seconds: float) -> str | None:
+        """As a batch system does that wants no output."""
+        closed = self.random.choice(["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+        status = self.in_shell(f'exec "$@" {closed}')
+        return None if status == 0 else f"status {status} with {closed}"
+
+    def lose_the_home(self, seconds: float) -> str | None:
+        """As in a container whose user has no entry and no folder."""
+        lost = self.random.choice(["unset HOME", "export HOME=/nonexistent", "export HOME="])
+        status = self.in_shell(f'{lost}; exec "$@"')
+        return None if status == 0 else f"status {status} after {lost}"
+
+    def in_shell(self, script: str) -> int:
+        """The status of a process of its own, begun as the script begins it."""
+        with (self.place / "said.txt").open("ab") as said:
+            return subprocess.run(
+                ["bash", "-c", script, "bash", *command_line(*self.arguments)],
+                cwd=self.place, stdout=said, stderr=said, timeout=300, check=False,
+            ).returncode  # fmt: skip
+
+    def correct_the_labels(self, seconds: float) -> str | None:
+        """What was fitted to labels is fitted again when they change; the run itself goes on."""
+        if not (self.place / "checkpoints/a/best.pt").exists():
+            return None
+        data = self.place / "data"
+        if not data.exists():
+            shutil.copytree(self.data, data)
+        self.arguments[self.arguments.index("--data-dir") + 1] = data
+        labels = data / "train-labels-idx1-ubyte"
+        content = bytearray(labels.read_bytes())
+        content[8:] = self.random.sample(bytes(content[8:]), len(content) - 8)
+        labels.write_bytes(content)
+        pictures = []
+        for fresh in (False, True):  # with what an earlier call may have fitted, and without
+            if fresh:
+                for fitted in (self.place / "checkpoints/a").glob("*mixture*"):
+                    fitted.unlink()
+            status = self.forks.run(
+                [
+                    "sample", "a", "--data-dir", data, "--device", "cpu", "--sampler",
+                    "mixture", "--label", 1, "--num-samples", 4, "--out", "labels.npy",
+                ],
+                self.place,
+            )  # fmt: skip
+            if status != 0:
+                return f"status {status} of sample with corrected labels"
+            pictures.append((self.place / "labels.npy").read_bytes())
+            (self.place / "labels.npy").unlink()
+        return None if pictures[0] == pictures[1] else "a mixture of labels that were corrected"
 
 
 def one_case(seed: int, forks: Forks, data: Path) -> tuple[str | None, Case]:

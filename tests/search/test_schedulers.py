@@ -217,7 +217,9 @@ def test_reports_against_the_verdicts_change_nothing_for_the_others(name):
     }[name]
     for _ in range(200):
         scheduler, curves = scheduler_for(config), [Curve() for _ in range(13)]
-        while active := [n for n in range(13) if not curves[n].failed and len(curves[n].values) < 9]:
+        while active := [
+            n for n in range(13) if not curves[n].failed and len(curves[n].values) < 9
+        ]:
             n, value = int(random.choice(active)), float(random.integers(0, 9))
             if random.random() < 0.02:
                 curves[n].failed = True

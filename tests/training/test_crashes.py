@@ -3,6 +3,7 @@
 import random
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -349,3 +350,15 @@ def test_too_large_batches_are_one_sentence_with_the_size_that_fits(tmp_path, fo
     assert size in [10000 >> halvings for halvings in range(1, 14)]
     again = [*arguments[:2], "b", *arguments[3:], size]
     assert forks.run(again, tmp_path, max_memory_bytes=int(gib * 2**30)) == 0
+
+
+@pytest.mark.faults
+def test_the_soak_finds_nothing_in_its_first_cases():
+    """A few of them, so that what ``make soak`` runs for an hour keeps working."""
+    soak = Path(__file__).parent.parent / "soak.py"
+    ended = subprocess.run(
+        [sys.executable, soak, "--cases", "12", "--seed", "13"],
+        capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.startswith("12 cases from seed 13, 0 failed")

@@ -137,9 +137,7 @@ class SearchLogs:
             write_text(self._folder / STATE, json.dumps(content) + "\n")
             (self._folder / STORAGE_MARKER).unlink(missing_ok=True)  # StorageContext's
 
-    def _state(
-        self, board: Board, trial: TrialRecord, storage: StorageContext
-    ) -> tuple[str, str]:
+    def _state(self, board: Board, trial: TrialRecord, storage: StorageContext) -> tuple[str, str]:
         """A trial as Ray stores it: what it is, and how it has gone."""
         if trial.number in self._ended:
             return self._ended[trial.number]
