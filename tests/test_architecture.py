@@ -32,7 +32,7 @@ ONLY_IN = {
     "safetensors": {"evaluation/image_quality", "model/checkpoint", "export/hub"},
     "onnx": {"export/onnx_export"},
     "onnxruntime": {"export/onnx_export"},
-    "matplotlib": {"reporting/figures"},
+    "matplotlib": {"reporting/figures", "reporting/search_figure"},
     "tensorboard": {"training/tracker", "reporting/animations"},
     "PIL": {"training/tracker", "reporting/animations", "reporting/page"},
 }

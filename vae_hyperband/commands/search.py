@@ -83,10 +83,10 @@ def search_and_plot(
     found = search(config, options, should_stop)
     if found is None:
         return None
-    from vae_hyperband.reporting import figures  # a second of imports: for this line only
+    from vae_hyperband.reporting import search_figure  # a second of imports: this line only
 
     print(summary_of(found), flush=True)
-    return found, figures.best_config(found, options.log_folder / "best_config.png")
+    return found, search_figure.best_config(found, options.log_folder / "best_config.png")
 
 
 def train_winner(

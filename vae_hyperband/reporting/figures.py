@@ -1,4 +1,4 @@
-"""Figures of runs, searches and studies, in Okabe & Ito's colours for colour-blind readers."""
+"""Figures of runs and studies, in Okabe & Ito's colours for colour-blind readers."""
 
 import functools
 import io
@@ -10,7 +10,7 @@ import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from vae_hyperband.common.files import make_folder, write_bytes
@@ -18,8 +18,6 @@ from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.latents import aggregate, encode_images, information_per_dimension
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.tables import LOSS_NAMES
-from vae_hyperband.search.config import METRICS
-from vae_hyperband.search.trials import SearchResult, TrialRecord
 from vae_hyperband.training.study import Row, grouped, over_seeds, value_of
 from vae_hyperband.training.tracker import LogRow, image_grid, read_rows
 
@@ -186,155 +184,6 @@ def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) ->
         "one z[i] over its mean +- 3 standard deviations, the others as the image has them"
     )
     return save_figure(figure, path)
-
-
-# ---- The figure of a search: the trials' curves, the winner, and the score by hyperparameter.
-
-
-@styled
-def best_config(result: SearchResult, path: Path) -> Path:
-    """Curves and winner on the left; each hyperparameter, and rate and distortion, on the right.
-
-    Rate (KL) against distortion (reconstruction) is drawn if the space has several betas.
-    """
-    names = [name for name, values in _choices(result).items() if len(values) > 1]
-    num_panels = len(names) + ("beta" in names)
-    figure = Figure(figsize=(10, 2 + 1.6 * max(num_panels, 2)))
-    left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1), squeeze=False)[0]
-    above, below = left.subplots(2, 1, height_ratios=(4, 1))
-    _draw_trials(above, result)
-    _write_winner(below, result)
-    if names:
-        panels = list(right.subplots(num_panels, 1, squeeze=False)[:, 0])
-        for axes, name in zip(panels, names, strict=False):
-            _draw_relation(axes, result, name)
-        if "beta" in names:
-            _draw_rate_distortion(panels[-1], result)
-        panels[0].set_title("open: stopped early", fontsize=8, color="#606060", loc="right")
-    return save_figure(figure, path)
-
-
-def _choices(result: SearchResult) -> dict[str, tuple[Any, ...]]:
-    config = result.config
-    return {
-        "latent_dim": config.latent_dims,
-        "learning_rate": config.learning_rates,
-        "batch_size": config.batch_sizes,
-        "beta": config.betas,
-    }
-
-
-def _usable(result: SearchResult) -> list[TrialRecord]:
-    return [trial for trial in result.trials if trial.best_row]
-
-
-def _color(result: SearchResult, trial: TrialRecord) -> str:
-    if trial is result.winner:
-        return ORANGE
-    return BLUE if trial.outcome == "finished" else GREY
-
-
-def _draw_trials(axes: Axes, result: SearchResult) -> None:
-    config, winner = result.config, result.winner
-    for trial in sorted(_usable(result), key=lambda t: (t is winner, t.num_epochs)):
-        wins = trial is winner
-        axes.plot(
-            trial.curve("epoch"),
-            trial.curve(config.metric),
-            color=_color(result, trial),
-            linewidth=2.2 if wins else 1.1,
-            marker="o",
-            markersize=4 if wins else 3,
-            zorder=3 if wins else 2,
-        )
-    num_others = sum(trial is not winner for trial in result.with_outcome("finished"))
-    for label, color in (
-        (f"winner, {winner.name.replace('_', ' ')}", ORANGE),
-        (f"others trained to the end ({num_others})", BLUE),
-        (f"stopped early ({len(result.with_outcome('stopped'))})", GREY),
-    ):
-        axes.plot([], [], color=color, marker="o", markersize=4, label=label)
-    axes.set(
-        xlabel="epoch",
-        ylabel=METRICS[config.metric],
-        title=f"{len(result.trials)} trials, {config.algorithm}, {config.scheduler.upper()}; "
-        "lower is better",
-    )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper right")
-
-
-def _write_winner(axes: Axes, result: SearchResult) -> None:
-    config, best = result.config, result.winner.hyperparameters
-    lines = [
-        f"latent_dim {best.latent_dim}    learning_rate {best.learning_rate:.3g}    "
-        f"batch_size {best.batch_size}    beta {best.beta:g}    seed {config.seed}",
-        f"{result.epochs_spent} epochs trained, {result.epochs_saved} saved by stopping early",
-    ]
-    if failed := result.with_outcome("failed"):
-        lines.append(f"failed: {', '.join(trial.name.replace('_', ' ') for trial in failed[:8])}")
-    axes.axis("off")
-    axes.text(
-        0,
-        0.9,
-        f"Best configuration: {result.best_score:.2f} ({METRICS[config.metric]})",
-        color=ORANGE,
-        weight="bold",
-        va="top",
-    )
-    axes.text(0, 0.65, "\n".join(lines), va="top", linespacing=1.6)
-
-
-def _mark(axes: Axes, result: SearchResult, trial: TrialRecord, x: float, y: float) -> None:
-    """One trial: open if it was stopped, a star for the winner."""
-    wins, color = trial is result.winner, _color(result, trial)
-    axes.scatter(
-        x,
-        y,
-        s=110 if wins else 26,
-        marker="*" if wins else "o",
-        facecolors=color if wins or trial.outcome == "finished" else "none",
-        edgecolors=color,
-        zorder=3 if wins else 2,
-    )
-
-
-def _draw_relation(axes: Axes, result: SearchResult, name: str) -> None:
-    """The trials' scores against one hyperparameter."""
-    values = sorted({getattr(trial.hyperparameters, name) for trial in result.trials})
-    categorical = name != "learning_rate"
-    for trial in _usable(result):
-        value = getattr(trial.hyperparameters, name)
-        x = values.index(value) if categorical else value
-        _mark(axes, result, trial, x, trial.score(result.config.metric))
-    if categorical:
-        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        axes.set_xlim(-0.5, len(values) - 0.5)
-    else:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel=name, ylabel="nats/image")
-    if result.importance and name in result.importance:
-        axes.set_title(f"importance {result.importance[name]:.0%}", fontsize=8)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-
-
-def _draw_rate_distortion(axes: Axes, result: SearchResult) -> None:
-    """One point per trial; a line of slope -1 joins models of the same bound."""
-    for trial in _usable(result):
-        assert trial.best_row is not None
-        rate, distortion = trial.best_row["KL_divergence"], trial.best_row["recon_loss"]
-        _mark(axes, result, trial, rate, distortion)
-        axes.annotate(
-            f"{trial.hyperparameters.beta:g}", (rate, distortion), (4, 3),
-            textcoords="offset points", fontsize=6, color="#606060",
-        )  # fmt: skip
-    axes.set(xlabel="rate: KL (nats/image)", ylabel="distortion (nats)")
-    axes.set_title("numbers: beta", fontsize=8, color="#606060")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
 # ---- The figure of a study: its measures against beta.

@@ -12,7 +12,7 @@ from vae_hyperband.common.files import check_place, make_folder, write_text
 from vae_hyperband.data.splits import as_trained
 from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
-from vae_hyperband.reporting import figures
+from vae_hyperband.reporting import figures, search_figure
 from vae_hyperband.reporting.animations import logged_samples
 from vae_hyperband.reporting.page import (
     facts,
@@ -179,7 +179,7 @@ def search_report(found: SearchResult, name: str) -> str:
         section(
             "All trials",
             inline_figure(
-                lambda path: figures.best_config(found, path),
+                lambda path: search_figure.best_config(found, path),
                 "Curves of all trials, stopped ones in grey; each hyperparameter against the "
                 "score; rate against distortion if the space has several betas",
             ),

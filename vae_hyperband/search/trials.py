@@ -1,5 +1,6 @@
 """What each trial of a search did, and ``trials.json``, which keeps it. Reading it needs no Ray."""
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ class SearchResult:
     folder: Path
     importance: dict[str, float] | None = None  # of each hyperparameter, adding up to 1
 
-    @property
+    @functools.cached_property
     def winner(self) -> TrialRecord:
         """The trial with the lowest score; the first one of equals."""
         # min() keeps the first of equals, so the order of arrival decides nothing
