@@ -53,6 +53,21 @@ def test_the_quota_of_every_group_around_the_process_counts(tmp_path):
     assert cpu_quotas(tmp_path / "nowhere", root) == []
 
 
+@pytest.mark.parametrize("listed", ["cpu,cpuacct", "cpuacct,cpu", "cpu"])
+@pytest.mark.parametrize("mounted", ["cpu,cpuacct", "cpuacct,cpu", "cpu"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_quota_is_found_whatever_the_order_of_the_controllers(tmp_path, listed, mounted, linked):
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    write(groups, f"5:cpuset:/job\n4:memory:/job\n3:{listed}:/job\n")
+    for name, quota in ((mounted, "150000\n"), ("memory", "7\n"), ("cpuset", "7\n")):
+        write(root / name / "job/cpu.cfs_quota_us", quota)
+        write(root / name / "job/cpu.cfs_period_us", "100000\n")
+    if linked:  # as most systems have them beside the folder
+        for name in {"cpu", "cpuacct"} - {mounted}:
+            (root / name).symlink_to(mounted)
+    assert cpu_quotas(groups, root) == [1.5]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a control group")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs to take one away")
 def test_a_real_quota_of_one_cpu_leaves_one_trial_and_one_thread():

@@ -177,14 +177,21 @@ def cpu_quotas(
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            top = root / controllers if controllers else root
-            folder = top / path.strip("/")
-            # the groups around count, too; in a container its own group is often the top
-            for group in (folder, *folder.parents):
-                quotas += _quota(group)
-                if group == top:
-                    break
+            for top in _mounted(root) if controllers else {root}:
+                folder = top / path.strip("/")
+                # the groups around count, too; in a container its own group is often the top
+                for group in (folder, *folder.parents):
+                    quotas += _quota(group)
+                    if group == top:
+                        break
     return quotas
+
+
+def _mounted(root: Path) -> set[Path]:
+    """Where version 1 has its groups of the controller "cpu"."""
+    # by the name of the folder, not by the kernel's list of controllers: that may be in another
+    # order ("cpuacct,cpu" for cpu,cpuacct), or the folder be called cpu alone; links are one folder
+    return {folder.resolve() for folder in root.iterdir() if "cpu" in folder.name.split(",")}
 
 
 def _quota(group: Path) -> list[float]:
