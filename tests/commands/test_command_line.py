@@ -1,6 +1,7 @@
 """The command line as its users meet it: what it can, and one sentence for each mistake."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -134,6 +135,49 @@ def test_sample_writes_a_folder_of_pictures_and_no_grid_that_nobody_can_look_at(
     assert train_vae.main([*arguments, "100000", "--out", "grid.png"]) == 2
     assert "give --out an .npy file or a folder" in capsys.readouterr().err
     assert not (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError("encoder error"), KeyboardInterrupt],
+)
+def test_a_folder_of_pictures_is_whole_or_not_there(
+    trained, tmp_path, monkeypatch, capsys, trouble
+):
+    saved = []
+
+    def save(picture, path):
+        assert not (tmp_path / "many").exists()  # whatever a kill leaves has another name
+        if len(saved) == 5:
+            raise trouble
+        saved.append(path)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    before = sorted(tmp_path.iterdir())
+    argv = ["sample", str(trained.best), "--device", "cpu", "--num-samples", "12", "--out", "many"]
+    assert train_vae.main(argv) == (130 if trouble is KeyboardInterrupt else 2)
+    said = capsys.readouterr().err
+    assert len(saved) == 5
+    assert len(said.splitlines()) == 1
+    if trouble is not KeyboardInterrupt:
+        assert f"many cannot be written: {trouble.strerror or trouble}." in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_sample_may_write_is_said_before_any_image_is_made(trained, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    for out, message in (
+        ("run-0.5", "run-0.5, but must end in .png or .npy, or be a new folder"),
+        ("a.jpg", "a.jpg, but must end in .png or .npy, or be a new folder"),
+        ("link", "link exists: give the name of a new folder"),
+        ("file/many", "file cannot be created"),
+    ):
+        argv = ["sample", str(trained.best), "--device", "none", "--out", out]
+        assert train_vae.main(argv) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("missing", ["images", "labels", "size"])
