@@ -192,6 +192,34 @@ def test_modes_are_restored_after_an_error():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("first_to_leave", [0, 1])
+def test_two_threads_leave_the_caller_s_default_dtype(first_to_leave):
+    seen, inside = [], [threading.Event(), threading.Event()]
+    leave = [threading.Event(), threading.Event()]
+
+    def work(number: int) -> None:
+        with own_modes():
+            inside[number].set()
+            assert leave[number].wait(60)
+            with own_modes():
+                pass
+            seen.append(torch.get_default_dtype())
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+        for number, thread in enumerate(threads):
+            thread.start()
+            assert inside[number].wait(60)
+        for number in (first_to_leave, 1 - first_to_leave):
+            leave[number].set()
+            threads[number].join()
+        assert torch.get_default_dtype() == torch.float64
+        assert seen == [torch.float32, torch.float32]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_numbers_of_numpy_and_paths_as_text_are_taken(tmp_path, trained):
     config = TrainConfig(latent_dim=np.int64(8), beta=np.float32(0.5), epochs=np.uint8(3))
     assert config == TrainConfig(latent_dim=8, beta=0.5, epochs=3)
