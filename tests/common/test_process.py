@@ -1,5 +1,6 @@
 """What surrounds a process: closed streams, threads, a caller's modes, control groups, links."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from conftest import command_line
 
 from vae_hyperband import train_vae
+from vae_hyperband.common import process
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import (
@@ -66,6 +68,32 @@ def test_a_quota_is_found_whatever_the_order_of_the_controllers(tmp_path, listed
         for name in {"cpu", "cpuacct"} - {mounted}:
             (root / name).symlink_to(mounted)
     assert cpu_quotas(groups, root) == [1.5]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_quota_and_affinity_decide_how_many_trials_and_threads_there_are(
+    version, tmp_path, monkeypatch
+):
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    if version == 2:
+        write(groups, "0::/job\n")
+        write(root / "job/cpu.max", "150000 100000\n")
+    else:
+        write(groups, "3:cpu,cpuacct:/job\n")
+        write(root / "cpu,cpuacct/job/cpu.cfs_quota_us", "150000\n")
+        write(root / "cpu,cpuacct/job/cpu.cfs_period_us", "100000\n")
+    monkeypatch.setattr(process, "cpu_quotas", functools.partial(cpu_quotas, groups, root))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with cpu_threads(None):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+        for affinity, cpus in (({0, 1, 2, 3}, 2), ({3}, 1)):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, affinity=affinity: affinity)
+            assert available_cpus() == cpus
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a control group")
