@@ -151,7 +151,9 @@ def test_closed_streams_cost_the_words_and_nothing_else(tmp_path, small_data, cl
     for path in (tmp_path / "logs/a/metrics.jsonl", tmp_path / "logs/a/timing.jsonl"):
         assert all(line.startswith("{") for line in path.read_text().splitlines())
     # the status tells the truth for what goes wrong, too
-    wrong = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closed}', *command, "--beta", "-1"])
+    wrong = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {closed}', *command, "--beta", "-1"], timeout=300
+    )
     assert wrong.returncode == 2
 
 
