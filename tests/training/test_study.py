@@ -269,6 +269,18 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, mo
     assert written(tmp_path) == before
 
 
+def test_a_study_of_a_split_too_small_for_what_was_asked_plots_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder = write_idx_folder(tmp_path / "data", num_test=1)
+    argv = ["study", "--dataset", "custom", "--data-dir", str(folder), "--device", "cpu"]
+    argv += ["--betas", "1", "--epochs", "1", "--split", "test", "--parts", "images"]
+    assert train_vae.main(argv) == 0
+    assert "the test split is too small for --parts images\n" in capsys.readouterr().out
+    assert not list((tmp_path / "logs/study").glob("*.png"))
+
+
 @pytest.mark.parametrize("command", ["train", "study"])
 def test_a_dry_run_measures_with_the_threads_of_the_run(
     command, tmp_path, small_data, monkeypatch, capsys
