@@ -1,6 +1,7 @@
 """The command line as its users meet it: what it can, and one sentence for each mistake."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from conftest import NAMES, command_line, write_idx_folder, written
 from PIL import Image
 
 from vae_hyperband import train_vae
+from vae_hyperband.commands.run import MainJob
 from vae_hyperband.commands.sample import label_number
 from vae_hyperband.commands.train import option_value
 from vae_hyperband.common.config import RunOptions, TrainConfig, check_run_name
@@ -25,6 +27,7 @@ from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
 from vae_hyperband.evaluation.samplers import sampler_file
 from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt
 from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.decisions import Journal
 
 LIKELIHOOD = EvaluateOptions(parts=("likelihood",))
 BASE = ["--dataset", "custom", "--device", "cpu", "--num-threads", "1"]
@@ -136,6 +139,49 @@ def test_sample_writes_a_folder_of_pictures_and_no_grid_that_nobody_can_look_at(
     assert not (tmp_path / "grid.png").exists()
 
 
+@pytest.mark.parametrize(
+    "trouble",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError("encoder error"), KeyboardInterrupt],
+)
+def test_a_folder_of_pictures_is_whole_or_not_there(
+    trained, tmp_path, monkeypatch, capsys, trouble
+):
+    saved = []
+
+    def save(picture, path):
+        assert not (tmp_path / "many").exists()  # whatever a kill leaves has another name
+        if len(saved) == 5:
+            raise trouble
+        saved.append(path)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    before = sorted(tmp_path.iterdir())
+    argv = ["sample", str(trained.best), "--device", "cpu", "--num-samples", "12", "--out", "many"]
+    assert train_vae.main(argv) == (130 if trouble is KeyboardInterrupt else 2)
+    said = capsys.readouterr().err
+    assert len(saved) == 5
+    assert len(said.splitlines()) == 1
+    if trouble is not KeyboardInterrupt:
+        assert f"many cannot be written: {trouble.strerror or trouble}." in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_sample_may_write_is_said_before_any_image_is_made(trained, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    for out, message in (
+        ("run-0.5", "run-0.5, but must end in .png or .npy, or be a new folder"),
+        ("a.jpg", "a.jpg, but must end in .png or .npy, or be a new folder"),
+        ("link", "link exists: give the name of a new folder"),
+        ("file/many", "file cannot be created"),
+    ):
+        argv = ["sample", str(trained.best), "--device", "none", "--out", out]
+        assert train_vae.main(argv) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize("missing", ["images", "labels", "size"])
 def test_what_the_whole_job_needs_at_its_end_is_checked_at_its_start(tmp_path, capsys, missing):
     folder = write_idx_folder(tmp_path / "data")
@@ -159,6 +205,42 @@ def test_the_whole_job_s_space_fits_itself_to_few_images(tmp_path, capsys):
         assert train_vae.main([*job, "--dry-run"]) == 0
         said = capsys.readouterr().out
         assert f"batch sizes for {num_train * 5 // 6} images: {sizes}\n" in said
+
+
+def test_a_job_whose_data_grew_is_told_so_by_what_it_has_options_for(tmp_path, capsys):
+    """Its search began with batch sizes for fewer images; neither --batch-sizes nor --fresh is."""
+    data = write_idx_folder(tmp_path / "data", num_train=240)
+    job = ["run", "--dataset", "custom", "--data-dir", str(data), "--device", "cpu", "--run", "j"]
+    folder = tmp_path / "checkpoints/j-search"
+    folder.mkdir(parents=True)
+    config = dataclasses.replace(MainJob(dataset="custom", device="cpu").search()[0],
+                                 batch_sizes=(64, 128))  # fmt: skip
+    settings = config.to_dict() | {"id": "0", "storage": None}
+    (folder / "search.json").write_text(json.dumps(settings))
+    train, held_out = (load_split(name, data, "custom") for name in ("train", "validation"))
+    digests = {"training": train.digest, "validation": held_out.digest}
+    start = {"event": "start", "host": "h", "process": 1, "ray": "2", "python": "3"}
+    with Journal(folder / "decisions.jsonl") as journal:
+        journal.append(start | {"data": digests})
+    assert train_vae.main([*job, "--dry-run"]) == 0
+    assert "state        begun" in capsys.readouterr().out
+    for num_train in (1000, 60):
+        write_idx_folder(data, num_train=num_train)
+        for argv in (job, [*job, "--dry-run"]):
+            assert train_vae.main(argv) == 2
+            said = capsys.readouterr().err
+            assert "j-search was begun with other data" in said
+            assert said.endswith(
+                "give the same --data-dir to resume it, or choose another --run.\n"
+            )
+    assert train_vae.main([*job, "--seed", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "other settings (seed: 0 -> 1): give the same ones to resume it, or choose" in said
+    line = (folder / "decisions.jsonl").read_text()
+    (folder / "decisions.jsonl").write_text("x" + line + line)
+    assert train_vae.main(job) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("so the search cannot go on from it: choose another --run.\n")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What surrounds a process: closed streams, threads, a caller's modes, control groups, links."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from conftest import command_line
 
 from vae_hyperband import train_vae
+from vae_hyperband.common import process
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import (
@@ -51,6 +53,47 @@ def test_the_quota_of_every_group_around_the_process_counts(tmp_path):
     write(groups, "0::\n")
     assert cpu_quotas(groups, root) == []
     assert cpu_quotas(tmp_path / "nowhere", root) == []
+
+
+@pytest.mark.parametrize("listed", ["cpu,cpuacct", "cpuacct,cpu", "cpu"])
+@pytest.mark.parametrize("mounted", ["cpu,cpuacct", "cpuacct,cpu", "cpu"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_quota_is_found_whatever_the_order_of_the_controllers(tmp_path, listed, mounted, linked):
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    write(groups, f"5:cpuset:/job\n4:memory:/job\n3:{listed}:/job\n")
+    for name, quota in ((mounted, "150000\n"), ("memory", "7\n"), ("cpuset", "7\n")):
+        write(root / name / "job/cpu.cfs_quota_us", quota)
+        write(root / name / "job/cpu.cfs_period_us", "100000\n")
+    if linked:  # as most systems have them beside the folder
+        for name in {"cpu", "cpuacct"} - {mounted}:
+            (root / name).symlink_to(mounted)
+    assert cpu_quotas(groups, root) == [1.5]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_quota_and_affinity_decide_how_many_trials_and_threads_there_are(
+    version, tmp_path, monkeypatch
+):
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    if version == 2:
+        write(groups, "0::/job\n")
+        write(root / "job/cpu.max", "150000 100000\n")
+    else:
+        write(groups, "3:cpu,cpuacct:/job\n")
+        write(root / "cpu,cpuacct/job/cpu.cfs_quota_us", "150000\n")
+        write(root / "cpu,cpuacct/job/cpu.cfs_period_us", "100000\n")
+    monkeypatch.setattr(process, "cpu_quotas", functools.partial(cpu_quotas, groups, root))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with cpu_threads(None):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+        for affinity, cpus in (({0, 1, 2, 3}, 2), ({3}, 1)):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, affinity=affinity: affinity)
+            assert available_cpus() == cpus
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a control group")
@@ -108,7 +151,9 @@ def test_closed_streams_cost_the_words_and_nothing_else(tmp_path, small_data, cl
     for path in (tmp_path / "logs/a/metrics.jsonl", tmp_path / "logs/a/timing.jsonl"):
         assert all(line.startswith("{") for line in path.read_text().splitlines())
     # the status tells the truth for what goes wrong, too
-    wrong = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closed}', *command, "--beta", "-1"])
+    wrong = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {closed}', *command, "--beta", "-1"], timeout=300
+    )
     assert wrong.returncode == 2
 
 
@@ -173,6 +218,34 @@ def test_modes_are_restored_after_an_error():
         with pytest.raises(KeyError):
             fail()
         assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("first_to_leave", [0, 1])
+def test_two_threads_leave_the_caller_s_default_dtype(first_to_leave):
+    seen, inside = [], [threading.Event(), threading.Event()]
+    leave = [threading.Event(), threading.Event()]
+
+    def work(number: int) -> None:
+        with own_modes():
+            inside[number].set()
+            assert leave[number].wait(60)
+            with own_modes():
+                pass
+            seen.append(torch.get_default_dtype())
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+        for number, thread in enumerate(threads):
+            thread.start()
+            assert inside[number].wait(60)
+        for number in (first_to_leave, 1 - first_to_leave):
+            leave[number].set()
+            threads[number].join()
+        assert torch.get_default_dtype() == torch.float64
+        assert seen == [torch.float32, torch.float32]
     finally:
         torch.set_default_dtype(torch.float32)
 

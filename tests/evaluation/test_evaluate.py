@@ -340,6 +340,20 @@ def test_a_split_of_one_image_keeps_what_one_image_can_say(tmp_path, options, sm
     assert sum("images left out" in text for text in said) == 2  # the third call found a file
 
 
+def test_a_part_that_nobody_asked_for_is_not_measured_instead_of_one_left_out(
+    tmp_path, options, small_config
+):
+    folder = write_idx_folder(tmp_path / "data", num_test=1)
+    place = options(run="a", data_dir=folder)
+    trained = fit(small_config, place, quiet=True)
+    said, asked = [], EvaluateOptions(parts=("images", "latents"))
+    for _ in range(2):
+        found = evaluate_once(tmp_path / "e.json", trained.best, "test", place, asked, said.append)
+        assert (found.likelihood, found.latents, found.images) == (None, None, None)
+    assert len(said) == 2  # what is left out, once; the second call found a file
+    assert evaluation_text(found) == "test split, 1 images; mean +- standard error"
+
+
 def test_a_collapsed_model_is_called_that(trained, small_data):
     content = load_ckpt(trained.best)
     for name in ("encoder.fc_mu.weight", "encoder.fc_logvar.weight"):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from vae_hyperband.common.config import TrainConfig
 from vae_hyperband.common.errors import ConfigError, DeviceError, DivergedError
@@ -267,6 +267,65 @@ def test_any_iterable_of_batches_trains_and_evaluates_as_ours(state, small_confi
     held_out = eval_epoch(state.model, ours)
     assert eval_epoch(other.model, plain) == held_out
     assert eval_epoch(third.model, iter(list(plain))) == held_out
+
+
+class Stream(IterableDataset):
+    """A data set without a length, as of files that are read one after the other."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+@pytest.mark.parametrize("batched_by", ["the loader", "the data set"])
+def test_a_loader_without_a_length_trains_and_evaluates_as_ours(
+    batched_by, state, small_config, small_data
+):
+    split = load_split("train", small_data, "custom")
+    ours = get_dataloader(split, 32, shuffle=False)
+    pairs = list(zip(split.pixels(slice(None)), split.labels_N, strict=True))
+    streamed = DataLoader(Stream(pairs), batch_size=32)
+    if batched_by == "the data set":
+        streamed = DataLoader(Stream(list(ours)), batch_size=None)
+    other = new_state(small_config, (1, 8, 8), 300)
+    for _ in range(2):
+        assert train_epoch(other, streamed) == train_epoch(state, ours)
+    measured = {"iwae_samples": 2, "fid_samples": 20}
+    expected = eval_epoch(state.model, ours, **measured)
+    once = iter(list(ours))  # whose batches are needed for several measures
+    whole = DataLoader(list(ours), batch_size=None)  # whose data set has a length of 10
+    for loader in (streamed, once, whole):
+        assert eval_epoch(other.model, loader, **measured) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loader_that_goes_on_is_refused_before_the_epoch_ends(state, small_data):
+    split = load_split("train", small_data, "custom")
+    batches = list(get_dataloader(split, 32, shuffle=False))
+    for loader in (iter([*batches, batches[0]]), DataLoader(Stream(batches * 2), batch_size=None)):
+        with pytest.raises(ConfigError, match="more than the 10 batches"):
+            train_epoch(state, loader)
+        assert state.step == 9
+
+
+@pytest.mark.parametrize("step", [train_epoch, lambda state, it: eval_epoch(state.model, it)])
+def test_what_is_no_batch_of_images_is_one_sentence(step, state, small_data):
+    split = load_split("train", small_data, "custom")
+    images, labels = split.pixels(slice(32)), split.labels_N[:32]
+    alone = DataLoader(TensorDataset(split.pixels(slice(10)), split.labels_N[:10]), batch_size=None)
+    for loader, found in (
+        (alone, r"images of shape \(1, 8, 8\) and type torch.float32"),
+        ([(split.images_NCHW[:32], labels)] * 10, "torch.uint8"),
+        ([(images[..., :4], labels)] * 10, r"\(32, 1, 8, 4\)"),
+        ([images] * 10, "it gives Tensor"),
+        ([(images.numpy(), labels)] * 10, "it gives ndarray"),
+        (iter([]), "no batches|after 0 batches"),
+    ):
+        with pytest.raises(ConfigError, match=found) as error:
+            step(state, loader)
+        assert "\n" not in str(error.value)
+        assert state.step == 0
 
 
 def test_divergence_leaves_the_last_checkpoint_finite(options, small_config):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NAMES, command_line, write_idx_folder, written
 from matplotlib.figure import Figure
 
@@ -32,6 +33,7 @@ from vae_hyperband.evaluation.results import (
 from vae_hyperband.evaluation.samplers import SamplerConfig
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting import figures
+from vae_hyperband.training import dry_run, study
 from vae_hyperband.training.study import grouped, over_seeds, row_of, run_study, value_of
 
 QUICK = EvaluateOptions(
@@ -265,6 +267,41 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, mo
     assert train_vae.main([*argv, "--dry-run"]) == 2
     assert "s-z2-b4-s0/latest.pt was trained for 2.00 epochs" in capsys.readouterr().err
     assert written(tmp_path) == before
+
+
+def test_a_study_of_a_split_too_small_for_what_was_asked_plots_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder = write_idx_folder(tmp_path / "data", num_test=1)
+    argv = ["study", "--dataset", "custom", "--data-dir", str(folder), "--device", "cpu"]
+    argv += ["--betas", "1", "--epochs", "1", "--split", "test", "--parts", "images"]
+    assert train_vae.main(argv) == 0
+    assert "the test split is too small for --parts images\n" in capsys.readouterr().out
+    assert not list((tmp_path / "logs/study").glob("*.png"))
+
+
+@pytest.mark.parametrize("command", ["train", "study"])
+def test_a_dry_run_measures_with_the_threads_of_the_run(
+    command, tmp_path, small_data, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vae_hyperband.common.process.cpu_quotas", lambda: [1.5])
+    measured = []
+    for module in (dry_run, study):
+        monkeypatch.setattr(
+            module, "seconds_per_step", lambda *_: measured.append(torch.get_num_threads()) or 1.0
+        )
+    argv = [command, "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
+    argv += ["--device", "cpu"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert train_vae.main(argv) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert set(measured) == {2}
+    assert "cpu, 2 CPU threads\n" in capsys.readouterr().out
 
 
 def test_the_picture_shows_whatever_was_measured(tmp_path):

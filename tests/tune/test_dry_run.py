@@ -129,6 +129,20 @@ def test_a_dry_run_refuses_what_the_search_would(tmp_path, small_data, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_with_more_threads_than_the_quota_says_so(
+    tmp_path, small_data, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vae_hyperband.common.process.cpu_quotas", lambda: [0.5])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    argv = ["search", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
+    argv += ["--batch-sizes", "32", "--device", "cpu", "--cpus-per-trial", "2"]
+    assert train_vae.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "cpu, 1 trials in parallel, CPU threads of each: 2\n" in said
+    assert "note         the CPU quota here is 1 CPU" in said
+
+
 def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["run", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]

@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 from conftest import NAMES, search_command
@@ -151,6 +152,33 @@ def test_a_trial_that_diverges_ranks_last_and_harms_no_other(hyperband):
     assert result.epochs_saved == sum(4 - trial.num_epochs for trial in stopped)
     assert result.winner.hyperparameters.beta == 1
     assert f"{len(wild)} failed" in said
+
+
+def test_a_search_in_a_thread_works_without_signals(tmp_path, small_data):
+    """As in a notebook server, where the main thread is not the caller's."""
+    script = (
+        "import signal, sys, threading\n"
+        "from pathlib import Path\n"
+        "from vae_hyperband.search.config import SearchConfig, SearchOptions\n"
+        "from vae_hyperband.tune.driver import search\n"
+        "config = SearchConfig(dataset='custom', num_trials=2, max_epochs=1, scheduler='none',\n"
+        "                      batch_sizes=(64,))\n"
+        "options = SearchOptions(run='t', data_dir=Path(sys.argv[1]), device='cpu')\n"
+        "found, handlers = [], [signal.getsignal(number) for number in range(1, 32)]\n"
+        "thread = threading.Thread(target=lambda: found.append(search(config, options)))\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "assert handlers == [signal.getsignal(number) for number in range(1, 32)]\n"
+        "print('best', found[0].best_score)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, small_data],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = read_result(tmp_path / "checkpoints/t")
+    assert [trial.outcome for trial in result.trials] == ["finished"] * 2
+    assert done.stdout.endswith(f"best {result.best_score}\n")
 
 
 @pytest.mark.faults

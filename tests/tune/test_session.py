@@ -65,3 +65,27 @@ def test_whatever_ray_raises_at_its_start_is_one_sentence(monkeypatch, error):
     with pytest.raises(SearchError, match=said) as raised, session.ray_for(SearchOptions()):
         pass
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("threads", "cpus", "noted"), [(1, 1, False), (2, 2, True), (4, 4, True), (5, 4, False)]
+)
+def test_a_trial_of_more_threads_than_the_quota_runs_alone(
+    monkeypatch, capsys, threads, cpus, noted
+):
+    """A search that began where the quota was larger goes on with its threads, as far as it can."""
+    monkeypatch.setattr("vae_hyperband.common.process.cpu_quotas", lambda: [0.5])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    given = {}
+    monkeypatch.setattr(session.ray, "init", lambda **settings: given.update(settings))
+    options = SearchOptions(cpus_per_trial=threads)
+    with session.ray_for(options):
+        machine = {"CPU": float(given["num_cpus"])}
+    assert machine == {"CPU": cpus}
+    assert session.num_concurrent([machine], options) == 1
+    assert ("the CPU quota here is 1 CPU" in capsys.readouterr().out) == noted
+    if threads > 4:  # the affinity has no CPU for each
+        with pytest.raises(SearchError, match="no machine has more than 4"):
+            session.check_resources([machine], options)
+    else:
+        session.check_resources([machine], options)

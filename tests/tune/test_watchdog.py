@@ -4,11 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from killing import descendants, until_the_end
+
+from vae_hyperband.tune import worker
 
 # one interpreter imports Ray and PyTorch, its children hang
 SCRIPT = """
@@ -84,3 +88,102 @@ def test_time_in_which_the_process_did_not_run_is_no_hang(everything, tmp_path):
         assert process.stdout.read() == "well\n"
     assert process.returncode == 0
     assert not (tmp_path / "report").exists()
+
+
+@pytest.fixture
+def no_listener_yet():
+    """As in a new process; afterwards, too."""
+    worker._heartbeat.cache_clear()
+    yield
+    worker._heartbeat.cache_clear()
+
+
+def test_without_memory_for_a_listener_the_thread_watches_alone(
+    tmp_path, monkeypatch, no_listener_yet
+):
+    def fail(*_, **__):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(worker.subprocess, "Popen", fail)
+    with worker.Watchdog(tmp_path / "report", 1000) as watchdog:
+        assert watchdog._thread.is_alive()
+    assert not (tmp_path / "report").exists()
+
+
+def test_each_process_has_a_listener_of_its_own(tmp_path, monkeypatch, no_listener_yet):
+    """A fork inherits the memory of its parent, but not that somebody listens to it."""
+    started = []
+    with open(os.devnull, "wb") as nobody:
+
+        def popen(arguments, **_):
+            started.append(arguments[-3])
+            return SimpleNamespace(stdin=nobody)
+
+        monkeypatch.setattr(worker.subprocess, "Popen", popen)
+        for pid in (101, 101, 102):
+            monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+            with worker.Watchdog(tmp_path / "report", 1000):
+                pass
+    assert started == ["101", "102"]
+
+
+def test_progress_while_the_seconds_are_counted_is_not_lost(tmp_path):
+    watchdog = worker.Watchdog(tmp_path / "report", 4000)
+    told = []
+
+    class Counting:
+        """What the watching thread looks at between reading and writing the seconds."""
+
+        def __bool__(self):
+            told.append(threading.Thread(target=watchdog.restart))
+            told[0].start()
+            told[0].join(0.5)  # time enough to come in between, if it can
+            return True
+
+    with watchdog:
+        watchdog._spent, watchdog._counting = 3000.0, Counting()
+        deadline = time.monotonic() + 60
+        while isinstance(watchdog._counting, Counting) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        told[0].join()
+        time.sleep(0.1)  # for what the other thread may still write
+        assert watchdog._spent < 1000
+
+
+def test_a_listener_whose_process_is_gone_ends_in_silence(tmp_path):
+    """Also where a fork of that process still holds the pipe by which it would be told."""
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from vae_hyperband.tune.worker import Watchdog\n"
+        "with Watchdog(Path(sys.argv[1]), 600):\n"
+        "    fork = os.fork()\n"
+        "    if not fork:\n"
+        "        time.sleep(600)\n"
+        "    print(fork, flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    os._exit(0)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "report"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        fork = int(process.stdout.readline())
+        (listener,) = set(descendants(process.pid)) - {process.pid, fork}
+        process.stdin.write("\n")
+        process.stdin.close()
+        process.wait(60)
+        deadline = time.monotonic() + 60
+        while _runs(listener) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _runs(listener)
+        os.kill(fork, signal.SIGKILL)
+        assert process.stderr.read() == ""
+
+
+def _runs(pid):
+    """Whether there is such a process that has not ended, waited for or not."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except OSError:
+        return False

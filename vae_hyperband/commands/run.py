@@ -1,6 +1,9 @@
 """The command ``run``: data -> search -> train the winner -> evaluate it once -> figures."""
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +11,7 @@ from typing import Literal
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.commands.search import search_and_plot, train_winner
 from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig, plural
-from vae_hyperband.common.errors import DataError
+from vae_hyperband.common.errors import DataError, SearchError, SearchFailedError
 from vae_hyperband.common.process import pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
 from vae_hyperband.data.splits import Split, SplitName, check_test_split, load_split
@@ -26,7 +29,7 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import SearchResult, describe
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult
-from vae_hyperband.tune.driver import STOPPING
+from vae_hyperband.tune.driver import STOPPING, begun_settings
 from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
@@ -83,12 +86,24 @@ class MainJob(Places):
         return EvaluateOptions(parts=self.parts, samplers=("prior", "mixture"))
 
 
+@contextlib.contextmanager
+def _own_advice() -> Iterator[None]:
+    """Leave an option of ``search`` that this command lacks out of what an error advises."""
+    try:
+        yield
+    except (SearchError, SearchFailedError) as error:
+        said = re.sub(r"(give )?--fresh to start over, (?=or )", "", str(error))
+        error.args = (said.replace("start over with --fresh, or ", ""),)
+        raise
+
+
+@_own_advice()
 def main_job_dry_run(job: MainJob) -> str:
     """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
     config, options = job.search()
     try:
         train = load_split("train", job.data_dir, job.dataset)
-        config = _fitted(config, train)
+        config = _fitted(config, train, options)
         check_test_split(train.image_shape, job.data_dir, job.dataset)
     except DataError as error:
         if job.dataset != "fashion-mnist" or job.data_dir:
@@ -112,6 +127,7 @@ def run_command(argv: list[str]) -> int:
     return 0 if run_main_job(job) else print_resume_hint("run", argv)
 
 
+@_own_advice()
 def run_main_job(job: MainJob) -> bool:
     """Do the whole job; False if stopped on request (the same call continues)."""
     config, options = job.search()
@@ -127,7 +143,7 @@ def run_main_job(job: MainJob) -> bool:
         print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
     # now, not after the search and the training
     check_test_split(split.image_shape, job.data_dir, job.dataset)
-    config = _fitted(config, load_split("train", job.data_dir, job.dataset))
+    config = _fitted(config, load_split("train", job.data_dir, job.dataset), options)
 
     _heading(
         f"2/5  search: {plural(job.num_trials, 'configuration')}, up to "
@@ -165,14 +181,25 @@ def run_main_job(job: MainJob) -> bool:
     return True
 
 
-def _fitted(config: SearchConfig, train: Split) -> SearchConfig:
-    """The search with batch sizes that the training split has images for; says so if it changed."""
-    sizes = tuple(size for size in config.batch_sizes if size <= len(train))
+def _fitted(config: SearchConfig, train: Split, options: SearchOptions) -> SearchConfig:
+    """The search with batch sizes that the training split has images for; says so if it changed.
+
+    A search that has begun keeps its own, whatever has become of the data since.
+    """
+    begun = (begun_settings(options.ckpt_folder) or {}).get("batch_sizes")
+    if isinstance(begun, list):
+        sizes, whose = tuple(begun), "that the search began with"
+    else:
+        sizes, whose = _sizes_for(config, len(train)), f"for {len(train)} images"
     if sizes == config.batch_sizes:
         return config
-    sizes = sizes or (max(1, len(train) // 4),)
-    print(f"batch sizes for {len(train)} images: {', '.join(map(str, sizes))}", flush=True)
+    print(f"batch sizes {whose}: {', '.join(map(str, sizes))}", flush=True)
     return dataclasses.replace(config, batch_sizes=sizes)
+
+
+def _sizes_for(config: SearchConfig, num_images: int) -> tuple[int, ...]:
+    sizes = tuple(size for size in config.batch_sizes if size <= num_images)
+    return sizes or (max(1, num_images // 4),)
 
 
 def _heading(text: str) -> None:

@@ -1,5 +1,6 @@
 """The command ``sample``: images from a trained model."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
 from vae_hyperband.common.config import Folders, require_number
 from vae_hyperband.common.errors import ConfigError, RunFolderError
-from vae_hyperband.common.files import check_place, replacing
+from vae_hyperband.common.files import check_place, fsync_folder, make_folder, replacing
 from vae_hyperband.common.process import pick_device
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.samplers import (
@@ -55,10 +56,7 @@ class SampleArgs:
 def sample(argv: list[str]) -> int:
     args = parse_options(SampleArgs, argv, "vae-hyperband sample")
     require_number("num_samples", args.num_samples, 1)
-    if args.out.suffix:
-        check_place(args.out, ".png", ".npy")
-    elif args.out.exists():
-        raise RunFolderError(f"{args.out} exists: give the name of a new folder.")
+    _check_out(args.out)
     if args.out.suffix == ".png" and args.num_samples > MOST_IN_GRID:
         raise ConfigError(
             f"A grid shows at most {MOST_IN_GRID:,} images: give --out an .npy file or a folder."
@@ -72,13 +70,28 @@ def sample(argv: list[str]) -> int:
     if args.out.suffix == ".npy":
         _save_array(images_NCHW, args.out)
     elif not args.out.suffix:
-        animations.save_pictures(images_NCHW, args.out)
+        _save_pictures(images_NCHW, args.out)
     else:
         kind = "" if label is None else f", {names[label] if names else f'label {label}'}"
         title = f"{args.num_samples} samples, z from the {args.sampler}{kind}, seed {args.seed}"
         figures.images(images_NCHW / 255, title, args.out)
     print(args.out)
     return 0
+
+
+def _check_out(path: Path) -> None:
+    """Refuse what cannot be written before any image is made, and create its parent folder."""
+    if path.suffix in (".png", ".npy"):
+        check_place(path)
+    elif path.suffix:  # also the 5 of run-0.5, which may be meant as a folder
+        raise ConfigError(
+            f"--out is {path}, but must end in .png or .npy, or be a new folder, whose name has no "
+            "dot."
+        )
+    elif path.exists() or path.is_symlink():
+        raise RunFolderError(f"{path} exists: give the name of a new folder.")
+    else:
+        make_folder(path.parent)
 
 
 def sampler_for(
@@ -106,6 +119,18 @@ def label_number(label: str, names: Sequence[str]) -> int | None:
             + (f"one of {', '.join(names)}." if names else "a number, for this data.")
         )
     return found[0]
+
+
+def _save_pictures(images_NCHW: Tensor, folder: Path) -> None:
+    """A new folder of PNG files, which has its name only when all of them are in it."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            complete = Path(temporary) / folder.name
+            animations.save_pictures(images_NCHW, complete)
+            complete.rename(folder)
+            fsync_folder(folder.parent)
+    except OSError as error:  # Pillow's own errors have no number
+        raise RunFolderError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
 def _save_array(images_NCHW: Tensor, path: Path) -> None:

@@ -22,6 +22,7 @@ from vae_hyperband.reporting.summaries import print_progress, print_resume_hint
 from vae_hyperband.reporting.tables import MEASURE_NAMES, Table
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.study import (
+    MEASURES,
     Row,
     grouped,
     over_seeds,
@@ -102,6 +103,10 @@ def study_command(argv: list[str]) -> int:
         )
     if rows is None:
         return print_resume_hint("study", argv)
+    if not any(measure in row for row in rows for measure in MEASURES):
+        parts = " ".join(args.evaluation.parts)
+        print(f"nothing was measured: the {args.split} split is too small for --parts {parts}")
+        return 0
     print(table(rows))
     print(figures.rate_distortion(rows, args.log_folder / "rate_distortion.png"))
     return 0

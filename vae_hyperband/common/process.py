@@ -74,21 +74,41 @@ def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], boo
 def own_modes() -> Iterator[None]:
     """float32, gradients, no autocast, the CPU: whatever modes of PyTorch the caller has entered.
 
-    Also a decorator.
+    Also a decorator. The default dtype is the process's, so other threads see float32, too, until
+    the last one leaves; the other modes are a thread's own.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
     with contextlib.ExitStack() as modes:
+        modes.enter_context(_float32_by_default())
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda"):
             modes.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":  # only then: it costs time in every call
             modes.enter_context(torch.device("cpu"))
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+        yield
+
+
+_float32_lock = threading.Lock()
+_float32_blocks: list["_float32_by_default"] = []  # those entered and not left, in their order
+
+
+class _float32_by_default:
+    """A block with float32 as the process's default dtype, also if other threads are in one."""
+
+    def __enter__(self) -> None:
+        with _float32_lock:
+            self._before = torch.get_default_dtype()
+            _float32_blocks.append(self)
+            torch.set_default_dtype(torch.float32)
+
+    def __exit__(self, *_: object) -> None:
+        with _float32_lock:
+            place = _float32_blocks.index(self)
+            del _float32_blocks[place]
+            if place == len(_float32_blocks):
+                torch.set_default_dtype(self._before)
+            else:  # a thread that came later is still in its block: it restores what this one found
+                _float32_blocks[place]._before = self._before
 
 
 def in_main_thread() -> bool:
@@ -178,14 +198,21 @@ def cpu_quotas(
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            top = root / controllers if controllers else root
-            folder = top / path.strip("/")
-            # the groups around count, too; in a container its own group is often the top
-            for group in (folder, *folder.parents):
-                quotas += _quota(group)
-                if group == top:
-                    break
+            for top in _mounted(root) if controllers else {root}:
+                folder = top / path.strip("/")
+                # the groups around count, too; in a container its own group is often the top
+                for group in (folder, *folder.parents):
+                    quotas += _quota(group)
+                    if group == top:
+                        break
     return quotas
+
+
+def _mounted(root: Path) -> set[Path]:
+    """Where version 1 has its groups of the controller "cpu"."""
+    # by the name of the folder, not by the kernel's list of controllers: that may be in another
+    # order ("cpuacct,cpu" for cpu,cpuacct), or the folder be called cpu alone; links are one folder
+    return {folder.resolve() for folder in root.iterdir() if "cpu" in folder.name.split(",")}
 
 
 def _quota(group: Path) -> list[float]:

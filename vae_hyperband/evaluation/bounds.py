@@ -9,13 +9,14 @@ K importance samples.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sized
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import own_modes
 from vae_hyperband.common.randomness import generator, standard_normal
 from vae_hyperband.data.batches import SplitBatches, get_dataloader
@@ -34,8 +35,49 @@ def eval_dataloader(split: Split, device: torch.device | str = "cpu") -> DataLoa
     return get_dataloader(split, min(EVAL_BATCH_SIZE, len(split)), shuffle=False, device=device)
 
 
+def batch_images(model: VAE, batch: Any) -> Tensor:
+    """The images of a batch (images, labels), on the model's device.
+
+    Raises :class:`ConfigError` if they are no batch of the model's images.
+    """
+    images, found = None, type(batch).__name__
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        images, found = batch[0], type(batch[0]).__name__
+    if isinstance(images, Tensor):
+        found = f"images of shape {tuple(images.shape)} and type {images.dtype}"
+        # one image without its batch would be computed, too: its channels as so many images
+        shape = (model.channels, model.image_size, model.image_size)
+        if images.dim() == 4 and images.shape[1:] == shape and images.is_floating_point():
+            return images.to(next(model.parameters()).device)
+    raise ConfigError(
+        "A loader must give batches (images, labels) with floats in [0, 1] of shape (B, "
+        f"{model.channels}, {model.image_size}, {model.image_size}), but it gives {found}."
+    )
+
+
+def _again_and_again(model: VAE, loader: Iterable[Any]) -> Iterable[Any]:
+    """Batches that can be gone through several times: the loader, or a list of what it gave.
+
+    Raises :class:`ConfigError` for a loader that is empty, or of other images than the model's.
+    """
+    # a list: an iterator gives its batches once, and the length of a data set need not be the
+    # number of images in them (a subset, the last batch dropped, a data set of whole batches)
+    if _split_of(loader):
+        return loader
+    batches = [(batch_images(model, batch), batch[1]) for batch in loader]
+    if not batches:
+        raise ConfigError("The loader has no batches: an iterator gives its batches only once.")
+    return batches
+
+
+def _split_of(loader: Iterable[Any]) -> Split | None:
+    """The split that a loader of :func:`get_dataloader` goes through."""
+    images = getattr(loader, "dataset", None)
+    return images.split if isinstance(images, SplitBatches) else None
+
+
 @torch.no_grad()
-def split_nats(model: VAE, loader: DataLoader, seed: int) -> Nats:
+def split_nats(model: VAE, loader: Iterable[Any], seed: int) -> Nats:
     """The bound's parts for every image of a split, float64 on the CPU, shape (N,) each.
 
     One posterior sample per image.
@@ -51,7 +93,7 @@ def split_nats(model: VAE, loader: DataLoader, seed: int) -> Nats:
 
 
 @torch.no_grad()
-def iwae_nats(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> Tensor:
+def iwae_nats(model: VAE, loader: Iterable[Any], seed: int, num_samples: int) -> Tensor:
     """The IWAE bound of every image, -log(1/K sum_k p(x, z_k) / q(z_k|x)), float64, shape (N,).
 
     Burda, Grosse & Salakhutdinov 2016, equation 8, with the sign of a loss. K = 1 is the bound of
@@ -76,29 +118,30 @@ def iwae_nats(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> Te
 
 
 def _with_noise(
-    model: VAE, loader: DataLoader, seed: int, purpose: str, position: int = 0
+    model: VAE, loader: Iterable[Any], seed: int, purpose: str, position: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each batch of images with its own rows of the split's noise."""
     device = next(model.parameters()).device
-    batches: Iterable[Any] = loader
-    images = getattr(loader, "dataset", None)
-    if not isinstance(images, Sized):  # then only its batches tell how many there are
-        batches = images = list(loader)
-    num_images = len(images) if batches is loader else sum(len(x) for x, _ in batches)
+    batches, split = _again_and_again(model, loader), _split_of(loader)
+    num_images = len(split) if split else sum(len(x_BCHW) for x_BCHW, _ in batches)
     noise_NZ = standard_normal(seed, purpose, position, num_images, model.latent_dim, device)
     start = 0
-    for x_BCHW, _ in batches:
-        yield x_BCHW.to(device), noise_NZ[start : start + len(x_BCHW)]
+    for batch in batches:
+        x_BCHW = batch_images(model, batch)
+        yield x_BCHW, noise_NZ[start : start + len(x_BCHW)]
         start += len(x_BCHW)
 
 
-def prior_fid(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> float:
+def prior_fid(model: VAE, loader: Iterable[Any], seed: int, num_samples: int) -> float:
     """FID (Fashion-MNIST features) of images decoded from samples of the prior.
 
     Against the loader's images.
     """
-    device = next(model.parameters()).device
-    real_NF = split_features(cast(SplitBatches, loader.dataset).split, device)
+    device, split = next(model.parameters()).device, _split_of(loader)
+    if split:
+        real_NF = split_features(split, device)
+    else:
+        real_NF = image_features(torch.cat([x_BCHW for x_BCHW, _ in loader]), device)
     generated_NCHW = model.sample(num_samples, generator(seed, "fid"))
     return frechet(moments(real_NF), moments(image_features(generated_NCHW, device)))
 
@@ -106,7 +149,7 @@ def prior_fid(model: VAE, loader: DataLoader, seed: int, num_samples: int) -> fl
 @own_modes()
 def eval_epoch(
     model: VAE,
-    loader: DataLoader,
+    loader: Iterable[Any],
     seed: int = 0,
     beta: float = 1.0,
     iwae_samples: int = 0,
@@ -116,10 +159,14 @@ def eval_epoch(
     """Average losses of a split in nats per image, exact per image whatever the batch size.
 
     ``loader`` gives the split in file order; in another order each image gets the noise of another,
-    and the estimate is as good but not the same. "bound" is reconstruction + KL, which models are
-    compared by; "total_loss" weighs the KL's distance from ``capacity`` by ``beta``; "iwae" and
-    "fid" (of samples of the prior) are added if ``iwae_samples`` and ``fid_samples`` are above 0.
+    and the estimate is as good but not the same. It is a :func:`vae_hyperband.get_dataloader`, or
+    any other iterable of batches, whose images are then held in memory. "bound" is reconstruction +
+    KL, which models are compared by; "total_loss" weighs the KL's distance from ``capacity`` by
+    ``beta``; "iwae" and "fid" (of samples of the prior) are added if ``iwae_samples`` and
+    ``fid_samples`` are above 0.
+    Raises :class:`ConfigError` for a loader without batches, or with images of another shape.
     """
+    loader = _again_and_again(model, loader)
     nats = split_nats(model, loader, seed)
     recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
     losses = {

@@ -407,26 +407,25 @@ def evaluate(
     context = EvaluationContext.load(ckpt, split, data_dir, device)
     # the file keeps what was asked for, so that the same question finds it again
     found = _without_parts(context, options)
-    num_images = len(context.held_out)
+    parts, num_images = set(options.parts), len(context.held_out)
     for part, least in LEAST_IMAGES.items():
-        if part in options.parts and num_images < least:
+        if part in parts and num_images < least:
             say(f"{part} left out: they need {least} images, and the split has {num_images}")
-            parts = tuple(name for name in options.parts if name != part)
-            options = dataclasses.replace(options, parts=parts or ("likelihood",))
+            parts.remove(part)
     steps = {"likelihood": 1, "latents": 1, "images": 2 + len(options.samplers)}
-    total = sum(steps[part] for part in set(options.parts))
+    total = sum(steps[part] for part in parts)
     numbers = itertools.count(1)
 
     def step(text: str) -> None:
         say(f"{next(numbers)} of {total}: {text}")
 
-    if "likelihood" in options.parts:
+    if "likelihood" in parts:
         step("likelihood bounds")
         found = dataclasses.replace(found, likelihood=likelihood(context, options))
-    if "latents" in options.parts:
+    if "latents" in parts:
         step("latent space and probes")
         found = dataclasses.replace(found, latents=latent_space(context))
-    if "images" in options.parts:
+    if "images" in parts:
         images = generated_images(context, options, step, say)
         found = dataclasses.replace(found, images=images)
     return found

@@ -40,7 +40,7 @@ from vae_hyperband.common.process import (
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.batches import Batches, EpochOrder, SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Split, as_trained, load_split
-from vae_hyperband.evaluation.bounds import Losses, eval_dataloader, eval_epoch
+from vae_hyperband.evaluation.bounds import Losses, batch_images, eval_dataloader, eval_epoch
 from vae_hyperband.evaluation.latents import Posteriors, information_per_dimension
 from vae_hyperband.model.checkpoint import tree_digest
 from vae_hyperband.model.objective import batch_losses, held_out_weights
@@ -90,7 +90,7 @@ def train_epoch(
     nats. ``after_step`` is called after every step: if it returns True within the epoch, training
     stops there and None is returned. Raises :class:`DivergedError`, with the state as it was before
     the step that is not finite, and :class:`ConfigError` for a loader of another number of batches
-    than the state's epochs have steps.
+    than the state's epochs have steps, or of other images than the model's.
     """
     state.model.train()
     sampler = getattr(loader, "sampler", None)
@@ -100,21 +100,45 @@ def train_epoch(
     first = state.step % state.steps_per_epoch
     if order is not None:
         order.start_at(state.epoch, batch=first)
-    device = _device_of(state)
-    for x_BCHW, _ in loader if order is not None else itertools.islice(loader, first, None):
-        take_step(state, x_BCHW.to(device), order, losses)
+    batches = loader if order is not None else _rest(loader, first, state.steps_per_epoch)
+    for batch in batches:
+        take_step(state, batch_images(state.model, batch), order, losses)
         stop = after_step(state)
         # in this order: a stop at an epoch's last step comes after its validation
         if state.ends_epoch:
             break
         if stop:
             return None
-    else:
-        raise ConfigError(
-            f"The loader ended after {state.step % state.steps_per_epoch} batches, but the state's "
-            f"epochs have {state.steps_per_epoch} steps."
-        )
     return averages(state.sums[0])
+
+
+def _rest(loader: Iterable[Any], first: int, num: int) -> Iterator[Any]:
+    """The batches of an epoch from ``first`` on.
+
+    Raises :class:`ConfigError` if the epoch has fewer than ``num`` batches or, before the last of
+    them, if it has more.
+    """
+    batches, nothing = itertools.islice(loader, first, None), object()
+    for number in range(first, num):
+        batch = next(batches, nothing)
+        if batch is nothing:
+            raise ConfigError(
+                f"The loader ended after {number} batches, but the state's epochs have {num} steps."
+            )
+        if number == num - 1 and next(batches, nothing) is not nothing:
+            raise ConfigError(
+                f"The loader has more than the {num} batches of the state's epochs: make both with "
+                "the same numbers."
+            )
+        yield batch
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader has, if it tells."""
+    try:
+        return len(cast(Sized, loader))
+    except TypeError:  # an iterator, or the loader of a data set that is one
+        return None
 
 
 def _check_loader(state: TrainState, loader: Iterable[Any], order: EpochOrder | None) -> None:
@@ -127,9 +151,10 @@ def _check_loader(state: TrainState, loader: Iterable[Any], order: EpochOrder | 
             f"The loader gives {found[0]:,} images in batches of {found[1]}, but the state is for "
             f"{wanted[0]:,} in batches of {wanted[1]}: make both with the same numbers."
         )
-    if order is None and isinstance(loader, Sized) and len(loader) != state.steps_per_epoch:
+    num_batches = _length(loader) if order is None else None
+    if num_batches not in (None, state.steps_per_epoch):
         raise ConfigError(
-            f"The loader has {len(loader)} batches, but the state's epochs have "
+            f"The loader has {num_batches} batches, but the state's epochs have "
             f"{state.steps_per_epoch} steps: make both with the same numbers."
         )
 

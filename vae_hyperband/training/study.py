@@ -179,19 +179,19 @@ def study_dry_run(
     Raises what it would raise for the device, the data, and runs of other settings.
     """
     device, before = pick_device(places.device), busy()
-    threads = torch.get_num_threads() if jobs == 1 else 1
     one = next(iter(configs.values()))
     train = load_split("train", places.data_dir, one.dataset)
     lines, seconds, speeds = [], 0.0, dict[int, float]()
-    for name, config in configs.items():
-        where = RunOptions(**places.options(f"{places.run}-{name}"))
-        num_steps, done = steps_and_done(config, where, train)
-        # of the grid's settings only the latent dimension changes the cost of a step
-        if done < num_steps and config.latent_dim not in speeds:
-            with cpu_threads(threads):
+    with cpu_threads(None if jobs == 1 else 1):  # as the runs have them
+        threads = torch.get_num_threads()
+        for name, config in configs.items():
+            where = RunOptions(**places.options(f"{places.run}-{name}"))
+            num_steps, done = steps_and_done(config, where, train)
+            # of the grid's settings only the latent dimension changes the cost of a step
+            if done < num_steps and config.latent_dim not in speeds:
                 speeds[config.latent_dim] = seconds_per_step(config, train, device)
-        seconds += (num_steps - done) * speeds.get(config.latent_dim, 0)
-        lines.append(f"  {where.run:24} {done:,} of {num_steps:,} steps are done")
+            seconds += (num_steps - done) * speeds.get(config.latent_dim, 0)
+            lines.append(f"  {where.run:24} {done:,} of {num_steps:,} steps are done")
     jobs = min(jobs, len(configs))
     # more jobs than cores are no faster
     seconds /= min(jobs, available_cpus())

@@ -139,16 +139,23 @@ def _move_aside(options: SearchOptions) -> None:
         best.ckpt_folder.rmdir()  # the lock made it
 
 
+def begun_settings(folder: Path) -> dict[str, object] | None:
+    """The content of search.json, if a search in the folder has begun."""
+    # settings alone are no search: a command that was refused, for its data say, leaves them
+    begun = (folder / RESULT).exists() or read_events(folder / DECISIONS)
+    if not begun or not (folder / SETTINGS_FILE).exists():
+        return None
+    return read_json(folder / SETTINGS_FILE)
+
+
 def existing_search(config: SearchConfig, options: SearchOptions) -> str | None:
     """The id of the search in the folder; None if there is none. Changes nothing.
 
     Raises :class:`SearchError` if the folder holds a search with other settings, or something else.
     """
     folder = options.ckpt_folder
-    # settings alone are no search: a command that was refused, for its data say, leaves them
-    begun = (folder / RESULT).exists() or read_events(folder / DECISIONS)
-    if begun and (folder / SETTINGS_FILE).exists():
-        there = read_json(folder / SETTINGS_FILE)
+    there = begun_settings(folder)
+    if there is not None:
         search_id = there.pop("id", "")
         if changed := differences(there, _settings(config, options)):
             raise SearchError(
@@ -190,19 +197,22 @@ def load_splits(config: SearchConfig, options: SearchOptions) -> tuple[Split, Sp
     # here and not in the trials: an invalid file or batch size is then one message, not one each
     train = load_split("train", options.data_dir, config.dataset)
     held_out = load_split("validation", options.data_dir, config.dataset)
+    # a search that has its result trains nothing more
+    if not (options.ckpt_folder / RESULT).exists() and not options.fresh:
+        _check_same_data(options.ckpt_folder, train, held_out)
     if max(config.batch_sizes) > len(train):
         raise SearchError(f"--batch-sizes has more than the {len(train)} training images.")
     return train, held_out
 
 
-def _check_same_data(journal: Journal, train: Split, held_out: Split) -> None:
+def _check_same_data(folder: Path, train: Split, held_out: Split) -> None:
     """Raise :class:`SearchError` if an earlier call trained on other data."""
     # the losses of different images cannot be compared
     digests = _digests(train, held_out)
-    for event in journal.events:
+    for event in read_events(folder / DECISIONS):
         if event["event"] == "start" and event["data"] != digests:
             raise SearchError(
-                f"{journal.path.parent} was begun with other data: give the same --data-dir to "
+                f"{folder} was begun with other data: give the same --data-dir to "
                 "resume it, --fresh to start over, or choose another --run."
             )
 
@@ -221,7 +231,6 @@ def _train(
     """Start or join Ray and train until the board is finished or ``should_stop`` is true."""
     config = board.config
     train, held_out = load_splits(config, options)
-    _check_same_data(journal, train, held_out)
     print(
         f"{plural(config.total_trials, 'trial')} of up to {plural(config.max_epochs, 'epoch')} "
         f"on {len(train):,} images, algorithm {config.algorithm}, scheduler {config.scheduler}; "
@@ -282,7 +291,7 @@ def _write_result(board: Board, options: SearchOptions, store: TrialStore) -> No
     if winner.best_row is None:
         raise SearchFailedError(
             f"Every trial failed ({winner.why}): change the space and start over with --fresh, or "
-            "with another --run."
+            "choose another --run."
         )
     best = _best_config(result, _fetch_winner(winner, folder, store))
     write_text(folder / "best_config.json", json.dumps(best, indent=2) + "\n")
@@ -302,7 +311,7 @@ def _fetch_winner(winner: TrialRecord, folder: Path, store: TrialStore) -> Check
         raise SearchError(
             f"{BEST} of {winner.name} is not the model that the decision log has (epoch "
             f"{checkpoint.metrics.get('epoch')}, not {winner.best_row['epoch']}): start over with "
-            "--fresh."
+            "--fresh, or choose another --run."
         )
     return checkpoint
 

@@ -9,7 +9,7 @@ import torch
 
 from vae_hyperband.common.config import RunOptions, in_effect
 from vae_hyperband.common.files import refuse_foreign
-from vae_hyperband.common.process import available_cpus, cpu_threads, pick_device
+from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.splits import Split
 from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.decisions import read_events
@@ -20,7 +20,9 @@ from vae_hyperband.tune.driver import DECISIONS, existing_search, load_splits
 from vae_hyperband.tune.session import (
     Resources,
     check_resources,
+    local_cpus,
     num_concurrent,
+    quota_note,
     trial_device,
     with_gpus,
 )
@@ -103,7 +105,7 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split) -> list[st
         return [
             f"device       what the cluster at {options.address} provides; it was not contacted"
         ]
-    cpus, gpus = available_cpus(), torch.cuda.device_count()
+    cpus, gpus = local_cpus(options), torch.cuda.device_count()
     machines: list[Resources] = [{"CPU": cpus, "GPU": gpus}]
     options = with_gpus(options, machines)
     check_resources(machines, options)
@@ -122,6 +124,7 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split) -> list[st
         )
     return [
         where,
+        *(f"note         {note}" for note in quota_note(options)),
         f"training     {an_epoch:.1f} s an epoch, measured on one trial alone, without validation "
         "and the slowdown of parallel trials",
         *before,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import ray
 from ray._private import ray_constants
 
+from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import SearchError
 from vae_hyperband.common.process import available_cpus, in_main_thread
 from vae_hyperband.search.config import SearchOptions
@@ -49,6 +50,8 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
     if options.address:
         _join(options.address, init)
     else:
+        for note in quota_note(options):
+            print(f"note: {note}", flush=True)
         # a local Ray that does not answer is dead; by default Ray would wait for a minute
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
         # where it supports clusters (Linux), Ray replaces a loopback address by the one that other
@@ -61,7 +64,7 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
             init(
                 address="local",
                 # the cores of this process, as Slurm or a container limits it, not the machine's
-                num_cpus=available_cpus(),
+                num_cpus=local_cpus(options),
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=short_temp_dir(),
@@ -83,6 +86,27 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def local_cpus(options: SearchOptions) -> int:
+    """How many CPUs a local Ray has for trials: those that this process may keep busy.
+
+    A trial that needs more than a control group's quota runs alone, if the affinity has its CPUs.
+    """
+    # a search that began elsewhere has to go on with its threads, on which the bits depend; a
+    # quota makes them wait, but an affinity without a CPU for each is for the user to know about
+    return max(available_cpus(), min(options.cpus_per_trial, len(os.sched_getaffinity(0))))
+
+
+def quota_note(options: SearchOptions) -> list[str]:
+    """Says where a trial on this machine has more threads than the quota has CPUs."""
+    quota, threads = available_cpus(), options.cpus_per_trial
+    if options.address or not quota < threads <= local_cpus(options):
+        return []
+    return [
+        f"the CPU quota here is {plural(quota, 'CPU')}: one trial at a time, whose {threads} "
+        "threads wait for each other"
+    ]
 
 
 def short_temp_dir() -> str | None:

@@ -208,13 +208,17 @@ class Watchdog:
     def __init__(self, report: Path, seconds: float) -> None:
         self._report, self._seconds = report, seconds
         self._done, self._spent, self._counting = threading.Event(), 0.0, True
+        self._lock = threading.Lock()  # for _spent: the thread that watches adds to it
 
     def __enter__(self) -> Self:
         make_folder(self._report.parent)
         # opened now: a process that hangs may be short of memory, descriptors or disk
         self._file = self._report.open("w", encoding="utf-8")
         faulthandler.register(REPORT_SIGNAL, file=self._file)
-        self._hearing = _heartbeat(self._seconds + INTERPRETER_SECONDS)
+        try:
+            self._hearing = _heartbeat(self._seconds + INTERPRETER_SECONDS, os.getpid())
+        except OSError:  # no process or memory to spare: the thread watches without it
+            self._hearing = lambda what: None
         self._hearing(ALIVE)  # now: what hangs may never let the thread begin
         # a daemon, or a process that is done would wait for it
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -239,18 +243,21 @@ class Watchdog:
 
     def restart(self) -> None:
         """Count the seconds from 0 again."""
-        self._spent, self._counting = 0.0, True
+        with self._lock:
+            self._spent, self._counting = 0.0, True
 
     def _watch(self) -> None:
         tick = min(1.0, self._seconds / 4)
         last = time.monotonic()
         while not self._done.wait(tick):
             now = time.monotonic()
-            # far more than a tick: the process did not run meanwhile, so it did not hang either
-            self._spent += min(now - last, 2 * tick) if self._counting else 0.0
+            with self._lock:
+                # far more than a tick: the process did not run meanwhile, so it did not hang either
+                self._spent += min(now - last, 2 * tick) if self._counting else 0.0
+                hangs = self._spent >= self._seconds
             last = now
             self._hearing(ALIVE)
-            if self._spent >= self._seconds:
+            if hangs:
                 faulthandler.dump_traceback(self._file)
                 # at once: sys.exit in a thread ends the thread, and clean-up may hang as well
                 os._exit(1)
@@ -260,12 +267,19 @@ ALIVE, ASLEEP = b"1", b"0"
 REPORT_SIGNAL = signal.SIGRTMAX - 1  # that nobody else sends
 
 #: Ends the process that started it if that is awake and says nothing for so many seconds of its own
-#: and of that process's running; with it, it ends itself.
+#: and of that process's running; with it, it ends itself. By its parent's id it knows that this is
+#: gone: the pipe may be open in a fork, and the number be another process's by then.
 LISTENER = """
 import os, select, signal, sys, time
 parent, seconds, report = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 awake, silent = False, 0.0
+
+def end_if_alone():
+    if os.getppid() != parent:
+        sys.exit()
+
 while silent < seconds:
+    end_if_alone()
     begun = time.monotonic()
     if select.select([0], [], [], 1.0)[0]:
         said = os.read(0, 4096)
@@ -273,19 +287,23 @@ while silent < seconds:
             sys.exit()
         awake, silent = said[-1:] == b"1", 0.0
     elif awake:
-        with open(f"/proc/{parent}/stat") as stat:
-            stopped = stat.read().rsplit(")", 1)[1].split()[0] in "Tt"
+        try:
+            with open(f"/proc/{parent}/stat") as stat:
+                stopped = stat.read().rsplit(")", 1)[1].split()[0] in "Tt"
+        except OSError:
+            sys.exit()
         silent += 0.0 if stopped else min(time.monotonic() - begun, 1.5)
-os.kill(parent, report)
-time.sleep(1)  # for the handler to write
-os.kill(parent, signal.SIGKILL)
+for number, seconds_to_write in (report, 1), (signal.SIGKILL, 0):
+    end_if_alone()
+    os.kill(parent, number)
+    time.sleep(seconds_to_write)
 """
 
 
-@functools.cache
-def _heartbeat(seconds: float) -> Callable[[bytes], None]:
+@functools.cache  # by the process's id, too: a fork has no listener yet
+def _heartbeat(seconds: float, pid: int) -> Callable[[bytes], None]:
     """Start the listener of this process, once; a function that tells it ALIVE or ASLEEP."""
-    numbers = map(str, (os.getpid(), seconds, int(REPORT_SIGNAL)))
+    numbers = map(str, (pid, seconds, int(REPORT_SIGNAL)))
     listener = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", LISTENER, *numbers],
         stdin=subprocess.PIPE,
