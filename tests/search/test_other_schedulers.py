@@ -138,3 +138,10 @@ def test_ray_s_median_stopping_interleaves_and_averages_from_the_grace_period_on
     # averages of the others up to epoch 3: 67 over all epochs, 1 from the grace period on
     assert max(epoch for number, epoch in reports(3) if number == 3) == 3
     assert max(epoch for number, epoch in reports(1) if number == 3) > 3
+
+
+def test_ray_s_median_stopping_counts_the_last_value_of_an_ended_trial_twice(scripts):
+    scheduler = scripts.other.RAY["Ray's median stopping"](2)
+    rule = scripts.other.RayRule(scheduler, lambda number, epoch: {1: 1.0, 2: 4.0}[epoch], 1, 2)
+    assert list(scripts.other.run(rule, [1.0])) == [(0, 1), (0, 2)]
+    assert scheduler._running_mean(rule.get_trials()[0], 2) == 3.0  # of 1, 4 and 4
