@@ -120,6 +120,98 @@ def test_the_numbers_of_the_search_page_are_those_of_the_raw_files():
         assert " ".join(map(str, run["last_epochs"])) in page
 
 
+def plus_minus(row: dict[str, float], form: str = "+.2f") -> str:
+    mean = "0.00" if f"{row['mean']:.2f}" in ("0.00", "-0.00") else f"{row['mean']:{form}}"
+    return f"{mean} +- {row['half_interval']:.2f}"
+
+
+def rules_table(worth: dict, is_asha: bool) -> str:
+    """Ray's rules and the paper's promotion, minus this package's, after equal epochs."""
+    lines = []
+    for space, by_workers in worth["rules_by_space_and_workers"].items():
+        for workers, rules in by_workers.items():
+            for name, rule in rules.items():
+                if "difference" in rule and ("ASHA" in name) == is_asha:
+                    cells = [plus_minus(rule["difference"][b]) for b in rule["difference"]]
+                    lines.append(f"| {space}, {workers} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def whole_searches_table(worth: dict, numbers: tuple[str, ...]) -> str:
+    """Mean epochs and mean regret of whole searches, by number of trials."""
+    lines = []
+    for name in ("ASHA", "Ray's ASHA", "ASHA with promotion"):
+        rows = worth["whole_searches_by_space"]["grid"][name]
+        cells = [
+            f"{rows[n]['regret']['mean']:.2f} after {rows[n]['epochs']['mean']:.0f}"
+            for n in numbers
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_numbers_about_ray_s_schedulers_are_those_of_the_raw_file():
+    page, worth = PAGES["docs/search.md"], raw("scheduler_worth")
+    section = page.split("## How these differ from Ray's schedulers")[1].split("\n## ")[0]
+    plain = " ".join(section.split())
+    assert rules_table(worth, is_asha=True) in section
+    assert rules_table(worth, is_asha=False) in PAGES["benchmarks/RECORDS.md"]
+    assert whole_searches_table(worth, ("6", "8", "12", "15", "18", "24", "36")) in section
+    assert worth["environment"]["ray"] in section
+    whole = worth["whole_searches_by_space"]["grid"]
+    n = worth["num_searches"]
+    ours, rays = (whole[name]["12"] for name in ("ASHA", "Ray's ASHA"))
+    assert (
+        f"12 trials take {rays['epochs']['mean']:.0f} epochs instead of "
+        f"{ours['epochs']['mean']:.0f}, and the best of them is stopped in "
+        f"{rays['searches_that_stopped_their_best_trial']} of {n} searches instead of "
+        f"{ours['searches_that_stopped_their_best_trial']}"
+    ) in plain
+    for name in ("HyperBand", "median stopping"):
+        differences = worth["rules_by_space_and_workers"]["grid"]["1"][f"Ray's {name}"][
+            "difference"
+        ]
+        for budget in ("36", "108"):
+            assert f"{plus_minus(differences[budget])} nats after {budget} epochs" in plain
+    six, eight = (
+        whole["ASHA with promotion"][k]["searches_without_a_fully_trained_trial"] for k in "68"
+    )
+    assert f"{six} of {n} searches with 6 trials and {eight} of {n} with 8" in plain
+    promotion = whole["ASHA with promotion"]["15"]
+    assert f"{promotion['epochs']['mean']:.0f}" == f"{ours['epochs']['mean']:.0f}" == "38"
+    ends = (row["regret"]["mean"] for row in (promotion, ours))
+    assert "ends at {:.2f} instead of {:.2f}".format(*ends) in plain
+
+
+def test_what_the_search_page_concludes_about_promotion_follows_from_the_figures():
+    worth = raw("scheduler_worth")
+    for by_workers in worth["rules_by_space_and_workers"].values():
+        for rules in by_workers.values():
+            found = rules["ASHA with promotion"]["difference"].values()
+            better = [row for row in found if row["mean"] + row["half_interval"] < 0]
+            assert len(found) == 6
+            assert len(better) == 4  # "at four of the six budgets in each setting"
+            late = [rules["ASHA with promotion"]["difference"][b]["mean"] for b in ("54", "81")]
+            assert max(late) < 0
+    page = " ".join(PAGES["docs/search.md"].split())
+    assert "at four of the six budgets in each of the four settings" in page
+
+
+def test_what_the_search_page_says_of_ray_s_asha_follows_from_the_figures():
+    def better(space: str, workers: str) -> list[tuple[str, bool]]:
+        """Budgets at which the interval excludes zero, and whether Ray's rule is better there."""
+        rules = raw("scheduler_worth")["rules_by_space_and_workers"][space][workers]
+        found = rules["Ray's ASHA"]["difference"].items()
+        return [(b, row["mean"] < 0) for b, row in found if abs(row["mean"]) > row["half_interval"]]
+
+    assert better("grid", "1") == [("81", True), ("108", True)]
+    assert better("grid", "4") == [(b, True) for b in ("9", "18", "81", "108")]
+    assert better("continuous", "1") == [(b, False) for b in ("36", "54", "81", "108")]
+    assert better("continuous", "4") == [
+        *(("9", True), ("18", True)), *(("81", False), ("108", False))
+    ]  # fmt: skip
+
+
 def test_the_numbers_of_the_evaluation_page_are_those_of_the_raw_files():
     accuracy = raw("feature_net")["test_accuracy"]
     assert f"<!--feature_accuracy-->{accuracy:.3f}<!--/-->" in PAGES["docs/evaluation.md"]
