@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import Dataset, Places, TrainConfig
+from vae_hyperband.common.config import Dataset, Holdout, Places, TrainConfig
 from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.common.process import EXIT_STOPPED, available_cpus, pick_device, stop_flag
 from vae_hyperband.data.splits import load_split
@@ -44,6 +44,8 @@ class BetaArgs(Places):
     """The same for every beta: equal initial weights, order of the images and noise."""
     dataset: Dataset = "fashion-mnist"
     """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
+    holdout: Holdout = "content"
+    """custom: the sixth of the training file to validate on, by a hash of each image or the last"""
     port: int = 6006
     """Port of TensorBoard, which listens on 127.0.0.1 only."""
     serve: bool = True
@@ -58,6 +60,7 @@ class BetaArgs(Places):
                 latent_dim=self.latent_dim,
                 seed=self.seed,
                 dataset=self.dataset,
+                holdout=self.holdout,
             )
             for beta in self.betas
         }
@@ -85,7 +88,7 @@ def check(args: BetaArgs) -> None:
     if len(args.configs()) < len(args.betas) or not args.betas:
         raise ConfigError(f"--betas is {args.betas}, but must have one or more different values.")
     pick_device(args.device)
-    load_split("train", args.data_dir, args.dataset)
+    load_split("train", args.data_dir, args.dataset, args.holdout)
     if args.serve:
         try:
             with socket.create_server(("127.0.0.1", args.port)):

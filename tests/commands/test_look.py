@@ -436,8 +436,8 @@ def test_samples_over_training_have_a_frame_per_validation(runs, places, ending,
         assert moving.n_frames == 3
         assert moving.info.get("loop") == 0
         assert moving.size == (3 * (8 * 10 + 2), 3 * (8 * 10 + 2 + 6))
-        if ending == "webp":  # the margins are white, as paper is
-            assert moving.convert("RGB").getpixel((3 * 10 + 1, 100)) == (255, 255, 255)
+        if ending == "webp":  # the margins are white, as paper is; the format loses a little
+            assert min(moving.convert("RGB").getpixel((3 * 10 + 1, 100))) >= 250
             assert moving.convert("L").getextrema()[0] < 128
 
 

@@ -2,8 +2,10 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from vae_hyperband.common.config import TrainConfig
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.data import idx, splits
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.idx import read_idx
-from vae_hyperband.data.splits import Split, load_split, per_split
+from vae_hyperband.data.splits import (
+    Split,
+    load_split,
+    load_training_splits,
+    missing_classes,
+    per_split,
+)
 
 
 def custom(folder, split="train"):
@@ -54,11 +63,54 @@ def test_plain_and_gzipped_files_give_the_same_arrays(tmp_path, small_data):
         assert a.digest == b.digest
 
 
-def test_validation_is_the_last_sixth_of_the_training_file(small_data):
+def test_the_last_sixth_of_the_training_file_is_held_out_where_that_is_asked_for(small_data):
     whole, _ = read_idx(small_data / NAMES[0], 3)
-    train, validation = custom(small_data), custom(small_data, "validation")
+    train, validation = (
+        load_split(name, small_data, "custom", "last") for name in ("train", "validation")
+    )
     assert (len(train), len(validation)) == (300, 60)
     assert torch.equal(torch.cat((train.images_NCHW, validation.images_NCHW))[:, 0], whole)
+
+
+def rewritten(folder, small_data, order) -> Path:
+    """The small data with the images of the training file in another order."""
+    shutil.copytree(small_data, folder)
+    for name, dims in zip(NAMES[:2], (3, 1), strict=True):
+        array, _ = read_idx(small_data / name, dims)
+        (folder / name).write_bytes(idx_bytes(array[order].numpy()))
+    return folder
+
+
+def held_out(folder) -> list[bytes]:
+    return sorted(image.numpy().tobytes() for image in custom(folder, "validation").images_NCHW)
+
+
+def test_the_validation_split_does_not_follow_the_order_of_the_file(tmp_path, small_data, capsys):
+    labels, _ = read_idx(small_data / NAMES[1], 1)
+    sorted_by_class = rewritten(tmp_path / "sorted", small_data, labels.argsort())
+    backwards = rewritten(tmp_path / "back", small_data, torch.arange(359, -1, -1))
+    assert held_out(small_data) == held_out(sorted_by_class) == held_out(backwards)
+    assert len(held_out(small_data)) == 60
+    train, validation = custom(sorted_by_class), custom(sorted_by_class, "validation")
+    assert missing_classes(train, validation) == ""
+    # whoever wants the last ones is told what that means
+    last = load_training_splits(TrainConfig(dataset="custom", holdout="last"), sorted_by_class)
+    here, there = (set(split.labels_N.tolist()) for split in last)
+    only_in_training = ", ".join(map(str, sorted(here - there)))
+    said = capsys.readouterr().err
+    assert f"no image of the validation split has the labels {only_in_training}" in said
+    assert len(there) <= 3
+
+
+def test_the_same_image_twice_is_never_in_both_splits(tmp_path, small_data):
+    folder = rewritten(tmp_path / "twice", small_data, torch.arange(360).repeat(2))
+    found = held_out(folder)
+    assert len(found) == 120
+    train = {image.numpy().tobytes() for image in custom(folder).images_NCHW}
+    assert not train & set(found)
+    alike = rewritten(tmp_path / "alike", small_data, torch.zeros(360, dtype=torch.long))
+    with pytest.raises(DataError, match="too few different ones to split"):
+        custom(alike)
 
 
 def test_train_and_validation_never_open_the_test_file(tmp_path, small_data):

@@ -54,11 +54,12 @@ def test_one_sample_is_the_bound_and_more_tighten_it(model, split):
     with torch.no_grad():
         model.decoder.fc.weight.mul_(8)  # so that it matters which z was drawn
     loader = eval_dataloader(split)
-    seeds = range(60)
+    # of one seed each bound has a standard deviation of 1.3: of 600 the two agree to 0.07
+    seeds = range(600)
     bound = statistics.fmean(eval_epoch(model, loader, seed)["bound"] for seed in seeds)
     one, five, twenty = (
         statistics.fmean(
-            iwae_nats(model, loader, seed, k).mean().item() for seed in seeds[: 60 // k]
+            iwae_nats(model, loader, seed, k).mean().item() for seed in seeds[: 600 // k]
         )
         for k in (1, 5, 20)
     )

@@ -55,6 +55,15 @@ def test_a_result_of_0_1_is_read_and_written_again_byte_for_byte(written_by_0_1)
     assert (written_by_0_1 / RESULT).read_bytes() == before
 
 
+@pytest.mark.parametrize(("dataset", "holdout"), [("custom", "last"), ("drawn", "content")])
+def test_a_search_of_0_1_keeps_its_holdout(written_by_0_1, dataset, holdout):
+    content = json.loads((written_by_0_1 / RESULT).read_text())
+    del content["search"]["holdout"]
+    content["search"]["dataset"] = dataset
+    (written_by_0_1 / RESULT).write_text(json.dumps(content))
+    assert read_result(written_by_0_1).best_config.holdout == holdout
+
+
 def test_a_trial_says_in_one_line_what_happened_to_it(written_by_0_1):
     assert [trial.summary for trial in read_result(written_by_0_1).trials] == [
         "trial_000 finished at epoch 2",

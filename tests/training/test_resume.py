@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import command_line, rewrite_ckpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from vae_hyperband.common.config import ONLY_WITH, RESUME_MAY_CHANGE, RunOptions
 from vae_hyperband.common.errors import FolderInUseError, ResumeError, RunFolderError
 from vae_hyperband.common.process import EXIT_STOPPED, only_writer
 from vae_hyperband.data import batches
+from vae_hyperband.data.splits import load_split
 from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt, tree_digest
 from vae_hyperband.training import keeper, step
 from vae_hyperband.training.loop import fit
@@ -41,6 +43,7 @@ OTHER_VALUES = {
     "likelihood": "continuous-bernoulli",
     "binarize": "dynamic",
     "dataset": "fashion-mnist",
+    "holdout": "last",
 }
 
 
@@ -287,6 +290,19 @@ def test_other_settings_are_refused_with_old_and_new_value(options, small_config
     with pytest.raises(ResumeError, match=f"{name}: {old!r} -> {new!r}"):
         fit(dataclasses.replace(config, **{name: new}), options(), quiet=True)
     assert (options().ckpt_folder / "latest.pt").read_bytes() == before
+
+
+def test_a_run_of_0_1_keeps_the_split_that_it_was_trained_with(options, small_config, small_data):
+    """It held out the last sixth of the file, and did not say so."""
+    held_out = dataclasses.replace(small_config, holdout="last")
+    begun = fit(held_out, options(run="old"), should_stop=stop_after(5), quiet=True)
+    rewrite_ckpt(begun.latest, lambda content: content["config"].pop("holdout"))
+    found = load_ckpt(begun.latest)
+    last = load_split("validation", small_data, "custom", "last")
+    assert torch.equal(found.split("validation", small_data).images_NCHW, last.images_NCHW)
+    with pytest.raises(ResumeError, match="holdout: 'last' -> 'content'"):
+        fit(small_config, options(run="old"), quiet=True)
+    assert fit(held_out, options(run="old"), quiet=True).finished
 
 
 def test_a_setting_without_effect_in_a_checkpoint_changes_nothing(

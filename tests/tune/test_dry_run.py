@@ -72,6 +72,15 @@ def test_a_search_that_is_there_is_said_and_left_as_it_is(
     assert written(tmp_path) == before
 
     folder = tmp_path / "copy/checkpoints/s"
+    settings = json.loads((folder / "search.json").read_text())
+    (folder / "search.json").write_text(
+        json.dumps({name: value for name, value in settings.items() if name != "holdout"})
+    )  # as 0.1 wrote it
+    assert train_vae.main(command) == 2
+    assert "other settings (holdout: 'last' -> 'content')" in capsys.readouterr().err
+    assert train_vae.main([*command, "--holdout", "last"]) == 0
+    capsys.readouterr()
+    (folder / "search.json").write_text(json.dumps(settings))
     (folder / "trials.json").unlink()
     lines = (folder / "decisions.jsonl").read_bytes().splitlines(keepends=True)
     results = [i for i, line in enumerate(lines) if json.loads(line)["event"] == "result"]

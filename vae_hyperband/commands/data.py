@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import Dataset
+from vae_hyperband.common.config import Dataset, Holdout
 from vae_hyperband.data.download import ensure_data
-from vae_hyperband.data.splits import SplitName, load_split
+from vae_hyperband.data.splits import SplitName, load_split, missing_classes
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class DataArgs:
     """Verify the four files in this folder; download nothing."""
     dataset: Dataset = "fashion-mnist"
     """custom: the IDX files in --data-dir; drawn: synthetic garments, which need no files."""
+    holdout: Holdout = "content"
+    """custom: the sixth of the training file to validate on, by a hash of each image or the last"""
     install: bool = False
     """If no mirror can be reached, install the system's package, if this user is allowed to."""
 
@@ -29,7 +31,9 @@ def data(argv: list[str]) -> int:
     if args.data_dir is None and args.dataset == "fashion-mnist":
         ensure_data(args.install)
     names: tuple[SplitName, ...] = ("train", "validation", "test")
-    for name in names:
-        split = load_split(name, args.data_dir, args.dataset)
+    splits = [load_split(name, args.data_dir, args.dataset, args.holdout) for name in names]
+    for name, split in zip(names, splits, strict=True):
         print(f"{name:10} {len(split):6,} images {split.image_shape}, file {split.digest[:12]}...")
+    if missing := missing_classes(splits[0], splits[1]):
+        print(f"note: {missing}")
     return 0

@@ -10,7 +10,7 @@ from typing import Literal
 
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.commands.search import search_and_plot, train_winner
-from vae_hyperband.common.config import Dataset, Places, RunOptions, TrainConfig, plural
+from vae_hyperband.common.config import Dataset, Holdout, Places, RunOptions, TrainConfig, plural
 from vae_hyperband.common.errors import DataError, SearchError, SearchFailedError
 from vae_hyperband.common.process import pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
@@ -54,6 +54,8 @@ class MainJob(Places):
     """asha stops the worse trials early; hyperband does so when all have reached a rung."""
     dataset: Dataset = "fashion-mnist"
     """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
+    holdout: Holdout = "content"
+    """custom: the sixth of the training file to validate on, by a hash of each image or the last"""
     parts: tuple[Part, ...] = PARTS
     """Parts of the final evaluation; without images the job takes a minute or two less."""
     seed: int = 0
@@ -76,6 +78,7 @@ class MainJob(Places):
             scheduler=self.scheduler,
             seed=self.seed,
             dataset=self.dataset,
+            holdout=self.holdout,
         )
         return config, SearchOptions(**self.options(f"{self.run}-search"))
 
@@ -102,7 +105,7 @@ def main_job_dry_run(job: MainJob) -> str:
     """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
     config, options = job.search()
     try:
-        train = load_split("train", job.data_dir, job.dataset)
+        train = load_split("train", job.data_dir, job.dataset, job.holdout)
         config = _fitted(config, train, options)
         check_test_split(train.image_shape, job.data_dir, job.dataset)
     except DataError as error:
@@ -139,11 +142,11 @@ def run_main_job(job: MainJob) -> bool:
         _heading(f"1/5  data: {job.dataset}")
     names: tuple[SplitName, ...] = ("train", "validation")  # not the test split before step 4
     for name in names:
-        split = load_split(name, job.data_dir, job.dataset)
+        split = load_split(name, job.data_dir, job.dataset, job.holdout)
         print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
     # now, not after the search and the training
     check_test_split(split.image_shape, job.data_dir, job.dataset)
-    config = _fitted(config, load_split("train", job.data_dir, job.dataset), options)
+    config = _fitted(config, load_split("train", job.data_dir, job.dataset, job.holdout), options)
 
     _heading(
         f"2/5  search: {plural(job.num_trials, 'configuration')}, up to "

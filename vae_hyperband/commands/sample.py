@@ -98,9 +98,13 @@ def sampler_for(
     checkpoint: Checkpoint, name: SamplerName, config: SamplerConfig, data_dir: Path | None
 ) -> Sampler:
     """A checkpoint's sampler; the training split is loaded only if it has to be fitted."""
-    dataset = checkpoint.config.dataset
+    trained = checkpoint.config
     return get_sampler(
-        name, checkpoint, lambda: load_split("train", data_dir, dataset), config, print_progress
+        name,
+        checkpoint,
+        lambda: load_split("train", data_dir, trained.dataset, trained.holdout),
+        config,
+        print_progress,
     )
 
 

@@ -18,12 +18,14 @@ from typing import Any, Literal, Self, cast
 from vae_hyperband.common.errors import ConfigError
 
 Dataset = Literal["fashion-mnist", "custom", "drawn"]
+Holdout = Literal["content", "last"]
 
 #: Settings that a resumed run may change; every other difference is refused.
 RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples", "fid_samples"})
 
 #: Settings that have an effect only with one choice of another setting.
 ONLY_WITH = {
+    "holdout": ("dataset", "custom"),
     "free_bits": ("objective", "free-bits"),
     "capacity": ("objective", "capacity"),
     "train_samples": ("objective", "iwae"),
@@ -40,6 +42,8 @@ class CommonConfig:
 
     dataset: Dataset = "fashion-mnist"
     """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
+    holdout: Holdout = "content"
+    """custom: the sixth of the training file to validate on, by a hash of each image or the last"""
     binarize: Literal["none", "dynamic"] = "none"
     """dynamic: sample every pixel as black or white at each step, as likelihood papers do."""
     objective: Literal["elbo", "free-bits", "capacity", "beta-tc", "iwae"] = "elbo"
@@ -166,7 +170,7 @@ class TrainConfig(CommonConfig):
         require(
             not unknown, f"{source} has settings that this version lacks: {', '.join(unknown)}."
         )
-        return cls(**in_effect(values))
+        return cls(**in_effect(with_former_holdout(values)))
 
 
 # ---- Where and how it is computed
@@ -269,6 +273,12 @@ def in_effect(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if name not in ONLY_WITH or config.get(ONLY_WITH[name][0]) == ONLY_WITH[name][1]
     }
+
+
+def with_former_holdout(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that were written down, with the holdout of version 0.1, which did not name it."""
+    # another default would validate runs of 0.1 on images that they were trained on
+    return {"holdout": "last" if settings.get("dataset") == "custom" else "content", **settings}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -2,7 +2,8 @@
 
 A file is accepted by the SHA-256 of its *decompressed* content, so that every compression of the
 right bytes is accepted, and nothing else. The training file gives two splits, its first 50,000
-images and its last 10,000; only the split "test" opens the test file.
+images and its last 10,000 (of other data, see :func:`load_split`); only the split "test" opens the
+test file.
 
 Shape suffixes: N images of a split, B images of a batch, C channels, H height, W width.
 """
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import CommonConfig, Dataset
+from vae_hyperband.common.config import CommonConfig, Dataset, Holdout
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.idx import idx_sizes, read_idx_once
@@ -44,6 +46,8 @@ FASHION_MNIST_SHA256 = {
 }
 
 FILES = tuple(FASHION_MNIST_SHA256)
+MOST_LABELS = 12  # that are listed by number
+
 TORCHVISION = ("raw", "FashionMNIST/raw", "MNIST/raw")  # below the folder that it is given
 
 #: Where Debian's and Ubuntu's package dataset-fashion-mnist puts the four files.
@@ -137,15 +141,19 @@ def as_trained(split: Split, config: CommonConfig) -> Split:
 
 
 def load_split(
-    split: SplitName, data_dir: Path | None = None, dataset: str = "fashion-mnist"
+    split: SplitName,
+    data_dir: Path | None = None,
+    dataset: str = "fashion-mnist",
+    holdout: Holdout = "content",
 ) -> Split:
     """Find, verify and decode one split.
 
     ``data_dir`` is any folder with the IDX files, plain or gzipped; without it the user's cache,
     then the system's package are looked through (``make data`` fills one of them). ``custom``
-    accepts other data in the same format; its validation split is the last sixth of the training
-    file, as Fashion-MNIST's is. ``drawn`` needs no files (:mod:`~vae_hyperband.data.synthetic`).
-    Raises :class:`DataError`.
+    accepts other data in the same format; its validation split is the sixth of the training file
+    whose images have the lowest hashes, whatever their order in the file, or with the ``holdout``
+    "last" the last sixth, as Fashion-MNIST's is. ``drawn`` needs no files
+    (:mod:`~vae_hyperband.data.synthetic`). Raises :class:`DataError`.
     """
     for name, value, known in (("split", split, SPLITS), ("dataset", dataset, DATASETS)):
         if value not in known:
@@ -174,14 +182,54 @@ def load_split(
             f"{images_name} holds {height}x{width} images, but the network needs square ones "
             "whose side is a multiple of 4: pad or resize them."
         )
-    part_of_file = slice(None)
-    if split != "test":
-        held_out = math.ceil(len(images) / 6)
-        if len(images) <= held_out:
-            raise DataError(f"{images_name} holds {len(images)} images, too few to split.")
-        cut = len(images) - held_out
-        part_of_file = slice(0, cut) if split == "train" else slice(cut, None)
-    return Split(images[part_of_file, None].clone(), labels[part_of_file].long(), digest)
+    if split == "test":
+        return Split(images[:, None].clone(), labels.long(), digest)
+    is_held_out_N = _is_held_out(images, holdout if dataset == "custom" else "last")
+    if is_held_out_N.all():
+        raise DataError(
+            f"{images_name} holds {len(images)} images, too few different ones to split."
+        )
+    chosen_N = is_held_out_N if split == "validation" else ~is_held_out_N
+    return Split(images[chosen_N, None], labels[chosen_N].long(), digest)
+
+
+def load_training_splits(config: CommonConfig, data_dir: Path | None) -> tuple[Split, Split]:
+    """The training and the validation split of a configuration; says which classes one lacks."""
+    train, held_out = (
+        load_split(name, data_dir, config.dataset, config.holdout)
+        for name in ("train", "validation")
+    )
+    if missing := missing_classes(train, held_out):
+        print(f"note: {missing}", file=sys.stderr, flush=True)
+    return train, held_out
+
+
+def _is_held_out(images_NHW: Tensor, holdout: Holdout) -> Tensor:
+    """Which images of a training file are its validation split: a sixth of them, rounded up."""
+    num = math.ceil(len(images_NHW) / 6)
+    if holdout == "last":
+        return torch.arange(len(images_NHW)) >= len(images_NHW) - num
+    # a file sorted by class would hold out its last classes; a hash knows no order, and puts the
+    # same image twice on one side
+    hashes = [
+        hashlib.blake2b(image_HW.tobytes(), digest_size=8).digest()
+        for image_HW in images_NHW.numpy()
+    ]
+    highest = sorted(hashes)[num - 1]
+    return torch.tensor([found <= highest for found in hashes])
+
+
+def missing_classes(train: Split, held_out: Split) -> str:
+    """Says which labels only one of two splits has; empty if there are none."""
+    here, there = (set(split.labels_N.tolist()) for split in (train, held_out))
+    said = [
+        f"no image of the {name} split has the label{'s' * (len(labels) > 1)} "
+        + ", ".join(map(str, sorted(labels)[:MOST_LABELS]))
+        + (", ..." if len(labels) > MOST_LABELS else "")
+        for name, labels in (("training", there - here), ("validation", here - there))
+        if labels
+    ]
+    return "; ".join(said)
 
 
 @functools.cache

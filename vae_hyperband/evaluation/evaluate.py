@@ -461,9 +461,12 @@ def evaluate_once(
     So a number of the test split is taken once. Data and device are those of ``places``.
     """
     checkpoint = load_ckpt(ckpt)
-    dataset = checkpoint.config.dataset
-    train, held_out = (load_split(name, places.data_dir, dataset) for name in ("train", split))
-    data_digest = evaluated_data(train, held_out, dataset)
+    trained = checkpoint.config
+    train, held_out = (
+        load_split(name, places.data_dir, trained.dataset, trained.holdout)
+        for name in ("train", split)
+    )
+    data_digest = evaluated_data(train, held_out, trained.dataset)
     with contextlib.suppress(ConfigError):  # no such file yet, or a broken one
         found = Evaluation.from_dict(read_json(path), str(path))
         same = (VERSION, checkpoint.digest, split, data_digest, plain_options(options))

@@ -129,7 +129,7 @@ class Checkpoint:
         Test images may be others of the same size; those of the training file have to be the same.
         Raises :class:`CheckpointError` if they are not, and what :func:`load_split` raises.
         """
-        split = load_split(name, data_dir, self.config.dataset)
+        split = load_split(name, data_dir, self.config.dataset, self.config.holdout)
         if split.image_shape != self.data.image_shape:
             raise CheckpointError(
                 f"{self.path} was trained on images of shape {self.data.image_shape}, but the "

@@ -130,8 +130,10 @@ def _mark(
     for color, trials in _groups(result):
         wins = color == ORANGE
         if trials:
+            x, y = zip(*map(place, trials), strict=True)
             axes.scatter(
-                *zip(*map(place, trials), strict=True),
+                x,
+                y,
                 s=110 if wins else (6 if many else 26),
                 linewidths=0.5 if many and not wins else None,
                 marker="*" if wins else "o",

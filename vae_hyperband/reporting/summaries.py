@@ -88,7 +88,7 @@ def draw_run_figures(trained: FitResult, config: TrainConfig, data_dir: Path | N
     from vae_hyperband.reporting import figures
 
     folder, model = trained.log_folder, load_model(trained.best)
-    split = as_trained(load_split("validation", data_dir, config.dataset), config)
+    split = as_trained(load_split("validation", data_dir, config.dataset, config.holdout), config)
     images = split.pixels(slice(1000))
     draw: dict[str, Callable[[Path], Path]] = {
         "curves.png": lambda path: figures.curves(folder, path),

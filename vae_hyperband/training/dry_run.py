@@ -33,7 +33,7 @@ def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> st
     # looked at first: the measurement below is a load, too
     before = busy(advise and options.num_threads is None)
     with cpu_threads(options.num_threads):
-        train = load_split("train", options.data_dir, config.dataset)
+        train = load_split("train", options.data_dir, config.dataset, config.holdout)
         num_steps, done = steps_and_done(config, options, train)
         seconds = seconds_per_step(config, train, device)
         lines = [

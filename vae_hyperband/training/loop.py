@@ -39,7 +39,7 @@ from vae_hyperband.common.process import (
 )
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.batches import Batches, EpochOrder, SplitBatches, get_dataloader
-from vae_hyperband.data.splits import Split, as_trained, load_split
+from vae_hyperband.data.splits import Split, as_trained, load_training_splits
 from vae_hyperband.evaluation.bounds import Losses, batch_images, eval_dataloader, eval_epoch
 from vae_hyperband.evaluation.latents import Posteriors, information_per_dimension
 from vae_hyperband.model.checkpoint import tree_digest
@@ -186,7 +186,7 @@ def fit(
         only_writer(options.ckpt_folder),
         only_writer(options.log_folder),
     ):
-        train, held_out = splits or _load_splits(config, options)
+        train, held_out = splits or load_training_splits(config, options.data_dir)
         held_out = as_trained(held_out, config)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
         train_loader = get_dataloader(
@@ -220,14 +220,6 @@ def fit(
                     trainer.save(required=True)
                     break
     return trainer.result()
-
-
-def _load_splits(config: TrainConfig, options: RunOptions) -> tuple[Split, Split]:
-    """Training and validation split; the test split is never opened here."""
-    return (
-        load_split("train", options.data_dir, config.dataset),
-        load_split("validation", options.data_dir, config.dataset),
-    )
 
 
 class Trainer:

@@ -180,7 +180,7 @@ def study_dry_run(
     """
     device, before = pick_device(places.device), busy()
     one = next(iter(configs.values()))
-    train = load_split("train", places.data_dir, one.dataset)
+    train = load_split("train", places.data_dir, one.dataset, one.holdout)
     lines, seconds, speeds = [], 0.0, dict[int, float]()
     with cpu_threads(None if jobs == 1 else 1):  # as the runs have them
         threads = torch.get_num_threads()

@@ -23,11 +23,11 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vae_hyperband.common.config import differences, plural, read_json
+from vae_hyperband.common.config import differences, plural, read_json, with_former_holdout
 from vae_hyperband.common.errors import SearchError, SearchFailedError
 from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.common.process import only_writer, stop_flag
-from vae_hyperband.data.splits import Split, load_split
+from vae_hyperband.data.splits import Split, load_training_splits
 from vae_hyperband.model.checkpoint import BEST, LATEST, Checkpoint, copy_ckpt, load_ckpt
 from vae_hyperband.search.config import METRICS, SearchConfig, SearchOptions
 from vae_hyperband.search.console import Console
@@ -145,7 +145,7 @@ def begun_settings(folder: Path) -> dict[str, object] | None:
     begun = (folder / RESULT).exists() or read_events(folder / DECISIONS)
     if not begun or not (folder / SETTINGS_FILE).exists():
         return None
-    return read_json(folder / SETTINGS_FILE)
+    return with_former_holdout(read_json(folder / SETTINGS_FILE))
 
 
 def existing_search(config: SearchConfig, options: SearchOptions) -> str | None:
@@ -195,8 +195,7 @@ def _begin(config: SearchConfig, options: SearchOptions) -> str:
 def load_splits(config: SearchConfig, options: SearchOptions) -> tuple[Split, Split]:
     """The training and the validation split. Raises :class:`DataError`, :class:`SearchError`."""
     # here and not in the trials: an invalid file or batch size is then one message, not one each
-    train = load_split("train", options.data_dir, config.dataset)
-    held_out = load_split("validation", options.data_dir, config.dataset)
+    train, held_out = load_training_splits(config, options.data_dir)
     # a search that has its result trains nothing more
     if not (options.ckpt_folder / RESULT).exists() and not options.fresh:
         _check_same_data(options.ckpt_folder, train, held_out)
