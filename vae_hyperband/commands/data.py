@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import Dataset
+from vae_hyperband.common.config import Dataset, plural
 from vae_hyperband.data.download import ensure_data
 from vae_hyperband.data.splits import SplitName, load_split
 
@@ -31,5 +31,6 @@ def data(argv: list[str]) -> int:
     names: tuple[SplitName, ...] = ("train", "validation", "test")
     for name in names:
         split = load_split(name, args.data_dir, args.dataset)
-        print(f"{name:10} {len(split):6,} images {split.image_shape}, file {split.digest[:12]}...")
+        num_images = plural(len(split), "image")
+        print(f"{name:10} {num_images:>13} {split.image_shape}, file {split.digest[:12]}...")
     return 0

@@ -124,7 +124,10 @@ def run_main_job(job: MainJob) -> bool:
     names: tuple[SplitName, ...] = ("train", "validation")  # not the test split before step 4
     for name in names:
         split = load_split(name, job.data_dir, job.dataset)
-        print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
+        print(
+            f"{name:10} {plural(len(split), 'image'):>13}, digest {split.digest[:12]}...",
+            flush=True,
+        )
     # now, not after the search and the training
     check_test_split(split.image_shape, job.data_dir, job.dataset)
     config = _fitted(config, load_split("train", job.data_dir, job.dataset))
@@ -171,7 +174,9 @@ def _fitted(config: SearchConfig, train: Split) -> SearchConfig:
     if sizes == config.batch_sizes:
         return config
     sizes = sizes or (max(1, len(train) // 4),)
-    print(f"batch sizes for {len(train)} images: {', '.join(map(str, sizes))}", flush=True)
+    print(
+        f"batch sizes for {plural(len(train), 'image')}: {', '.join(map(str, sizes))}", flush=True
+    )
     return dataclasses.replace(config, batch_sizes=sizes)
 
 

@@ -111,8 +111,8 @@ def train_epoch(
             return None
     else:
         raise ConfigError(
-            f"The loader ended after {state.step % state.steps_per_epoch} batches, but the state's "
-            f"epochs have {state.steps_per_epoch} steps."
+            f"The loader ended after {plural(state.step % state.steps_per_epoch, 'step')}, but an "
+            f"epoch of the state has {plural(state.steps_per_epoch, 'step')}."
         )
     return averages(state.sums[0])
 
@@ -124,13 +124,13 @@ def _check_loader(state: TrainState, loader: Iterable[Any], order: EpochOrder | 
         found = (order.num_images, order.batch_size)
     if found not in (None, wanted):
         raise ConfigError(
-            f"The loader gives {found[0]:,} images in batches of {found[1]}, but the state is for "
-            f"{wanted[0]:,} in batches of {wanted[1]}: make both with the same numbers."
+            f"The loader gives {plural(found[0], 'image')} in batches of {found[1]}, but the state "
+            f"is for {wanted[0]:,} in batches of {wanted[1]}: make both with the same numbers."
         )
     if order is None and isinstance(loader, Sized) and len(loader) != state.steps_per_epoch:
         raise ConfigError(
-            f"The loader has {len(loader)} batches, but the state's epochs have "
-            f"{state.steps_per_epoch} steps: make both with the same numbers."
+            f"The loader gives {plural(len(loader), 'step')}, but an epoch of the state has "
+            f"{plural(state.steps_per_epoch, 'step')}: make both with the same numbers."
         )
 
 
@@ -245,8 +245,8 @@ class Trainer:
         if not self._quiet:
             print(
                 f"training {options.run} for {plural(config.epochs, 'epoch')} on "
-                f"{len(self._train):,} images, {plural(torch.get_num_threads(), 'thread')}, "
-                f"{_device_of(self.state)}",
+                f"{plural(len(self._train), 'image')}, "
+                f"{plural(torch.get_num_threads(), 'thread')}, {_device_of(self.state)}",
                 flush=True,
             )
         if self.state.step == 0:
