@@ -11,7 +11,7 @@ import signal
 import sys
 from importlib import metadata
 
-from vae_hyperband.commands import COMMANDS
+from vae_hyperband.commands import COMMANDS, wrapped
 from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.common.process import keep_freed_memory, lossy_output
 from vae_hyperband.data.batches import get_dataloader
@@ -37,8 +37,8 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   completion  print a shell-completion script
 
 "vae-hyperband COMMAND --help" explains each. Options take hyphens and underscores alike.
-Exit status: 0 done; 2 invalid option or file; 3 training diverged, or every trial of a search
-failed; 70 Ray broke down; 75 stopped on request (SIGINT, SIGTERM, SIGHUP, SIGUSR1); 128 + n ended
+Exit status: 0 done; 2 invalid option or file; 3 training diverged, or every trial of a search \
+failed; 70 Ray broke down; 75 stopped on request (SIGINT, SIGTERM, SIGHUP, SIGUSR1); 128 + n ended \
 at once by signal n. After 70, 75, 128 + n and a kill, the same command continues.
 """
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def _status_of(argv: list[str]) -> int:
     try:
         if not argv or argv[0] in ("-h", "--help"):
-            print(USAGE, end="", flush=True)
+            print(wrapped(USAGE), end="", flush=True)
             return 0 if argv else 2
         if argv[0] == "--version":
             print(metadata.version("vae-hyperband"))

@@ -534,10 +534,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     capsys.readouterr()
     argv[argv.index("--epochs") + 1] = "3"
     assert train_vae.main([*argv, "--dry-run"]) == 0
-    assert (
-        "steps        30 in 3 epochs, of which 20 are done: it would go on"
-        in capsys.readouterr().out
-    )
+    assert "steps        30 in 3 epochs, 20 of them done: it would go on" in capsys.readouterr().out
     assert train_vae.main([*argv, "--latent-dim", "4", "--dry-run"]) == 2
     assert "other settings (latent_dim: 32 -> 4)" in capsys.readouterr().err
     assert written(tmp_path) == before

@@ -107,6 +107,62 @@ def test_manifold_measures_are_what_loops_find():
     assert found["precision"].standard_error == pytest.approx(math.sqrt(p * (1 - p) / 29))
 
 
+def with_copies(num, dim, seed):
+    """Two sets far from 0, where |x|^2 + |y|^2 - 2xy cancels, with equal vectors in and between."""
+    real = normal(num, dim, seed, shift=3.0)
+    real[num // 2 : num // 2 + num // 4] = real[: num // 4]
+    real[-64:] = real[-8:].repeat(8, 1)  # balls of radius 0
+    fake = torch.cat((real[num // 4 : num // 2 + 20], normal(num // 2, dim, seed + 1, shift=3.0)))
+    fake = torch.cat((fake, real[-40:]))
+    fake[-50] = torch.nextafter(torch.tensor(8.0), torch.tensor(0.0))  # rounds up to a power of 2
+    return real, fake
+
+
+@pytest.mark.parametrize("dim", [1, 3, 64, 128, 2048])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_equal_vectors_are_exactly_0_apart(dim, scale):
+    real = scale * with_copies(240, dim, 1)[0]
+    order = torch.randperm(len(real), generator=generator(3, "test"))
+    assert nearest(real, real[order], 1)[0].eq(0).all()
+    assert nearest(real[:56], real, 2)[0].eq(0).all()  # twice in the set
+    if dim > 1:
+        assert nearest(real[60:120], real, 2)[0][:, 1].gt(0).all()
+    doubled = real.double() + 1e-9
+    before = doubled.clone()
+    nearest(doubled, doubled, 1)
+    assert torch.equal(doubled, before)
+
+
+@pytest.mark.parametrize("dim", [4, 128, 2048])
+def test_equal_distances_are_equal_wherever_they_stand(dim):
+    """A copy of a real image lies on the ball that it spans, not in it: no ties are broken.
+
+    The oracle takes differences in float64, in which equal vectors have equal distances. The
+    library prdc 0.2 agrees with it.
+    """
+    real, fake = with_copies(240, dim, 1)
+    found = manifold_measures(real, fake)
+
+    def distances(one, other):
+        mode = "donot_use_mm_for_euclid_dist"
+        return torch.cdist(one.double(), other.double(), compute_mode=mode)
+
+    radius_N, radius_M = (distances(x, x).sort(dim=1).values[:, 5] for x in (real, fake))
+    apart_MN = distances(fake, real)
+    inside_MN = apart_MN < radius_N
+    expected = {
+        "precision": inside_MN.any(dim=1),
+        "recall": (apart_MN < radius_M[:, None]).any(dim=0),
+        "density": inside_MN.sum(dim=1) / 5,
+        "coverage": inside_MN.any(dim=0),
+    }
+    assert radius_N.eq(0).sum() == 64
+    assert (apart_MN == radius_N).sum() > 200  # ties
+    assert {name: value.mean for name, value in found.items()} == pytest.approx(
+        {name: value.double().mean().item() for name, value in expected.items()}, rel=1e-7
+    )
+
+
 def closer(generated_MF, held_out_NF, train_PF):
     """Whether generated vectors are nearer to the training set than held-out ones."""
     sets = (nearest(x, train_PF, 1)[0][:, 0] for x in (generated_MF, held_out_NF))

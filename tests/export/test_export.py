@@ -2,18 +2,15 @@
 
 import dataclasses
 import json
-import math
 import resource
-import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
-import safetensors.torch
 import torch
 
+from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import CheckpointError
 from vae_hyperband.evaluation.flow import VelocityNet
 from vae_hyperband.evaluation.samplers import sampler_file
@@ -23,7 +20,7 @@ from vae_hyperband.export.onnx_export import (
     largest_difference,
     velocity_graph,
 )
-from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
+from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt
 from vae_hyperband.model.initialization import initialize, initialized_vae
 from vae_hyperband.model.likelihoods import pixel_means
 from vae_hyperband.train_vae import main
@@ -32,8 +29,6 @@ from vae_hyperband.training.loop import fit
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory, small_data):
-    from vae_hyperband.common.config import RunOptions, TrainConfig
-
     folder = tmp_path_factory.mktemp("export")
     config = TrainConfig(dataset="custom", latent_dim=4, batch_size=32, epochs=1, seed=3)
     where = RunOptions(
@@ -179,131 +174,6 @@ def test_a_package_that_is_missing_is_one_sentence(ckpt, tmp_path, missing, monk
         "pip install 'vae-hyperband[export]'.\n"
     )
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def hub(ckpt, tmp_path):
-    out = tmp_path / "hub"
-    assert main(["export", str(ckpt), "--format", "safetensors", "--out", str(out)]) == 0
-    return out
-
-
-def test_load_model_takes_what_export_wrote(ckpt, hub):
-    ours, theirs = load_model(ckpt).state_dict(), load_model(hub).state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_every_kind_of_model_is_written_and_read(options, small_config, tmp_path):
-    import dataclasses
-
-    for i, settings in enumerate(
-        [{"prior": "vamp", "pseudo_inputs": 3}, {"likelihood": "discretized-logistic"}]
-    ):
-        config = dataclasses.replace(small_config, epochs=1, **settings)
-        best, out = fit(config, options(run=f"r{i}")).best, tmp_path / f"hub{i}"
-        assert main(["export", str(best), "--format", "safetensors", "--out", str(out)]) == 0
-        x = torch.rand(3, 1, 8, 8)
-        torch.testing.assert_close(load_model(out).reconstruct(x), load_model(best).reconstruct(x))
-
-
-def test_the_card_tells_data_metrics_licence_and_weights(ckpt, tmp_path, small_data):
-    report, out = tmp_path / "report.json", tmp_path / "hub"
-    data = ["--data-dir", str(small_data)]
-    command = ["evaluate", str(ckpt), "--parts", "likelihood", "--json", str(report), *data]
-    assert main([*command, "--split", "test"]) == 0
-    command = ["export", str(ckpt), "--format", "safetensors", "--out", str(out)]
-    assert main([*command, "--evaluation", str(report), "--license", "cc-by-4.0"]) == 0
-    card, content = (out / "README.md").read_text(), load_ckpt(ckpt)
-    assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: vae-hyperband\n")
-    assert f"`{content.data.digest}`" in card
-    assert '"objective": "elbo"' in card
-    assert "capacity" not in card  # no setting of this objective
-    assert f"`{content.weights_digest}`" in card
-    assert "test split, 60 images" in card
-    bound = json.loads(report.read_text())["bound"]["mean"]
-    assert math.isfinite(bound)
-    assert f"{bound:.2f} +- " in card
-
-
-def test_an_evaluation_of_another_checkpoint_is_refused(ckpt, tmp_path, capsys):
-    shutil.copy2(Path(__file__).parents[1] / "golden/evaluation.json", tmp_path / "other.json")
-    command = ["export", str(ckpt), "--format", "safetensors", "--out", str(tmp_path / "hub")]
-    assert main([*command, "--evaluation", str(tmp_path / "other.json")]) == 2
-    assert f"other.json is not an evaluation of {ckpt}" in capsys.readouterr().err
-    assert main([*command, "--license", "MIT licence\n- x"]) == 2
-    assert "--license" in capsys.readouterr().err
-
-
-def _flip_a_bit(folder):
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-def _edit_model(folder, **changes):
-    there = json.loads((folder / "config.json").read_text())["model"]
-    _edit(folder, model=there | changes)
-
-
-def _convert(folder):
-    path = folder / "model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    safetensors.torch.save_file({name: x.bfloat16() for name, x in tensors.items()}, path)
-
-
-def _edit(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-DAMAGES = {
-    "a flipped bit": (_flip_a_bit, "is damaged"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model that can"),
-    "no configuration": (lambda folder: (folder / "config.json").unlink(), "no model that can"),
-    "cut weights": (
-        lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"),
-        "no model that can",
-    ),
-    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "no model that can"),
-    "not ours": (lambda folder: (folder / "config.json").write_text("[]"), "not of a model of"),
-    "of another size": (
-        lambda folder: _edit(folder, model={"latent_dim": 5, "image_size": 8, "channels": 1}),
-        "of another model",
-    ),
-    "no description": (lambda folder: _edit(folder, model={"size": 5}), "describes no model"),
-    "impossible": (lambda folder: _edit(folder, model={"latent_dim": 0}), "describes no model"),
-    "another likelihood": (
-        lambda folder: _edit_model(folder, likelihood="continuous-bernoulli"),
-        "is damaged",
-    ),
-    "no likelihood": (lambda folder: _edit_model(folder, likelihood="none"), "describes no model"),
-    "a list of them": (lambda folder: _edit_model(folder, likelihood=[]), "describes no model"),
-    "fewer than none": (lambda folder: _edit_model(folder, pseudo_inputs=-1), "describes no model"),
-    "too many": (lambda folder: _edit_model(folder, pseudo_inputs=10**18), "describes no model"),
-    "far too many": (lambda folder: _edit_model(folder, channels=10**30), "describes no model"),
-    "deep": (
-        lambda folder: (folder / "config.json").write_text("[" * 10**6),
-        "no model that can",
-    ),
-    "of other numbers": (lambda folder: _convert(folder), "bfloat16, but this package.s models"),
-    "of tomorrow": (lambda folder: _edit(folder, version=2), "newer vae-hyperband"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_one_sentence(hub, damage):
-    harm, said = DAMAGES[damage]
-    harm(hub)
-    with pytest.raises(CheckpointError, match=said):
-        load_model(hub)
-
-
-def test_other_libraries_read_the_weights_without_us(ckpt, hub):
-    tensors = safetensors.torch.load_file(hub / "model.safetensors")
-    weight = load_ckpt(ckpt).model_state["encoder.conv1.weight"]
-    assert torch.equal(tensors["encoder.conv1.weight"], weight)
 
 
 def test_weights_between_validations_are_not_given_another_one_s_losses(ckpt, tmp_path, small_data):

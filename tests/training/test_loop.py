@@ -250,7 +250,7 @@ def test_a_loop_by_hand_with_other_batches_than_the_state_s_is_refused(state, sm
             train_epoch(state, loader)
         assert state.step == 0
     batches = list(get_dataloader(split, 32, shuffle=False))
-    with pytest.raises(ConfigError, match="ended after 9 batches"):
+    with pytest.raises(ConfigError, match="ended after 9 steps, but an epoch"):
         train_epoch(state, iter(batches[:9]))
 
 

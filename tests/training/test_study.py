@@ -252,7 +252,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, mo
     assert not {"beta", "latent_dim", "capacity"} & set(shared)  # differ, or have no effect
     assert "runs         4, one after the other, evaluated on the validation split\n" in said
     for run in ("s-z2-b1-s0", "s-z2-b4-s0", "s-z3-b1-s0", "s-z3-b4-s0"):
-        assert f"  {run:24} 0 of 6 steps are done\n" in said
+        assert f"  {run:24} 0 of 6 steps done\n" in said
     assert re.search(r"training     about \d+ s; validation", said)
     assert said.endswith("Nothing was written.\n")
     assert list(tmp_path.iterdir()) == []
@@ -262,7 +262,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, small_data, mo
     before = written(tmp_path)
     capsys.readouterr()
     assert train_vae.main([*argv, "--dry-run"]) == 0
-    assert f"  {'s-z2-b4-s0':24} 6 of 6 steps are done\n" in capsys.readouterr().out
+    assert f"  {'s-z2-b4-s0':24} 6 of 6 steps done\n" in capsys.readouterr().out
     argv[argv.index("--epochs") + 1] = "1"  # fewer than it has had
     assert train_vae.main([*argv, "--dry-run"]) == 2
     assert "s-z2-b4-s0/latest.pt was trained for 2.00 epochs" in capsys.readouterr().err

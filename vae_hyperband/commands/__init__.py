@@ -2,6 +2,9 @@
 
 import functools
 import operator
+import re
+import shutil
+import textwrap
 from typing import Annotated, Any
 
 #: Each command's module and function, imported when called: importing Ray takes seconds.
@@ -19,6 +22,29 @@ COMMANDS = {
     "data": "commands.data:data",
     "completion": "commands:completion",
 }
+
+
+def wrapped(text: str) -> str:
+    """Help text, its lines wrapped to the terminal: tyro wraps only what is in its boxes."""
+    width = shutil.get_terminal_size().columns
+    return "\n".join(_wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    plain = re.sub(r"\x1b\[[\d;]*m", "", line)  # colours take no room
+    if len(plain) <= width:
+        return line
+    example = plain.startswith("vae-hyperband ")
+    entry = re.match(r"  \S+ +", plain)  # of the list of commands: a name and what it does
+    indent = 4 if example else entry.end() if entry else 0
+    lines = textwrap.wrap(
+        plain,
+        max(width - 2 * example, indent + 1),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return (" \\\n" if example else "\n").join(lines)  # an example can still be pasted to a shell
 
 
 def completion(argv: list[str]) -> int:

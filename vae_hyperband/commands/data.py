@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import Dataset, Holdout
+from vae_hyperband.common.config import Dataset, Holdout, plural
 from vae_hyperband.data.download import ensure_data
 from vae_hyperband.data.splits import SplitName, load_split, missing_classes
 
@@ -33,7 +33,8 @@ def data(argv: list[str]) -> int:
     names: tuple[SplitName, ...] = ("train", "validation", "test")
     splits = [load_split(name, args.data_dir, args.dataset, args.holdout) for name in names]
     for name, split in zip(names, splits, strict=True):
-        print(f"{name:10} {len(split):6,} images {split.image_shape}, file {split.digest[:12]}...")
+        num_images = plural(len(split), "image")
+        print(f"{name:10} {num_images:>13} {split.image_shape}, file {split.digest[:12]}...")
     if missing := missing_classes(splits[0], splits[1]):
         print(f"note: {missing}")
     return 0

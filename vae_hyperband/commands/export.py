@@ -27,6 +27,7 @@ from vae_hyperband.evaluation.samplers import (
 from vae_hyperband.export.hub import DATA_NAMES, write_shared
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.vae import VAE
+from vae_hyperband.reporting.report import EVALUATIONS
 from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
 
 
@@ -53,7 +54,7 @@ class ExportArgs:
     license: str = "mit"
     """safetensors: licence of the weights, for the model card."""
     evaluation: Path | None = None
-    """safetensors: the file that "evaluate --json" wrote, for the model card."""
+    """safetensors: file of "evaluate --json" for the card (default: one beside the run's logs)."""
     sampler: SamplerName = "prior"
     """web: also sample z from the mixture or flow fitted to the training latents."""
     split: Literal["validation", "test"] = "validation"
@@ -94,12 +95,22 @@ def export(argv: list[str]) -> int:
 
 
 def _safetensors(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
-    evaluation = None
-    if args.evaluation:
+    if not args.evaluation:
+        evaluation = _saved_evaluation(args.folders.logs_dir, checkpoint)
+    else:
         evaluation = Evaluation.from_dict(read_json(args.evaluation), str(args.evaluation))
         if evaluation.checkpoint_digest != checkpoint.digest:
             raise ConfigError(f"{args.evaluation} is not an evaluation of {checkpoint.path}.")
     return write_shared(checkpoint, args.out, args.license, evaluation)
+
+
+def _saved_evaluation(logs_dir: Path, checkpoint: Checkpoint) -> Evaluation | None:
+    """The evaluation of these weights beside the run's logs: of the test split, else of another."""
+    folder = logs_dir / checkpoint.path.resolve().parent.name
+    files = [folder / name for name in EVALUATIONS if (folder / name).is_file()]
+    read = [Evaluation.from_dict(read_json(path), str(path)) for path in files]
+    found = [one for one in read if one.checkpoint_digest == checkpoint.digest]
+    return min(found, key=lambda one: one.split != "test", default=None)
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from vae_hyperband.commands import wrapped
 from vae_hyperband.common.config import Folders, Places
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.model.checkpoint import BEST
@@ -39,8 +41,27 @@ def parse_options(
     except SystemExit as stop:
         if stop.code not in (0, None):
             raise ConfigError(_one_line(said.getvalue(), prog)) from None
-    with _respecting_no_color():
-        return parse()  # --help, which exits
+    help_text = _AsOnStdout()
+    try:
+        with _respecting_no_color(), contextlib.redirect_stdout(help_text):
+            return parse()  # --help, which exits
+    finally:
+        print(wrapped(help_text.getvalue()), end="", flush=True)
+
+
+class _AsOnStdout(io.StringIO):
+    """Collects what tyro prints, with the colours and frames that suit the standard output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stdout = sys.stdout
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stdout.encoding
+
+    def isatty(self) -> bool:
+        return self._stdout.isatty()
 
 
 @contextlib.contextmanager

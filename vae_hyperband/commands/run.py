@@ -143,7 +143,10 @@ def run_main_job(job: MainJob) -> bool:
     names: tuple[SplitName, ...] = ("train", "validation")  # not the test split before step 4
     for name in names:
         split = load_split(name, job.data_dir, job.dataset, job.holdout)
-        print(f"{name:10} {len(split):6,} images, digest {split.digest[:12]}...", flush=True)
+        print(
+            f"{name:10} {plural(len(split), 'image'):>13}, digest {split.digest[:12]}...",
+            flush=True,
+        )
     # now, not after the search and the training
     check_test_split(split.image_shape, job.data_dir, job.dataset)
     config = _fitted(config, load_split("train", job.data_dir, job.dataset, job.holdout), options)
@@ -193,7 +196,7 @@ def _fitted(config: SearchConfig, train: Split, options: SearchOptions) -> Searc
     if isinstance(begun, list):
         sizes, whose = tuple(begun), "that the search began with"
     else:
-        sizes, whose = _sizes_for(config, len(train)), f"for {len(train)} images"
+        sizes, whose = _sizes_for(config, len(train)), f"for {plural(len(train), 'image')}"
     if sizes == config.batch_sizes:
         return config
     print(f"batch sizes {whose}: {', '.join(map(str, sizes))}", flush=True)

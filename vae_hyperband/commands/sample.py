@@ -10,7 +10,7 @@ import tyro
 from torch import Tensor
 
 from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
-from vae_hyperband.common.config import Folders, require_number
+from vae_hyperband.common.config import Folders, plural, require_number
 from vae_hyperband.common.errors import ConfigError, RunFolderError
 from vae_hyperband.common.files import check_place, fsync_folder, make_folder, replacing
 from vae_hyperband.common.process import pick_device
@@ -73,7 +73,10 @@ def sample(argv: list[str]) -> int:
         _save_pictures(images_NCHW, args.out)
     else:
         kind = "" if label is None else f", {names[label] if names else f'label {label}'}"
-        title = f"{args.num_samples} samples, z from the {args.sampler}{kind}, seed {args.seed}"
+        title = (
+            f"{plural(args.num_samples, 'sample')}, z from the {args.sampler}{kind}, "
+            f"seed {args.seed}"
+        )
         figures.images(images_NCHW / 255, title, args.out)
     print(args.out)
     return 0

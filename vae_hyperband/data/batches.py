@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, SplitName, load_split
@@ -95,8 +96,8 @@ def get_dataloader(
     loaded = split if isinstance(split, Split) else load_split(split, data_dir, dataset)
     if not 1 <= batch_size <= len(loaded):
         raise ConfigError(
-            f"--batch-size is {batch_size}, but must be between 1 and the {len(loaded)} images of "
-            "the split."
+            f"--batch-size is {batch_size}, but must be between 1 and the "
+            f"{plural(len(loaded), 'image')} of the split."
         )
     return DataLoader(
         SplitBatches(loaded, device),

@@ -22,7 +22,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import CommonConfig, Dataset, Holdout
+from vae_hyperband.common.config import CommonConfig, Dataset, Holdout, plural
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.idx import idx_sizes, read_idx_once
@@ -173,8 +173,8 @@ def load_split(
     labels, _ = _load_file(labels_name, data_dir, expected.get(labels_name))
     if len(images) != len(labels):
         raise DataError(
-            f"{images_name} holds {len(images)} images, but {labels_name} {len(labels)} labels: "
-            "they do not belong together."
+            f"{images_name} holds {plural(len(images), 'image')}, but {labels_name} "
+            f"{plural(len(labels), 'label')}: they do not belong together."
         )
     height, width = images.shape[1:]
     if height != width or height % 4:
@@ -186,9 +186,8 @@ def load_split(
         return Split(images[:, None].clone(), labels.long(), digest)
     is_held_out_N = _is_held_out(images, holdout if dataset == "custom" else "last")
     if is_held_out_N.all():
-        raise DataError(
-            f"{images_name} holds {len(images)} images, too few different ones to split."
-        )
+        found = plural(len(images), "image")
+        raise DataError(f"{images_name} holds {found}, too few different ones to split.")
     chosen_N = is_held_out_N if split == "validation" else ~is_held_out_N
     return Split(images[chosen_N, None], labels[chosen_N].long(), digest)
 
@@ -289,8 +288,8 @@ def check_test_split(
             _load_file(name, data_dir, None)  # raises, and says where it has looked
     if tuple(sizes[3][1:]) != image_shape[1:] or sizes[3][0] != sizes[1][0]:
         raise DataError(
-            f"The test files announce images {sizes[3]} and {sizes[1][0]} labels, which do not go "
-            f"with training images of shape {image_shape}."
+            f"The test files announce images {sizes[3]} and {plural(sizes[1][0], 'label')}, which "
+            f"do not go with training images of shape {image_shape}."
         )
 
 

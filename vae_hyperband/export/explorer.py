@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.data.splits import Split
 from vae_hyperband.evaluation.bounds import eval_dataloader
@@ -87,8 +88,8 @@ def page(
         "title": html.escape(title),
         "facts": html.escape(" · ".join(f"{name} {value}" for name, value in facts.items())),
         "map": html.escape(
-            f"Posterior means of {len(split):,} images, in the plane of their first two principal "
-            f"components ({share:.0%} of the variance)."
+            f"Posterior means of {plural(len(split), 'image')}, in the plane of their first two "
+            f"principal components ({share:.0%} of the variance)."
         ),
         "nats": html.escape(
             "mean KL over the map's images"

@@ -4,17 +4,20 @@ Nothing is uploaded.
 """
 
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 
-from vae_hyperband.common.config import in_effect
+from vae_hyperband.common.config import in_effect, plural
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import make_folder, write_together
 from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.model.checkpoint import (
     SHARED_CONFIG,
     SHARED_FORMAT,
+    SHARED_VERSION,
     SHARED_WEIGHTS,
     Checkpoint,
 )
@@ -28,6 +31,9 @@ DATA_NAMES = {
     "custom": "custom images",
 }
 DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
+
+#: Which of the hub's tasks the model does: hubs list models by it.
+TASK = "unconditional-image-generation"
 
 #: Characters of ``license:`` in the head of a card, which hubs read as an SPDX-like word.
 LICENSE_WORDS = "abcdefghijklmnopqrstuvwxyz0123456789.-"
@@ -47,15 +53,16 @@ CARD = """\
 ---
 license: {license}
 library_name: vae-hyperband
+pipeline_tag: {task}
 tags:
 - variational-autoencoder
 - image-generation
-{datasets}---
+{datasets}{model_index}---
 
 # A variational autoencoder of {data_name}, latent dimension {latent_dim}, beta {beta:g}
 
 Kingma & Welling 2014 (beta: Higgins et al. 2017), {parameters:,} parameters, likelihood
-{likelihood}, prior {prior}. Trained {epochs} epochs ({step:,} steps) with vae-hyperband.
+{likelihood}, prior {prior}. Trained for {epochs} ({steps}) with vae-hyperband.
 
 ```python
 from vae_hyperband import load_model
@@ -69,7 +76,7 @@ images = model.sample(64)  # (64, {channels}, {size}, {size}), in [0, 1]
 {architecture}
 ## Data
 
-{data_name}, {num_images:,} training images of {size}x{size}x{channels}, SHA-256 of the file
+{data_name}, {num_images} of {size}x{size}x{channels}, SHA-256 of the file
 `{data_digest}`.
 
 ## Metrics
@@ -97,10 +104,12 @@ def write_shared(
         raise ConfigError(f"--license is {license!r}, but must be a word such as mit or cc-by-4.0.")
     model = checkpoint.model()
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.model_state.items()}
+    arguments = _arguments(model)
     config = {
         "format": SHARED_FORMAT,
-        "version": 1,
-        "model": _arguments(model),
+        "version": SHARED_VERSION,
+        # not nested: huggingface_hub's PyTorchModelHubMixin takes them from the top level
+        **arguments,
         "weights": checkpoint.weights_digest,
         "checkpoint": checkpoint.digest,
         "trained": checkpoint.config.to_dict(),
@@ -112,7 +121,7 @@ def write_shared(
         "evaluation": evaluation and evaluation.to_dict(),
     }
     make_folder(folder)
-    about = {"format": "pt", "model": json.dumps(config["model"])}
+    about = {"format": "pt", "model": json.dumps(arguments)}
     files = {  # the weights first, so they come last: without them the folder is no model
         folder / SHARED_WEIGHTS: safetensors.torch.save(tensors, about),
         folder / SHARED_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
@@ -123,6 +132,7 @@ def write_shared(
 
 
 def _arguments(model: VAE) -> dict[str, object]:
+    """The arguments with which :class:`~vae_hyperband.model.vae.VAE` builds this model."""
     return {
         "latent_dim": model.latent_dim,
         "image_size": model.image_size,
@@ -138,6 +148,8 @@ def card(checkpoint: Checkpoint, model: VAE, license: str, evaluation: Evaluatio
     known = DATASETS.get(config.dataset)
     return CARD.format(
         license=license,
+        task=TASK,
+        model_index=_model_index(checkpoint, evaluation) if evaluation else "",
         datasets=f"datasets:\n- {known}\n" if known else "",
         data_name=DATA_NAMES[config.dataset],
         latent_dim=model.latent_dim,
@@ -145,8 +157,8 @@ def card(checkpoint: Checkpoint, model: VAE, license: str, evaluation: Evaluatio
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         likelihood=model.likelihood,
         prior=config.prior,
-        epochs=checkpoint.epoch,
-        step=checkpoint.step,
+        epochs=plural(checkpoint.epoch, "epoch"),
+        steps=plural(checkpoint.step, "step"),
         architecture=ARCHITECTURE.format(
             half=size // 2,
             small=size // 4,
@@ -156,12 +168,69 @@ def card(checkpoint: Checkpoint, model: VAE, license: str, evaluation: Evaluatio
         ),
         size=size,
         channels=model.channels,
-        num_images=checkpoint.data.num_images,
+        num_images=plural(checkpoint.data.num_images, "training image"),
         data_digest=checkpoint.data.digest,
         metrics=_metrics(checkpoint, evaluation),
         config=json.dumps(in_effect(config.to_dict()), indent=2),
         weights=checkpoint.weights_digest,
     )
+
+
+class HubMetric(NamedTuple):
+    """One number of an evaluation, as hubs list it."""
+
+    type: str
+    name: str
+    value: float
+
+
+def _hub_metrics(evaluation: Evaluation, likelihood: str) -> list[HubMetric]:
+    """What hubs list of an evaluation: its bounds and FIDs."""
+    found = []
+    if part := evaluation.likelihood:
+        unit = f"nats per image, {likelihood} likelihood"
+        for kind, title in LOSS_NAMES.items():
+            found.append(HubMetric(kind, f"{title}, {unit}", getattr(part, kind).mean))
+        if iwae := part.iwae:
+            name = f"IWAE-{iwae.num_samples} bound, {unit}"
+            found.append(HubMetric("iwae_bound", name, iwae.mean))
+    for kind, images in (evaluation.images.kinds if evaluation.images else {}).items():
+        if kind == "real":  # says nothing of the model
+            continue
+        # hubs take "fid" to be in Inception's features, with which this one cannot be compared
+        name = f"FID (Fashion-MNIST features), {kind}, {plural(images.num_images, 'image')}"
+        found.append(HubMetric("fid_fashion_mnist_features", name, images.fid.mean))
+        if images.inception_fid:
+            name = name.replace("Fashion-MNIST", "Inception")
+            found.append(HubMetric("fid", name, images.inception_fid.mean))
+    return [metric for metric in found if math.isfinite(metric.value)]
+
+
+def _model_index(checkpoint: Checkpoint, evaluation: Evaluation) -> str:
+    """The evaluation in the card's head: YAML, which takes strings as JSON quotes them."""
+    config = checkpoint.config
+    metrics = _hub_metrics(evaluation, config.likelihood)
+    if not metrics:
+        return ""
+    lines = [
+        "model-index:",
+        f"- name: vae-{config.dataset}-z{config.latent_dim}-beta{config.beta:g}",
+        "  results:",
+        "  - task:",
+        f"      type: {TASK}",
+        "    dataset:",
+        f"      type: {DATASETS.get(config.dataset, config.dataset)}",
+        f"      name: {DATA_NAMES[config.dataset]}",
+        f"      split: {evaluation.split}",
+        "    metrics:",
+    ]
+    for metric in metrics:
+        lines += [
+            f"    - type: {metric.type}",
+            f"      name: {json.dumps(metric.name)}",
+            f"      value: {metric.value:.4f}",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def _metrics(checkpoint: Checkpoint, evaluation: Evaluation | None) -> str:

@@ -6,6 +6,7 @@ shape, value and byte is checked before anything is used.
 """
 
 import hashlib
+import inspect
 import io
 import json
 import struct
@@ -290,6 +291,8 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> VAE:
 
 SHARED_FORMAT = "vae-hyperband model"
 SHARED_WEIGHTS, SHARED_CONFIG = "model.safetensors", "config.json"
+#: The last version is written, all are read. In version 1 "model" held the model's arguments.
+SHARED_VERSION = 2
 
 
 def load_shared(folder: Path) -> VAE:
@@ -313,21 +316,24 @@ def load_shared(folder: Path) -> VAE:
         ) from error
     if not isinstance(config, dict) or config.get("format") != SHARED_FORMAT:
         raise CheckpointError(f"{folder / SHARED_CONFIG} is not of a model of this project.")
-    if config.get("version") != 1:
+    if config.get("version") not in (1, SHARED_VERSION):
         raise CheckpointError(
-            f"{folder} has format version {config.get('version')}, but this program reads 1: use a "
-            "newer vae-hyperband."
+            f"{folder} has format version {config.get('version')}, but this program reads versions "
+            f"up to {SHARED_VERSION}: use a newer vae-hyperband."
         )
     if other := {str(x.dtype) for x in tensors.values() if x.dtype != torch.float32}:
         raise CheckpointError(
             f"{path} holds {', '.join(other)}, but this package's models are float32."
         )
+    names = inspect.signature(VAE).parameters
+    flat = {name: value for name, value in config.items() if name in names}
     try:
-        model = _model(config["model"], tensors, path)
+        settings = config["model"] if config["version"] == 1 else flat
+        model = _model(settings, tensors, path)
     except (KeyError, TypeError, RuntimeError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{folder / SHARED_CONFIG} describes no model: {error}") from error
     # the weights repeat what config.json says of them: one of another export does not pass
-    described = json.dumps(config["model"]) == about.get("model")
+    described = json.dumps(settings) == about.get("model")
     if not described or tree_digest(dict(model.state_dict())) != config.get("weights"):
         raise CheckpointError(f"{path} is damaged: {SHARED_CONFIG} is of other weights.")
     return model

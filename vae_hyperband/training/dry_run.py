@@ -40,7 +40,7 @@ def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> st
             a_line_each(in_effect(config.to_dict())),
             f"command      {_command(config, options)}",
             f"device       {device}, {plural(torch.get_num_threads(), 'CPU thread')}",
-            f"data         {len(train):,} training images {train.image_shape}",
+            f"data         {plural(len(train), 'training image')} {train.image_shape}",
             f"checkpoints  {options.ckpt_folder}, logs {options.log_folder}",
             f"steps        {num_steps:,} in {plural(config.epochs, 'epoch')}"
             + _state(num_steps, done),
@@ -72,7 +72,7 @@ def _command(config: TrainConfig, options: RunOptions) -> str:
 def _state(num_steps: int, done: int) -> str:
     if done >= num_steps:
         return ", all of which are done: nothing would be trained"
-    return f", of which {done:,} are done: it would go on" if done else ""
+    return f", {done:,} of them done: it would go on" if done else ""
 
 
 def busy(advise: bool = False) -> list[str]:
@@ -80,7 +80,7 @@ def busy(advise: bool = False) -> list[str]:
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     if load < cores / 2:
         return []
-    note = f"note         the load of these {cores} cores was {load:.1f} over the last minute"
+    note = f"note         the load of {plural(cores, 'core')} was {load:.1f} over the last minute"
     if advise:
         note += ": beside other programs, --num-threads 1 may be several times faster"
     return [note]

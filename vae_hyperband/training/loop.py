@@ -123,12 +123,13 @@ def _rest(loader: Iterable[Any], first: int, num: int) -> Iterator[Any]:
         batch = next(batches, nothing)
         if batch is nothing:
             raise ConfigError(
-                f"The loader ended after {number} batches, but the state's epochs have {num} steps."
+                f"The loader ended after {plural(number, 'step')}, but an epoch of the state has "
+                f"{plural(num, 'step')}."
             )
         if number == num - 1 and next(batches, nothing) is not nothing:
             raise ConfigError(
-                f"The loader has more than the {num} batches of the state's epochs: make both with "
-                "the same numbers."
+                f"The loader goes on after {plural(num, 'step')}, which an epoch of the state has: "
+                "make both with the same numbers."
             )
         yield batch
 
@@ -148,14 +149,14 @@ def _check_loader(state: TrainState, loader: Iterable[Any], order: EpochOrder | 
         found = (order.num_images, order.batch_size)
     if found not in (None, wanted):
         raise ConfigError(
-            f"The loader gives {found[0]:,} images in batches of {found[1]}, but the state is for "
-            f"{wanted[0]:,} in batches of {wanted[1]}: make both with the same numbers."
+            f"The loader gives {plural(found[0], 'image')} in batches of {found[1]}, but the state "
+            f"is for {wanted[0]:,} in batches of {wanted[1]}: make both with the same numbers."
         )
     num_batches = _length(loader) if order is None else None
     if num_batches not in (None, state.steps_per_epoch):
         raise ConfigError(
-            f"The loader has {num_batches} batches, but the state's epochs have "
-            f"{state.steps_per_epoch} steps: make both with the same numbers."
+            f"The loader gives {plural(num_batches, 'step')}, but an epoch of the state has "
+            f"{plural(state.steps_per_epoch, 'step')}: make both with the same numbers."
         )
 
 
@@ -262,8 +263,8 @@ class Trainer:
         if not self._quiet:
             print(
                 f"training {options.run} for {plural(config.epochs, 'epoch')} on "
-                f"{len(self._train):,} images, {plural(torch.get_num_threads(), 'thread')}, "
-                f"{_device_of(self.state)}",
+                f"{plural(len(self._train), 'image')}, "
+                f"{plural(torch.get_num_threads(), 'thread')}, {_device_of(self.state)}",
                 flush=True,
             )
         if self.state.step == 0:

@@ -191,7 +191,7 @@ def study_dry_run(
             if done < num_steps and config.latent_dim not in speeds:
                 speeds[config.latent_dim] = seconds_per_step(config, train, device)
             seconds += (num_steps - done) * speeds.get(config.latent_dim, 0)
-            lines.append(f"  {where.run:24} {done:,} of {num_steps:,} steps are done")
+            lines.append(f"  {where.run:24} {done:,} of {plural(num_steps, 'step')} done")
     jobs = min(jobs, len(configs))
     # more jobs than cores are no faster
     seconds /= min(jobs, available_cpus())
@@ -207,7 +207,7 @@ def study_dry_run(
             f"runs         {len(configs)}, {order}, evaluated on the {split} split",
             *lines,
             f"device       {device}, {plural(threads, 'CPU thread') + each}",
-            f"data         {len(train):,} training images {train.image_shape}",
+            f"data         {plural(len(train), 'training image')} {train.image_shape}",
             f"logs         {places.log_folder}",
             f"training     about {seconds:,.0f} s; validation and evaluation on top",
             *before,
