@@ -6,9 +6,10 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import write_idx_folder
+from conftest import idx_bytes, write_idx_folder
 
 from vae_hyperband.common.config import TrainConfig
 from vae_hyperband.common.errors import CheckpointError, ConfigError
@@ -338,6 +339,29 @@ def test_a_split_of_one_image_keeps_what_one_image_can_say(tmp_path, options, sm
     for _ in range(2):
         evaluate_once(tmp_path / "e.json", trained.best, "test", place, asked, said.append)
     assert sum("images left out" in text for text in said) == 2  # the third call found a file
+
+
+@pytest.mark.parametrize("level", [0, 128])
+def test_images_that_do_not_differ_have_defined_values_or_a_reason(
+    level, tmp_path, options, small_config
+):
+    data = write_idx_folder(tmp_path / "data")
+    for name, num in (("train", 360), ("t10k", 60)):
+        images = np.full((num, 8, 8), level)
+        (data / f"{name}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+    config = dataclasses.replace(small_config, epochs=1, holdout="last")
+    trained = fit(config, options(run="equal", data_dir=data), quiet=True)
+    asked = EvaluateOptions(iwae_samples=2, samplers=("prior", "mixture"), sampler=QUICK)
+    found = evaluate(trained.best, "validation", data, "cpu", asked)
+    values = numbers(found.to_dict())
+    assert all(math.isfinite(value) and abs(value) < 1e4 for value in values)
+    assert found.images.kinds["real"].fid.mean == pytest.approx(0, abs=1e-6)
+    assert found.images.kinds["real"].precision is None
+    assert found.likelihood.share_of_gap is None
+    said = evaluation_text(found)
+    assert "no gap from here to the floor: the images hardly differ" in said
+    assert "no precision to coverage: each image of the split equals its 5 nearest ones" in said
+    assert Evaluation.from_dict(json.loads(found.to_json()), "evaluation.json") == found
 
 
 def test_a_part_that_nobody_asked_for_is_not_measured_instead_of_one_left_out(

@@ -304,7 +304,7 @@ def test_a_loader_that_goes_on_is_refused_before_the_epoch_ends(state, small_dat
     split = load_split("train", small_data, "custom")
     batches = list(get_dataloader(split, 32, shuffle=False))
     for loader in (iter([*batches, batches[0]]), DataLoader(Stream(batches * 2), batch_size=None)):
-        with pytest.raises(ConfigError, match="more than the 10 batches"):
+        with pytest.raises(ConfigError, match="goes on after 10 steps"):
             train_epoch(state, loader)
         assert state.step == 9
 
@@ -320,7 +320,7 @@ def test_what_is_no_batch_of_images_is_one_sentence(step, state, small_data):
         ([(images[..., :4], labels)] * 10, r"\(32, 1, 8, 4\)"),
         ([images] * 10, "it gives Tensor"),
         ([(images.numpy(), labels)] * 10, "it gives ndarray"),
-        (iter([]), "no batches|after 0 batches"),
+        (iter([]), "no batches|after 0 steps"),
     ):
         with pytest.raises(ConfigError, match=found) as error:
             step(state, loader)

@@ -192,6 +192,10 @@ def entropy_floor(x_NCHW: Tensor) -> float:
     return float(-(torch.special.xlogy(p, p) + torch.special.xlog1py(1 - p, -p)).sum() / len(p))
 
 
+#: Nats from the mean image to the floor below which images have nothing for a model to learn.
+LEAST_GAP = 1.0
+
+
 def mean_image_nats(train_PCHW: Tensor, x_NCHW: Tensor) -> float:
     """Nats per image if every image is predicted by the mean of the training images.
 

@@ -36,6 +36,7 @@ from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, SplitName, as_trained, load_split, per_split
 from vae_hyperband.data.synthetic import FACTORS, sample_factors
 from vae_hyperband.evaluation.bounds import (
+    LEAST_GAP,
     entropy_floor,
     eval_dataloader,
     iwae_nats,
@@ -226,17 +227,19 @@ def of_whole_split(bound_N: Tensor, iwae_n: Tensor) -> Estimate:
     return Estimate(mean.item(), variance.clamp(min=0).sqrt().item())
 
 
-def _anchors(train: Split, held_out: Split, bound: float) -> dict[str, float]:
+def _anchors(train: Split, held_out: Split, bound: float) -> dict[str, float | None]:
     """Two levels to read a bound by: no model can go below the entropy of the pixels, and the mean
     of the training images needs no model."""
     x_NCHW = held_out.pixels(slice(None))
     floor = entropy_floor(x_NCHW)
     mean_image = mean_image_nats(train.pixels(slice(None)), x_NCHW)
+    gap = mean_image - floor
     return {
         "entropy_floor": floor,
         "nats_above_floor": bound - floor,
         "mean_image": mean_image,
-        "share_of_gap": (mean_image - bound) / (mean_image - floor),
+        # images that hardly differ leave nothing to learn: a share of that is only rounding
+        "share_of_gap": (mean_image - bound) / gap if gap > LEAST_GAP else None,
     }
 
 

@@ -238,20 +238,23 @@ def nearest(from_NF: Tensor, to_MF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return squares_NK.sqrt(), index_NK
 
 
-def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, Estimate]:
+def manifold_measures(reference_NF: Tensor, generated_MF: Tensor) -> dict[str, Estimate | None]:
     """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020).
 
     A set's manifold is the union of balls around its vectors, each up to its 5th nearest neighbour
     in the set. precision: share of generated vectors in the reference's manifold. recall: share of
     reference vectors in the generated manifold. density: how many reference balls a generated
     vector lies in, over 5. coverage: share of reference balls with a generated vector in them.
-    Each error is over the images averaged, with the other set fixed.
+    Each error is over the images averaged, with the other set fixed. All are None where each
+    reference vector equals its 5 nearest ones: such a set spans no manifold.
     """
     # one grid for all three matrices: a vector in both sets has the same distances in each; the
     # radii are squared, too
     reference_NF, generated_MF = _on_one_grid(reference_NF, generated_MF)
     # the nearest of a set's own vectors is itself, or one equal to it
     radius_N = _nearest_squares(reference_NF, reference_NF, NEAREST + 1)[0][:, -1]
+    if not radius_N.any():
+        return dict.fromkeys(("precision", "recall", "density", "coverage"))
     radius_M = _nearest_squares(generated_MF, generated_MF, NEAREST + 1)[0][:, -1]
     balls_M = []
     recalled_N, covered_N = torch.zeros(2, len(reference_NF), dtype=torch.bool)

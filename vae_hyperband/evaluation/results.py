@@ -62,7 +62,8 @@ class Likelihood:
     entropy_floor: float | None = None
     nats_above_floor: float | None = None
     mean_image: float | None = None
-    share_of_gap: float | None = None  # from the mean image to the floor, that the bound closes
+    #: Of the gap from the mean image to the floor, what the bound closes; None without a gap.
+    share_of_gap: float | None = None
     iwae: ImportanceBound | None = None
 
 
@@ -106,10 +107,11 @@ class ImageQuality:
 
     num_images: int
     fid: Estimate
-    precision: Estimate
-    recall: Estimate
-    density: Estimate
-    coverage: Estimate
+    # the next four are None for images that do not differ
+    precision: Estimate | None = None
+    recall: Estimate | None = None
+    density: Estimate | None = None
+    coverage: Estimate | None = None
     inception_fid: Estimate | None = None  # with --inception only
     nearest_training_image: Estimate | None = None  # None for training images themselves
     nearest_training_image_of_held_out: Estimate | None = None

@@ -99,10 +99,15 @@ def _likelihood_rows(found: Likelihood) -> dict[str, str]:
         rows |= {
             "entropy floor": f"{abs(found.entropy_floor):.2f}",  # of black and white it is -0
             "bound above floor": f"{found.nats_above_floor:.2f}",
-            "mean image": f"{found.mean_image:.2f}  (the bound closes "
-            f"{found.share_of_gap:.1%} of the gap from here to the floor)",
+            "mean image": f"{found.mean_image:.2f}  ({_share(found)})",
         }
     return rows
+
+
+def _share(found: Likelihood) -> str:
+    if found.share_of_gap is None:
+        return "no gap from here to the floor: the images hardly differ"
+    return f"the bound closes {found.share_of_gap:.1%} of the gap from here to the floor"
 
 
 def _latent_rows(latents: LatentSpace) -> dict[str, str]:
@@ -137,4 +142,6 @@ def _image_table(images: GeneratedImages) -> Table:
             cells = [f"{value:.{digits}f}" if value else "-" for value in found]
             rows.append([MEASURE_NAMES[measure], *cells])
     title = "images against the split's: FID (Fashion-MNIST features) and nearest neighbours"
+    if not any(kind.precision for kind in kinds):
+        title += " (no precision to coverage: each image of the split equals its 5 nearest ones)"
     return Table(title, rows, head=["", *images.kinds])
