@@ -6,9 +6,9 @@
 Decisions: simulated reports of 16 workers (no training, 27 epochs), the real board, schedulers and
 log; milliseconds per report without the log's fsync, which is the disk's. Reading: the log that the
 largest of these left. Trials: a search of 1,000 real trials through Ray, of up to 3 epochs, whose
-training function returns at once; seconds from the end of a trial to the end of the next, and how
-many of these our own code took, by hundreds. Growth is the median of the last three hundreds over
-that of the second to the fourth (the first has the start of Ray's workers in it).
+training function returns at once; seconds from the start of a trial to the start of the next, and
+how many of these our own code took, by hundreds. Growth is the median of the last three hundreds
+over that of the second to the fourth (the first has the start of Ray's workers in it).
 Writes benchmarks/search_growth.json.
 """
 
@@ -108,14 +108,14 @@ def at_once(trial: dict[str, Any], *, job: object) -> None:
 
 
 def through_ray(folder: Path, num_trials: int) -> dict[str, Any]:
-    """A search of real trials that do nothing: when each of them ended, and what the driver did."""
+    """A search of real trials that do nothing: when each of them began, and what the driver did."""
     # few epochs: so each hundred has the same mixture of trials that stop and that finish
     config = SearchConfig(num_trials=num_trials, max_epochs=RAY_EPOCHS, scheduler="asha")
     options = SearchOptions(
         run="growth", checkpoints_dir=folder / "c", logs_dir=folder / "l", device="cpu"
     ).absolute()
     options.ckpt_folder.mkdir(parents=True)
-    ends: list[float] = []
+    starts: list[float] = []
     ours = [0.0]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,8 +140,8 @@ def through_ray(folder: Path, num_trials: int) -> dict[str, Any]:
         def on_event(board: Board, event: TrialEvent) -> None:
             console(board, event)
             logs(board, event)
-            if event["event"] == "end":
-                ends.append(time.monotonic())
+            if event["event"] == "draw":
+                starts.append(time.monotonic())
                 spent.append(ours[0])
 
         board = Board(config, journal, lambda n, t: suggest(config, n, t), on_event)
@@ -149,7 +149,7 @@ def through_ray(folder: Path, num_trials: int) -> dict[str, Any]:
         tuner.run_trials(board, options, store, _small_splits(), lambda: False)
     assert board.finished
     hundreds = list(itertools.pairwise([*range(0, num_trials, 100), num_trials - 1]))
-    rates = [(ends[b] - ends[a]) / (b - a) for a, b in hundreds]
+    rates = [(starts[b] - starts[a]) / (b - a) for a, b in hundreds]
     own = [(spent[b] - spent[a]) / (b - a) for a, b in hundreds]
     return {
         "trials": num_trials,
