@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,12 +80,66 @@ def test_values_and_gradients_are_finite(likelihood, size):
         assert ((pixels >= 0) & (pixels <= 1)).all()
 
 
-def test_the_series_near_zero_meets_the_formula():
-    edge = torch.tensor([0.01 - 1e-5, 0.01 + 1e-5]).reshape(2, 1, 1, 1)
-    nats = reconstruction_nats(edge, torch.full((2, 1, 1, 1), 0.3), "continuous-bernoulli")
-    assert abs((nats[0] - nats[1]).item()) < 1e-5
-    means = pixel_means(edge, "continuous-bernoulli")
-    assert abs((means[0] - means[1]).item()) < 1e-4
+def logits_everywhere():
+    """float32, both signs: tiny, huge, and close to 0.01 and 1, where formulas have changed."""
+    sizes = [torch.logspace(-20, 6, 200), torch.linspace(0.005, 0.02, 150)]
+    sizes += [torch.linspace(0.9, 1.1, 201), torch.linspace(0.1, 90, 300)]
+    size = torch.cat(sizes)
+    return torch.cat((-size, torch.zeros(1), size))
+
+
+def exact_mean(logit):
+    """Of the continuous Bernoulli, with 60 digits: 1 / (1 - exp(-l)) - 1 / l."""
+    with mpmath.workdps(60):
+        logit = mpmath.mpf(logit)
+        return float(1 / (1 - mpmath.exp(-logit)) - 1 / logit if logit else 0.5)
+
+
+def exact_log_partition(logit):
+    """log((exp(l) - 1) / l), with 60 digits: log p(x) is l x less this."""
+    with mpmath.workdps(60):
+        logit = mpmath.mpf(logit)
+        more = max(logit, 0)  # exp(l) of a large logit has no use of 60 digits
+        return more + mpmath.log(abs((1 - mpmath.exp(-abs(logit))) / logit) if logit else 1)
+
+
+def test_the_continuous_bernoulli_s_mean_is_exact_for_every_logit():
+    logits = logits_everywhere()
+    expected = torch.tensor([exact_mean(logit) for logit in logits.tolist()]).double()
+    found = pixel_means(logits, "continuous-bernoulli").double()
+    assert ((found - expected) / expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("x", [0.0, 0.25, 0.7, 1.0])
+def test_the_continuous_bernoulli_s_nats_and_gradients_are_exact_for_every_logit(x):
+    """The gradient of -log p(x) is the mean less x."""
+    logits = logits_everywhere().requires_grad_()
+    pixels = torch.full((len(logits), 1, 1, 1), x)
+    nats = reconstruction_nats(logits.reshape(-1, 1, 1, 1), pixels, "continuous-bernoulli")
+    nats.sum().backward()
+    values, x = logits.tolist(), pixels[0].item()
+    with mpmath.workdps(60):
+        expected = [float(exact_log_partition(value) - mpmath.mpf(value) * x) for value in values]
+    expected = torch.tensor(expected).double()
+    assert ((nats.detach().double() - expected).abs() / expected.abs().clamp(min=1)).max() < 1e-6
+    slopes = torch.tensor([exact_mean(logit) for logit in values]).double() - x
+    assert (logits.grad.double() - slopes).abs().max() < 1e-6
+
+
+def test_the_continuous_bernoulli_s_written_gradients_are_those_of_its_values():
+    logits = torch.tensor([-40, -1.5, -0.9, -1e-3, 0, 0.4, 1.2, 30]).double().reshape(8, 1, 1, 1)
+    x = torch.linspace(0.1, 0.9, 8).double().reshape(8, 1, 1, 1)
+
+    def nats(logits, x):
+        return reconstruction_nats(logits, x, "continuous-bernoulli")
+
+    assert torch.autograd.gradcheck(nats, (logits.requires_grad_(), x.requires_grad_()))
+    logits, x = logits.detach().float().requires_grad_(), x.detach().float()
+    compiled = torch.compile(nats, backend="aot_eager")(logits, x)
+    (gradient,) = torch.autograd.grad(compiled.sum(), logits)
+    assert torch.equal(compiled, nats(logits, x))
+    (written,) = torch.autograd.grad(nats(logits, x).sum(), logits)
+    torch.testing.assert_close(gradient, written, rtol=1e-6, atol=1e-6)
 
 
 def test_the_cross_entropy_has_the_gradients_of_pytorch_s_own():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vae_hyperband.common.errors import CheckpointError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.flow import TIME_FEATURES, Block, VelocityNet
-from vae_hyperband.model.likelihoods import Likelihood
+from vae_hyperband.model.likelihoods import MEAN_SERIES, SERIES_BELOW, Likelihood
 from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE
 
 OPSET = 17
@@ -145,20 +145,22 @@ def _pixel_means(graph: _Graph, likelihood: Likelihood) -> None:
     if likelihood != "continuous-bernoulli":
         graph.add("Sigmoid", "logits", out="image")
         return
-    # 1 / (1 - exp(-l)) - 1 / l; ONNX has no expm1, so near 0 four terms of the series:
-    # 1/2 + l/12 - l^3/720 + l^5/30240, at |l| < 1 exact to 9e-7
-    one, half = graph.number("one", 1.0), graph.number("half", 0.5)
+    one, half, zero = (
+        graph.number(name, x) for name, x in (("one", 1), ("half", 0.5), ("zero", 0))
+    )
     graph.add("Abs", "logits", out="size")
-    near = graph.add("Less", "size", one, out="near")
-    far = graph.add("Where", near, one, "logits", out="far")  # no division by 0
-    growth = graph.add("Exp", graph.add("Neg", far, out="-far"), out="exp(-far)")
-    first = graph.add("Reciprocal", graph.add("Sub", one, growth, out="1-exp"), out="first")
-    mean = graph.add("Sub", first, graph.add("Reciprocal", far, out="1/far"), out="mean")
+    near = graph.add("Less", "size", graph.number("series below", SERIES_BELOW), out="near")
+    far = graph.add("Where", near, one, "size", out="far")  # no division by 0
+    decay = graph.add("Exp", graph.add("Neg", far, out="-far"), out="decay")
+    odds = graph.add("Div", decay, graph.add("Sub", one, decay, out="1-decay"), out="odds")
+    low = graph.add("Sub", graph.add("Reciprocal", far, out="1/far"), odds, out="low")
+    high = graph.add("Sub", one, low, out="high")
+    mean = graph.add("Where", graph.add("Greater", "logits", zero, out="+"), high, low, out="mean")
     square = graph.add("Mul", "logits", "logits", out="square")
-    series = graph.number("c5", 1 / 30240)
-    for name, value in (("c3", -1 / 720), ("c1", 1 / 12)):
-        product = graph.add("Mul", series, square, out=f"{name} product")
-        series = graph.add("Add", product, graph.number(name, value), out=f"{name} sum")
+    series = graph.number("c0", MEAN_SERIES[-1])
+    for i, value in enumerate(reversed(MEAN_SERIES[:-1]), start=1):
+        product = graph.add("Mul", series, square, out=f"product {i}")
+        series = graph.add("Add", product, graph.number(f"c{i}", value), out=f"sum {i}")
     product = graph.add("Mul", series, "logits", out="series product")
     series = graph.add("Add", product, half, out="series")
     graph.add("Where", near, series, mean, out="image")
