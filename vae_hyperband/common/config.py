@@ -170,7 +170,7 @@ class TrainConfig(CommonConfig):
         require(
             not unknown, f"{source} has settings that this version lacks: {', '.join(unknown)}."
         )
-        return cls(**in_effect(with_former_holdout(values)))
+        return cls(**in_effect({"holdout": former_holdout(values.get("dataset")), **values}))
 
 
 # ---- Where and how it is computed
@@ -275,10 +275,10 @@ def in_effect(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_former_holdout(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that were written down, with the holdout of version 0.1, which did not name it."""
-    # another default would validate runs of 0.1 on images that they were trained on
-    return {"holdout": "last" if settings.get("dataset") == "custom" else "content", **settings}
+def former_holdout(dataset: object) -> Holdout:
+    """The holdout of settings that do not name one: version 0.1 wrote them."""
+    # the default of today would validate runs of 0.1 on images that they were trained on
+    return "last" if dataset == "custom" else "content"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -108,7 +108,7 @@ def _continuous_nats(logits: Tensor, x: Tensor) -> Tensor:
 
 
 class _ContinuousBernoulli(torch.autograd.Function):
-    """The same with its gradient, the mean less x, written out: autograd takes 1.4 times as long."""
+    """The same with its gradient, the mean less x: autograd would take 1.4 times as long."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:

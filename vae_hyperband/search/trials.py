@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NotRequired, Self, TypedDict
 
-from vae_hyperband.common.config import TrainConfig, read_json, with_former_holdout
+from vae_hyperband.common.config import TrainConfig, former_holdout, read_json
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import write_text
 from vae_hyperband.search.config import Hyperparameters, Metric, SearchConfig
@@ -170,8 +170,9 @@ def read_result(folder: Path) -> SearchResult:
     content = read_json(folder / RESULT)
     try:
         trials = [TrialRecord.from_dict(record) for record in content["trials"]]
-        config = SearchConfig(**with_former_holdout(content["search"]))
-    except (KeyError, TypeError, ValueError) as error:
+        settings = content["search"]
+        config = SearchConfig(**{"holdout": former_holdout(settings.get("dataset")), **settings})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder / RESULT} is damaged: it holds no result of a search."
         ) from error

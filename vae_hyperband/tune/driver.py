@@ -23,7 +23,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vae_hyperband.common.config import differences, plural, read_json, with_former_holdout
+from vae_hyperband.common.config import differences, former_holdout, plural, read_json
 from vae_hyperband.common.errors import SearchError, SearchFailedError
 from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.common.process import only_writer, stop_flag
@@ -145,7 +145,8 @@ def begun_settings(folder: Path) -> dict[str, object] | None:
     begun = (folder / RESULT).exists() or read_events(folder / DECISIONS)
     if not begun or not (folder / SETTINGS_FILE).exists():
         return None
-    return with_former_holdout(read_json(folder / SETTINGS_FILE))
+    there = read_json(folder / SETTINGS_FILE)
+    return {"holdout": former_holdout(there.get("dataset")), **there}
 
 
 def existing_search(config: SearchConfig, options: SearchOptions) -> str | None:
