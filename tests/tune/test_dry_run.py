@@ -10,7 +10,7 @@ from conftest import written
 from vae_hyperband import train_vae
 from vae_hyperband.commands import run
 from vae_hyperband.commands.run import MainJob
-from vae_hyperband.common.config import in_effect
+from vae_hyperband.common.config import in_effect, plural
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.search.config import Hyperparameters, SearchConfig
 from vae_hyperband.search.suggest import random_search
@@ -50,7 +50,7 @@ def test_a_new_search_is_foretold_and_nothing_is_written(
     for trial in result.trials:  # which the real search tried
         assert f"{trial.number:>3}        {describe(trial.hyperparameters)}\n" in said
     assert "scheduler    asha: at most 81 epochs, fewer with early stopping\n" in said
-    assert re.search(r"cpu, \d+ trials in parallel, CPU threads of each: 1\n", said)
+    assert re.search(r"cpu, \d+ trials? in parallel, CPU threads of each: 1\n", said)
     assert re.search(r"training     [\d.]+ s an epoch, measured", said)
     assert "state" not in said
 
@@ -89,7 +89,7 @@ def test_a_search_that_is_there_is_said_and_left_as_it_is(
     before = written(tmp_path)
     assert train_vae.main(command) == 0
     said = capsys.readouterr().out
-    assert f"it would resume with {ended} trials ended and 5 epochs trained\n" in said
+    assert f"it would resume with {plural(ended, 'trial')} ended and 5 epochs trained\n" in said
     assert "s an epoch, measured" in said
     assert written(tmp_path) == before
 
@@ -148,7 +148,7 @@ def test_a_dry_run_with_more_threads_than_the_quota_says_so(
     argv += ["--batch-sizes", "32", "--device", "cpu", "--cpus-per-trial", "2"]
     assert train_vae.main(argv) == 0
     said = capsys.readouterr().out
-    assert "cpu, 1 trials in parallel, CPU threads of each: 2\n" in said
+    assert "cpu, 1 trial in parallel, CPU threads of each: 2\n" in said
     assert "note         the CPU quota here is 1 CPU" in said
 
 

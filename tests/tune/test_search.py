@@ -39,8 +39,8 @@ def test_asha_stops_trials_at_its_rungs_and_says_what_that_saved(searched):
     num_stopped = len(result.with_outcome("stopped"))
     assert num_stopped == sum(n < 9 for n in epochs) >= 3
     assert result.epochs_saved == sum(9 - n for n in epochs)
-    assert f"{num_stopped} of 9 trials were stopped early, 0 failed" in said
-    assert f"{sum(epochs)} epochs were trained, {result.epochs_saved} saved" in said
+    assert f"{num_stopped} of 9 trials stopped early, 0 failed" in said
+    assert f"{sum(epochs)} epochs trained, {result.epochs_saved} saved" in said
     for trial in result.trials:
         assert trial.curve("epoch") == list(range(1, trial.num_epochs + 1))
         assert trial.outcome == ("finished" if trial.num_epochs == 9 else "stopped")

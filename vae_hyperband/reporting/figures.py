@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
+from vae_hyperband.common.config import plural
 from vae_hyperband.common.files import make_folder, write_bytes
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.latents import aggregate, encode_images, information_per_dimension
@@ -152,7 +153,9 @@ def images(images_NCHW: Tensor, title: str, path: Path) -> Path:
 def samples(model: VAE, path: Path, num_samples: int = 64, seed: int = 0) -> Path:
     """A grid of images decoded from samples of the prior."""
     drawn_NCHW = model.sample(num_samples, generator(seed, "sample")).cpu()
-    return images(drawn_NCHW, f"{num_samples} samples, z from the prior, seed {seed}", path)
+    return images(
+        drawn_NCHW, f"{plural(num_samples, 'sample')}, z from the prior, seed {seed}", path
+    )
 
 
 @styled

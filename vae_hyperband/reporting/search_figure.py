@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from vae_hyperband.common.config import plural
 from vae_hyperband.reporting.figures import BLUE, GREY, ORANGE, save_figure, styled
 from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.trials import SearchResult, TrialRecord
@@ -94,8 +95,8 @@ def _draw_trials(axes: Axes, result: SearchResult) -> None:
     axes.set(
         xlabel="epoch",
         ylabel=METRICS[config.metric],
-        title=f"{len(result.trials)} trials, {config.algorithm}, {config.scheduler.upper()}; "
-        "lower is better",
+        title=f"{plural(len(result.trials), 'trial')}, {config.algorithm}, "
+        f"{config.scheduler.upper()}; lower is better",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")
@@ -106,7 +107,8 @@ def _write_winner(axes: Axes, result: SearchResult) -> None:
     lines = [
         f"latent_dim {best.latent_dim}    learning_rate {best.learning_rate:.3g}    "
         f"batch_size {best.batch_size}    beta {best.beta:g}    seed {config.seed}",
-        f"{result.epochs_spent} epochs trained, {result.epochs_saved} saved by stopping early",
+        f"{plural(result.epochs_spent, 'epoch')} trained, {result.epochs_saved:,} saved by "
+        "stopping early",
     ]
     if failed := result.with_outcome("failed"):
         lines.append(f"failed: {', '.join(trial.name.replace('_', ' ') for trial in failed[:8])}")

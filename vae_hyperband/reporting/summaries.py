@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vae_hyperband.common.config import RunOptions, TrainConfig
+from vae_hyperband.common.config import RunOptions, TrainConfig, plural
 from vae_hyperband.common.process import EXIT_STOPPED
 from vae_hyperband.data.splits import CLASS_NAMES, as_trained, load_split
 from vae_hyperband.data.synthetic import KINDS
@@ -70,9 +70,9 @@ def summary_of(found: SearchResult) -> str:
     lines = [
         f"{found.winner.name} won with {found.best_score:.2f} ({METRICS[config.metric]}): "
         f"{describe(found.winner.hyperparameters)}.",
-        f"{len(found.with_outcome('stopped'))} of {len(found.trials)} trials were stopped early, "
-        f"{len(failed)} failed; {found.epochs_spent} epochs were trained, {found.epochs_saved} "
-        f"saved (without early stopping: {full}).",
+        f"{len(found.with_outcome('stopped'))} of {plural(len(found.trials), 'trial')} stopped "
+        f"early, {len(failed)} failed; {plural(found.epochs_spent, 'epoch')} trained, "
+        f"{found.epochs_saved:,} saved (without early stopping: {full:,}).",
     ]
     lines += [trial.summary for trial in failed]
     if found.importance:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vae_hyperband.common.config import plural
 from vae_hyperband.evaluation.results import (
     Estimate,
     Evaluation,
@@ -65,7 +66,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 def headline(evaluation: Evaluation) -> str:
     split, num = evaluation.split, evaluation.num_images
-    return f"{split} split, {num:,} images; mean +- standard error"
+    return f"{split} split, {plural(num, 'image')}; mean +- standard error"
 
 
 def evaluation_tables(evaluation: Evaluation) -> list[Table]:
@@ -93,7 +94,7 @@ def _likelihood_rows(found: Likelihood) -> dict[str, str]:
     if iwae := found.iwae:
         rows[f"IWAE-{iwae.num_samples} bound"] = (
             f"{iwae:.2f}  (the bound less {iwae.gain_on_these_images:.2f}, "
-            f"from {iwae.num_images:,} images)"
+            f"from {plural(iwae.num_images, 'image')})"
         )
     if found.entropy_floor is not None:
         rows |= {

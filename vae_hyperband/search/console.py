@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 
+from vae_hyperband.common.config import plural
 from vae_hyperband.common.process import TimeShare
 from vae_hyperband.search.decisions import Board, TrialEvent
 from vae_hyperband.search.trials import TrialRecord, describe
@@ -59,8 +60,8 @@ class Console:
         totals = board.totals
         parts = [
             f"{totals.ended} of {board.config.total_trials} done",
-            f"{totals.epochs} epochs trained",
-            f"{totals.epochs_saved} epochs saved",
+            f"{plural(totals.epochs, 'epoch')} trained",
+            f"{plural(totals.epochs_saved, 'epoch')} saved",
         ]
         if totals.failed:
             parts.append(f"{totals.failed} failed")

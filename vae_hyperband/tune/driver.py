@@ -233,8 +233,8 @@ def _train(
     train, held_out = load_splits(config, options)
     print(
         f"{plural(config.total_trials, 'trial')} of up to {plural(config.max_epochs, 'epoch')} "
-        f"on {len(train):,} images, algorithm {config.algorithm}, scheduler {config.scheduler}; "
-        "starting Ray",
+        f"on {plural(len(train), 'image')}, algorithm {config.algorithm}, scheduler "
+        f"{config.scheduler}; starting Ray",
         flush=True,
     )
     # only now, when settings and data are known to be good: Ray takes seconds to start

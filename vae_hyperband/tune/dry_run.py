@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from vae_hyperband.common.config import RunOptions, in_effect
+from vae_hyperband.common.config import RunOptions, in_effect, plural
 from vae_hyperband.common.files import refuse_foreign
 from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.splits import Split
@@ -46,7 +46,8 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     lines = [
         a_line_each(in_effect(config.to_dict())),
         *_trials(config),
-        f"scheduler    {config.scheduler}: at most {most} epochs, fewer with early stopping",
+        f"scheduler    {config.scheduler}: at most {plural(most, 'epoch')}, fewer with early "
+        "stopping",
         f"data         {len(train):,} training images {train.image_shape}",
         # as given: relative paths are shorter, and what the user will look for
         f"checkpoints  {shown.ckpt_folder}, logs {shown.log_folder}",
@@ -66,8 +67,8 @@ def _state(options: SearchOptions, resumes: bool) -> list[str]:
     if resumes:
         counts = collections.Counter(event["event"] for event in read_events(folder / DECISIONS))
         return [
-            f"state        begun: it would resume with {counts['end']} trials ended and "
-            f"{counts['result']} epochs trained"
+            f"state        begun: it would resume with {plural(counts['end'], 'trial')} ended and "
+            f"{plural(counts['result'], 'epoch')} trained"
         ]
     if options.fresh and folder.exists() and any(folder.iterdir()):
         return ["state        the existing folder would be moved aside"]
@@ -111,7 +112,8 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split) -> list[st
     check_resources(machines, options)
     device, threads = pick_device(trial_device(options)), options.cpus_per_trial
     parallel = min(num_concurrent(machines, options), config.total_trials)
-    where = f"device       {device}, {parallel} trials in parallel, CPU threads of each: {threads}"
+    trials = plural(parallel, "trial")
+    where = f"device       {device}, {trials} in parallel, CPU threads of each: {threads}"
     first, before = suggest(config, 0, []), busy()
     # the mean over batch sizes, which decide how many steps an epoch has
     with cpu_threads(threads):
