@@ -208,7 +208,7 @@ def test_the_whole_job_s_space_fits_itself_to_few_images(tmp_path, capsys):
 
 
 def test_a_job_whose_data_grew_is_told_so_by_what_it_has_options_for(tmp_path, capsys):
-    """Its search began with batch sizes for fewer images; neither --batch-sizes nor --fresh is."""
+    """Its search began with batch sizes for fewer images, and there is no --batch-sizes."""
     data = write_idx_folder(tmp_path / "data", num_train=240)
     job = ["run", "--dataset", "custom", "--data-dir", str(data), "--device", "cpu", "--run", "j"]
     folder = tmp_path / "checkpoints/j-search"
@@ -231,16 +231,21 @@ def test_a_job_whose_data_grew_is_told_so_by_what_it_has_options_for(tmp_path, c
             said = capsys.readouterr().err
             assert "j-search was begun with other data" in said
             assert said.endswith(
-                "give the same --data-dir to resume it, or choose another --run.\n"
+                "give the same --data-dir to resume it, --fresh to start over, or choose another "
+                "--run.\n"
             )
+        assert train_vae.main([*job, "--fresh", "--dry-run"]) == 0
+        assert "the existing folder would be moved aside" in capsys.readouterr().out
     assert train_vae.main([*job, "--seed", "1"]) == 2
     said = capsys.readouterr().err
-    assert "other settings (seed: 0 -> 1): give the same ones to resume it, or choose" in said
+    assert "other settings (seed: 0 -> 1): give the same ones to resume it, --fresh" in said
     line = (folder / "decisions.jsonl").read_text()
     (folder / "decisions.jsonl").write_text("x" + line + line)
     assert train_vae.main(job) == 2
     said = capsys.readouterr().err
-    assert said.endswith("so the search cannot go on from it: choose another --run.\n")
+    assert said.endswith(
+        "so the search cannot go on from it: start over with --fresh, or choose another --run.\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,9 @@ def test_the_main_job_on_real_data_goes_from_pixels_to_figures(fashion_mnist, co
 
 
 @pytest.mark.faults
-def test_the_main_job_goes_without_the_bound(command, small_data):
+def test_the_main_job_goes_without_the_bound_and_starts_over_if_told_to(
+    command, small_data, tmp_path
+):
     arguments = ["run", "--run", "p", "--dataset", "custom", "--data-dir", small_data]
     arguments += ["--device", "cpu", "--num-trials", 1, "--max-epochs", 1, "--scheduler", "none"]
     done = command(*arguments, "--epochs", 1, "--parts", "latents")
@@ -125,6 +127,13 @@ def test_the_main_job_goes_without_the_bound(command, small_data):
     assert "linear probe" in done.stdout
     assert "validation bound" in done.stdout
     assert "test bound" not in done.stdout
+    again = command(*arguments, "--epochs", 1, "--parts", "latents", "--seed", 1, "--fresh")
+    assert again.returncode == 0, again.stderr
+    for name, seed in (("p-search", 1), ("p-search-before-1", 0)):
+        settings = json.loads((tmp_path / f"checkpoints/{name}/search.json").read_text())
+        assert settings["seed"] == seed
+    for name, seed in (("p-best", 1), ("p-best-before-1", 0)):
+        assert load_ckpt(tmp_path / f"checkpoints/{name}/best.pt").config.seed == seed
 
 
 def test_betas_are_trained_side_by_side_and_shown_on_loopback(tmp_path, small_data, capsys):

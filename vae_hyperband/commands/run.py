@@ -1,9 +1,6 @@
 """The command ``run``: data -> search -> train the winner -> evaluate it once -> figures."""
 
-import contextlib
 import dataclasses
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,8 +8,8 @@ from typing import Literal
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.commands.search import search_and_plot, train_winner
 from vae_hyperband.common.config import Dataset, Holdout, Places, RunOptions, TrainConfig, plural
-from vae_hyperband.common.errors import DataError, SearchError, SearchFailedError
-from vae_hyperband.common.process import pick_device, stop_flag
+from vae_hyperband.common.errors import DataError
+from vae_hyperband.common.process import only_writer, pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
 from vae_hyperband.data.splits import Split, SplitName, check_test_split, load_split
 from vae_hyperband.evaluation.evaluate import PARTS, EvaluateOptions, Part, evaluate_once
@@ -29,7 +26,7 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import SearchResult, describe
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult
-from vae_hyperband.tune.driver import STOPPING, begun_settings
+from vae_hyperband.tune.driver import STOPPING, begun_settings, move_aside
 from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
@@ -60,6 +57,8 @@ class MainJob(Places):
     """Parts of the final evaluation; without images the job takes a minute or two less."""
     seed: int = 0
     """Seed of the configurations tried, and of every run's initial weights, order and noise."""
+    fresh: bool = False
+    """Move an existing job of that name aside and start from the beginning."""
     dry_run: bool = False
     """Print what would be searched and trained, where, and how long that would take, then exit."""
 
@@ -80,7 +79,8 @@ class MainJob(Places):
             dataset=self.dataset,
             holdout=self.holdout,
         )
-        return config, SearchOptions(**self.options(f"{self.run}-search"))
+        options = SearchOptions(**self.options(f"{self.run}-search"), fresh=self.fresh)
+        return config, options
 
     def winner(self) -> RunOptions:
         return RunOptions(**self.options(f"{self.run}-best"))
@@ -89,18 +89,6 @@ class MainJob(Places):
         return EvaluateOptions(parts=self.parts, samplers=("prior", "mixture"))
 
 
-@contextlib.contextmanager
-def _own_advice() -> Iterator[None]:
-    """Leave an option of ``search`` that this command lacks out of what an error advises."""
-    try:
-        yield
-    except (SearchError, SearchFailedError) as error:
-        said = re.sub(r"(give )?--fresh to start over, (?=or )", "", str(error))
-        error.args = (said.replace("start over with --fresh, or ", ""),)
-        raise
-
-
-@_own_advice()
 def main_job_dry_run(job: MainJob) -> str:
     """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
     config, options = job.search()
@@ -130,7 +118,6 @@ def run_command(argv: list[str]) -> int:
     return 0 if run_main_job(job) else print_resume_hint("run", argv)
 
 
-@_own_advice()
 def run_main_job(job: MainJob) -> bool:
     """Do the whole job; False if stopped on request (the same call continues)."""
     config, options = job.search()
@@ -155,6 +142,9 @@ def run_main_job(job: MainJob) -> bool:
         f"2/5  search: {plural(job.num_trials, 'configuration')}, up to "
         f"{plural(job.max_epochs, 'epoch')} each"
     )
+    if job.fresh:  # before the search is moved: its winner would not fit another one's run
+        with only_writer(job.winner().ckpt_folder):
+            move_aside(job.winner())
     with stop_flag(STOPPING) as should_stop:
         result = search_and_plot(config, options, should_stop)
         if result is None:
@@ -192,7 +182,8 @@ def _fitted(config: SearchConfig, train: Split, options: SearchOptions) -> Searc
 
     A search that has begun keeps its own, whatever has become of the data since.
     """
-    begun = (begun_settings(options.ckpt_folder) or {}).get("batch_sizes")
+    there = None if options.fresh else begun_settings(options.ckpt_folder)
+    begun = (there or {}).get("batch_sizes")
     if isinstance(begun, list):
         sizes, whose = tuple(begun), "that the search began with"
     else:

@@ -23,7 +23,13 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vae_hyperband.common.config import differences, former_holdout, plural, read_json
+from vae_hyperband.common.config import (
+    Places,
+    differences,
+    former_holdout,
+    plural,
+    read_json,
+)
 from vae_hyperband.common.errors import SearchError, SearchFailedError
 from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.common.process import only_writer, stop_flag
@@ -72,7 +78,7 @@ def search(
     # the lock first: what is read from here on stays true until the end
     with only_writer(folder):
         if options.fresh:
-            _move_aside(options)
+            _start_over(options)
         search_id = existing_search(config, options)
         store = store_for(options, _begin(config, options) if search_id is None else search_id)
         if not (folder / RESULT).exists() and not _run(config, options, store, should_stop):
@@ -120,20 +126,25 @@ def _make_private(folder: Path) -> None:
         folder.chmod(folder.stat().st_mode & ~0o002)
 
 
-def _move_aside(options: SearchOptions) -> None:
-    """Rename the folders of an existing search, and those of its winner's training."""
+def move_aside(place: Places) -> None:
+    """Rename the folders of a search or run. The caller holds the lock of its checkpoints."""
+    for old in (place.ckpt_folder, place.log_folder):
+        if not old.exists() or not any(old.iterdir()):
+            continue
+        number = 1
+        while (aside := old.with_name(f"{old.name}-before-{number}")).exists():
+            number += 1
+        old.rename(aside)
+        print(f"moved {old} to {aside}", flush=True)
+
+
+def _start_over(options: SearchOptions) -> None:
+    """Move an existing search aside, and the training of its winner."""
     # the winner's too: its name follows from the search's, so the new winner would resume it
     best = dataclasses.replace(options, run=f"{options.run}-best")
     with only_writer(best.ckpt_folder):
-        for where in (options, best):
-            for old in (where.ckpt_folder, where.log_folder):
-                if not old.exists() or not any(old.iterdir()):
-                    continue
-                number = 1
-                while (aside := old.with_name(f"{old.name}-before-{number}")).exists():
-                    number += 1
-                old.rename(aside)
-                print(f"moved {old} to {aside}", flush=True)
+        for place in (options, best):
+            move_aside(place)
     _make_private(options.ckpt_folder)
     if best.ckpt_folder.exists():
         best.ckpt_folder.rmdir()  # the lock made it

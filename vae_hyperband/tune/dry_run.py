@@ -40,7 +40,7 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     folder = options.ckpt_folder
     if folder.exists():
         refuse_foreign(folder)
-    resumes = not options.fresh and existing_search(config, options) is not None
+    resumes = _resumes(config, options)
     train, _ = load_splits(config, options)
     most = config.total_trials * config.max_epochs
     lines = [
@@ -57,6 +57,10 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     if not (resumes and (folder / RESULT).exists()):
         lines += _time(config, options, train)
     return "\n".join(lines)
+
+
+def _resumes(config: SearchConfig, options: SearchOptions) -> bool:
+    return not options.fresh and existing_search(config, options) is not None
 
 
 def _state(options: SearchOptions, resumes: bool) -> list[str]:
@@ -80,11 +84,14 @@ def winner_dry_run(
 ) -> str:
     """What training the winner in full would do; before it is known, as if trial 0 had won."""
     folder = options.ckpt_folder
-    if existing_search(config, options) and (folder / RESULT).exists():
+    if _resumes(config, options) and (folder / RESULT).exists():
         which, best = "the winner", read_result(folder).best_config
     else:
         which, best = "the winner; if it is trial 0", config.trial_config(suggest(config, 0, []))
-    what = dry_run(dataclasses.replace(best, epochs=epochs), where, advise=False)
+    if options.fresh and where.ckpt_folder.exists():
+        what = "state        the existing folder would be moved aside"
+    else:
+        what = dry_run(dataclasses.replace(best, epochs=epochs), where, advise=False)
     return f"== then train {which}, as {where.run}\n{what}"
 
 
