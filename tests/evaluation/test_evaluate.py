@@ -375,7 +375,7 @@ def test_a_part_that_nobody_asked_for_is_not_measured_instead_of_one_left_out(
         found = evaluate_once(tmp_path / "e.json", trained.best, "test", place, asked, said.append)
         assert (found.likelihood, found.latents, found.images) == (None, None, None)
     assert len(said) == 2  # what is left out, once; the second call found a file
-    assert evaluation_text(found) == "test split, 1 images; mean +- standard error"
+    assert evaluation_text(found) == "test split, 1 image; mean +- standard error"
 
 
 def test_a_collapsed_model_is_called_that(trained, small_data):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,8 +109,15 @@ def _saved_evaluation(logs_dir: Path, checkpoint: Checkpoint) -> Evaluation | No
     """The evaluation of these weights beside the run's logs: of the test split, else of another."""
     folder = logs_dir / checkpoint.path.resolve().parent.name
     files = [folder / name for name in EVALUATIONS if (folder / name).is_file()]
-    read = [Evaluation.from_dict(read_json(path), str(path)) for path in files]
-    found = [one for one in read if one.checkpoint_digest == checkpoint.digest]
+    found = []
+    for path in files:
+        try:
+            read = Evaluation.from_dict(read_json(path), str(path))
+        except ConfigError as error:  # nobody named the file: it costs its metrics, no more
+            print(f"note: {error}", file=sys.stderr, flush=True)
+            continue
+        if read.checkpoint_digest == checkpoint.digest:
+            found.append(read)
     return min(found, key=lambda one: one.split != "test", default=None)
 
 

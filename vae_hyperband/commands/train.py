@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import RunOptions, TrainConfig, read_json
+from vae_hyperband.common.config import RunOptions, TrainConfig, former_holdout, read_json
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.model.checkpoint import load_ckpt
@@ -55,7 +55,10 @@ def _defaults(argv: list[str]) -> TrainArgs:
         raise ConfigError("--config and --resume_ckpt both name a configuration: give only one.")
     if config is not None:
         content = read_json(Path(config))
-        training = TrainConfig.from_dict(content.get("config", content), config)
+        settings = content.get("config", content)
+        if settings is not content:  # a best_config.json, maybe of 0.1
+            settings = {"holdout": former_holdout(settings.get("dataset")), **settings}
+        training = TrainConfig.from_dict(settings, config)
         execution = {name: content[name] for name in ("device", "num_threads") if name in content}
         return TrainArgs(training, RunOptions(**execution))
     if resume_ckpt is not None:

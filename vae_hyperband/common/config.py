@@ -170,7 +170,7 @@ class TrainConfig(CommonConfig):
         require(
             not unknown, f"{source} has settings that this version lacks: {', '.join(unknown)}."
         )
-        return cls(**in_effect({"holdout": former_holdout(values.get("dataset")), **values}))
+        return cls(**in_effect(values))
 
 
 # ---- Where and how it is computed

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.config import Holdout, plural
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, SplitName, load_split
@@ -82,6 +82,7 @@ def get_dataloader(
     shuffle: bool | None = None,
     data_dir: Path | None = None,
     dataset: str = "fashion-mnist",
+    holdout: Holdout = "content",
     device: torch.device | str = "cpu",
 ) -> Batches:
     """Batches ``(x_BCHW in [0, 1], labels_B)`` of a split, held in memory on ``device``.
@@ -93,7 +94,7 @@ def get_dataloader(
     """
     if shuffle is None:
         shuffle = split == "train"
-    loaded = split if isinstance(split, Split) else load_split(split, data_dir, dataset)
+    loaded = split if isinstance(split, Split) else load_split(split, data_dir, dataset, holdout)
     if not 1 <= batch_size <= len(loaded):
         raise ConfigError(
             f"--batch-size is {batch_size}, but must be between 1 and the "

@@ -31,6 +31,7 @@ from vae_hyperband.data.synthetic import NUM_SYNTHETIC, render_garments, sample_
 SplitName = Literal["train", "validation", "test"]
 SPLITS = get_args(SplitName)
 DATASETS = get_args(Dataset)
+HOLDOUTS = get_args(Holdout)
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -155,7 +156,12 @@ def load_split(
     "last" the last sixth, as Fashion-MNIST's is. ``drawn`` needs no files
     (:mod:`~vae_hyperband.data.synthetic`). Raises :class:`DataError`.
     """
-    for name, value, known in (("split", split, SPLITS), ("dataset", dataset, DATASETS)):
+    checks = (
+        ("split", split, SPLITS),
+        ("dataset", dataset, DATASETS),
+        ("holdout", holdout, HOLDOUTS),
+    )
+    for name, value, known in checks:
         if value not in known:
             raise ConfigError(f"The {name} is {value!r}, but must be one of {', '.join(known)}.")
     if dataset == "drawn":
@@ -184,12 +190,16 @@ def load_split(
         )
     if split == "test":
         return Split(images[:, None].clone(), labels.long(), digest)
-    is_held_out_N = _is_held_out(images, holdout if dataset == "custom" else "last")
-    if is_held_out_N.all():
+    held_out = _held_out(images, holdout if dataset == "custom" else "last")
+    if not 0 < len(held_out) < len(images):
         found = plural(len(images), "image")
         raise DataError(f"{images_name} holds {found}, too few different ones to split.")
-    chosen_N = is_held_out_N if split == "validation" else ~is_held_out_N
-    return Split(images[chosen_N, None], labels[chosen_N].long(), digest)
+    chosen = held_out
+    if split == "train":
+        is_trained_on_N = torch.ones(len(images), dtype=torch.bool)
+        is_trained_on_N[held_out] = False
+        chosen = is_trained_on_N.nonzero()[:, 0]
+    return Split(images[chosen, None], labels[chosen].long(), digest)
 
 
 def load_training_splits(config: CommonConfig, data_dir: Path | None) -> tuple[Split, Split]:
@@ -203,19 +213,26 @@ def load_training_splits(config: CommonConfig, data_dir: Path | None) -> tuple[S
     return train, held_out
 
 
-def _is_held_out(images_NHW: Tensor, holdout: Holdout) -> Tensor:
-    """Which images of a training file are its validation split: a sixth of them, rounded up."""
+def _held_out(images_NHW: Tensor, holdout: Holdout) -> Tensor:
+    """The numbers of the images of a training file that validate: a sixth of them, rounded up.
+
+    Fewer where the next image is in the file so often that it would be more.
+    """
     num = math.ceil(len(images_NHW) / 6)
     if holdout == "last":
-        return torch.arange(len(images_NHW)) >= len(images_NHW) - num
+        return torch.arange(len(images_NHW) - num, len(images_NHW))
     # a file sorted by class would hold out its last classes; a hash knows no order, and puts the
     # same image twice on one side
-    hashes = [
-        hashlib.blake2b(image_HW.tobytes(), digest_size=8).digest()
-        for image_HW in images_NHW.numpy()
-    ]
-    highest = sorted(hashes)[num - 1]
-    return torch.tensor([found <= highest for found in hashes])
+    places: dict[bytes, list[int]] = {}
+    for place, image_HW in enumerate(images_NHW.numpy()):
+        found = hashlib.blake2b(image_HW.tobytes(), digest_size=8).digest()
+        places.setdefault(found, []).append(place)
+    held_out: list[int] = []
+    for found in sorted(places):
+        if len(held_out) + len(places[found]) <= num:
+            held_out += places[found]
+    # in the order of their hashes: the first images, which pictures show, are of all classes
+    return torch.tensor(held_out, dtype=torch.long)
 
 
 def missing_classes(train: Split, held_out: Split) -> str:

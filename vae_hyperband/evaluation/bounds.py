@@ -10,7 +10,7 @@ K importance samples.
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import own_modes
 from vae_hyperband.common.randomness import generator, standard_normal
-from vae_hyperband.data.batches import SplitBatches, get_dataloader
+from vae_hyperband.data.batches import EpochOrder, SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Split
 from vae_hyperband.evaluation.image_quality import frechet, image_features, moments, split_features
 from vae_hyperband.model.objective import Nats, log_weights, nats_per_image
@@ -47,8 +47,9 @@ def batch_images(model: VAE, batch: Any) -> Tensor:
         found = f"images of shape {tuple(images.shape)} and type {images.dtype}"
         # one image without its batch would be computed, too: its channels as so many images
         shape = (model.channels, model.image_size, model.image_size)
-        if images.dim() == 4 and images.shape[1:] == shape and images.is_floating_point():
-            return images.to(next(model.parameters()).device)
+        fits = len(images) > 0 and images.dim() == 4 and images.shape[1:] == shape
+        if fits and images.is_floating_point():
+            return images.to(next(model.parameters()).device, torch.float32)
     raise ConfigError(
         "A loader must give batches (images, labels) with floats in [0, 1] of shape (B, "
         f"{model.channels}, {model.image_size}, {model.image_size}), but it gives {found}."
@@ -72,8 +73,9 @@ def _again_and_again(model: VAE, loader: Iterable[Any]) -> Iterable[Any]:
 
 def _split_of(loader: Iterable[Any]) -> Split | None:
     """The split that a loader of :func:`get_dataloader` goes through."""
-    images = getattr(loader, "dataset", None)
-    return images.split if isinstance(images, SplitBatches) else None
+    images, order = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
+    whole = isinstance(images, SplitBatches) and isinstance(order, EpochOrder)
+    return cast(SplitBatches, images).split if whole else None
 
 
 @torch.no_grad()

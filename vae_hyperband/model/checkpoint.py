@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import TrainConfig, model_settings
+from vae_hyperband.common.config import TrainConfig, former_holdout, model_settings
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DamagedError, RunFolderError
 from vae_hyperband.common.files import write_bytes
 from vae_hyperband.common.process import Environment
@@ -204,7 +204,10 @@ def load_ckpt(path: Path | str) -> Checkpoint:
     data = content["data"]
     return Checkpoint(
         # a checkpoint of an earlier version lacks the settings that came later: they had defaults
-        config=TrainConfig.from_dict(content["config"], str(path)),
+        config=TrainConfig.from_dict(
+            {"holdout": former_holdout(content["config"].get("dataset")), **content["config"]},
+            str(path),
+        ),
         model_state=content["model"],
         optimizer_state=content["optimizer"],
         schedule=content["schedule"],

@@ -14,7 +14,7 @@ from vae_hyperband.search.trials import RESULT, SETTINGS_FILE
 from vae_hyperband.training.tracker import LogRow, read_rows
 
 #: Losses of runs that differ in one of these cannot be compared.
-YARDSTICKS = ("likelihood", "binarize", "dataset", "data")
+YARDSTICKS = ("likelihood", "binarize", "dataset", "data", "holdout")
 NOTE = "validation split, nats per image"
 
 

@@ -108,6 +108,8 @@ def _likelihood_rows(found: Likelihood) -> dict[str, str]:
 def _share(found: Likelihood) -> str:
     if found.share_of_gap is None:
         return "no gap from here to the floor: the images hardly differ"
+    if found.share_of_gap < 0:
+        return f"the bound is {found.bound.mean - (found.mean_image or 0):.2f} nats worse"
     return f"the bound closes {found.share_of_gap:.1%} of the gap from here to the floor"
 
 

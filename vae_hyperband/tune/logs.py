@@ -117,6 +117,8 @@ class SearchLogs:
         folder = self._folder / trial.name
         if trial.outcome == "failed":
             _write(folder / ERROR, trial.why + "\n")
+        if trial.outcome == "stopped":
+            self._write_trial(board, trial)  # its last validation is "done" now
         if trial.outcome is None or (trial.outcome == "finished" and not self._has_all_rows):
             return
         bounds = {}
@@ -179,7 +181,9 @@ def _result(board: Board, trial: TrialRecord, number: int) -> dict[str, Any]:
     return {
         **row,
         "training_iteration": row["epoch"],
-        "done": row["epoch"] == board.config.max_epochs,
+        # as Ray has it: also of the last one before the scheduler stopped the trial
+        "done": row["epoch"] == board.config.max_epochs
+        or (trial.outcome == "stopped" and number == len(trial.rows) - 1),
         "trial_id": trial.name,
         "config": trial.hyperparameters.to_dict(),
     }
