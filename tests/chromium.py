@@ -1,11 +1,14 @@
 """Debian's Chromium, driven by Playwright."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -13,11 +16,18 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 def trouble() -> str:
     """Why there is no browser here, or nothing. Root may install Debian's package."""
-    if not _program() and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False)
-        install = ["apt-get", "install", "-y", "-q", "--no-install-recommends"]
-        subprocess.run([*install, "chromium", "fonts-liberation"], capture_output=True, check=False)
+    # one process at a time: the processes of the tests begin together, and apt refuses the second
+    with open(Path(tempfile.gettempdir()) / "vae-hyperband-chromium.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _program() and os.geteuid() == 0 and shutil.which("apt-get"):
+            _install()
     return "" if _program() else "no Chromium found: apt-get install chromium"
+
+
+def _install() -> None:
+    subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False)
+    install = ["apt-get", "install", "-y", "-q", "--no-install-recommends"]
+    subprocess.run([*install, "chromium", "fonts-liberation"], capture_output=True, check=False)
 
 
 def _program() -> str | None:
