@@ -248,6 +248,17 @@ def test_a_job_whose_data_grew_is_told_so_by_what_it_has_options_for(tmp_path, c
     )
 
 
+@pytest.mark.parametrize(("wrapped", "holdout"), [(False, "content"), (True, "last")])
+def test_only_a_file_that_the_program_wrote_has_the_holdout_of_0_1(
+    wrapped, holdout, tmp_path, small_data, capsys
+):
+    settings = {"dataset": "custom", "latent_dim": 4, "batch_size": 32, "epochs": 1}
+    (tmp_path / "c.json").write_text(json.dumps({"config": settings} if wrapped else settings))
+    argv = ["train", "--config", str(tmp_path / "c.json"), "--data-dir", str(small_data)]
+    assert train_vae.main([*argv, "--device", "cpu", "--dry-run"]) == 0
+    assert re.search(rf"holdout\W+{holdout}\b", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("asked", "number"),
     [("sneaker", 7), ("Ankle boot", 9), ("ankle-boot", 9), ("t-shirt", 0), ("top", 0), ("5", 5),

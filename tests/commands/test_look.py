@@ -271,6 +271,7 @@ def test_what_is_no_run_is_said_to_be_what_it_is(tmp_path, capsys):
     [
         ({"likelihood": "continuous-bernoulli"}, "likelihood"),
         ({"binarize": "dynamic"}, "binarize"),
+        ({"holdout": "last"}, "holdout"),
         ({}, "data"),
     ],
 )

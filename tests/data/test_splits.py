@@ -113,6 +113,32 @@ def test_the_same_image_twice_is_never_in_both_splits(tmp_path, small_data):
         custom(alike)
 
 
+def test_an_image_that_is_there_too_often_does_not_fill_the_validation_split(tmp_path, small_data):
+    for seed in range(5):
+        order = torch.arange(360)
+        order[180:] = seed  # half of them one image
+        folder = rewritten(tmp_path / str(seed), small_data, order)
+        assert len(held_out(folder)) == 60
+        assert len(set(held_out(folder))) == 60
+
+
+def test_the_first_images_of_the_validation_split_are_of_several_classes(tmp_path, small_data):
+    """Pictures of a run show the first ones."""
+    labels, _ = read_idx(small_data / NAMES[1], 1)
+    folder = rewritten(tmp_path / "sorted", small_data, labels.argsort())
+    assert len(custom(folder, "validation").labels_N[:32].unique()) >= 7
+
+
+def test_a_holdout_that_is_none_is_refused(small_data):
+    with pytest.raises(
+        ConfigError, match="The holdout is 'first', but must be one of content, last"
+    ):
+        load_split("train", small_data, "custom", "first")
+    last = get_dataloader("validation", 60, data_dir=small_data, dataset="custom", holdout="last")
+    expected = load_split("validation", small_data, "custom", "last")
+    assert torch.equal(next(iter(last))[1], expected.labels_N)
+
+
 def test_train_and_validation_never_open_the_test_file(tmp_path, small_data):
     folder = write_idx_folder(tmp_path / "d")
     for name in NAMES[2:]:

@@ -129,6 +129,17 @@ def test_evaluations_of_other_weights_are_not_in_the_card(ckpt, tmp_path):
     assert "model-index" not in head(tmp_path / "hub")
 
 
+def test_a_damaged_evaluation_that_nobody_named_costs_the_card_its_numbers(ckpt, tmp_path, capsys):
+    logs = tmp_path / "logs" / ckpt.parent.name
+    logs.mkdir(parents=True)
+    (logs / "evaluation.json").write_bytes(GOLDEN.read_bytes()[:100])
+    argv = ["export", str(ckpt), "--format", "safetensors", "--out", str(tmp_path / "hub")]
+    assert main([*argv, "--logs-dir", str(logs.parent)]) == 0
+    assert "note: " in capsys.readouterr().err
+    assert "model-index" not in head(tmp_path / "hub")
+    assert main([*argv, "--evaluation", str(logs / "evaluation.json")]) == 2
+
+
 def test_data_that_hubs_have_are_named_as_they_are_there(ckpt, tmp_path):
     checkpoint = load_ckpt(ckpt)
     config = dataclasses.replace(checkpoint.config, dataset="fashion-mnist")

@@ -126,7 +126,7 @@ def test_the_continuous_bernoulli_s_nats_and_gradients_are_exact_for_every_logit
     assert (logits.grad.double() - slopes).abs().max() < 1e-6
 
 
-def test_the_continuous_bernoulli_s_written_gradients_are_those_of_its_values():
+def test_the_continuous_bernoulli_s_gradients_are_those_of_its_values():
     logits = torch.tensor([-40, -1.5, -0.9, -1e-3, 0, 0.4, 1.2, 30]).double().reshape(8, 1, 1, 1)
     x = torch.linspace(0.1, 0.9, 8).double().reshape(8, 1, 1, 1)
 
@@ -155,3 +155,20 @@ def test_the_cross_entropy_has_the_gradients_of_pytorch_s_own():
         strict=True,
     ):
         torch.testing.assert_close(gradient, expected)
+
+
+def test_the_continuous_bernoulli_has_second_derivatives():
+    """As a gradient penalty needs them: A'' is the variance, and is not lost without a word."""
+    logits = torch.linspace(-6, 6, 16, dtype=torch.float64)
+    x = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def nats(logits):
+        shape = (1, 1, 4, 4)
+        return reconstruction_nats(logits.view(shape), x.view(shape), "continuous-bernoulli").sum()
+
+    hessian = torch.autograd.functional.hessian(nats, logits)
+    variance = ContinuousBernoulli(logits=logits).variance
+    assert torch.allclose(hessian.diag(), variance, rtol=0, atol=1e-4)  # torch's own is coarser
+    assert torch.equal(hessian, hessian.diag().diag())
+    per_logit = torch.func.vmap(torch.func.grad(nats))(logits.expand(2, 16))
+    assert per_logit.shape == (2, 16)

@@ -131,6 +131,8 @@ def test_ray_s_analysis_finds_the_trials_and_the_winner_of_a_search(searched):
         lines = (folder / "logs/s" / trial.name / RESULTS).read_text().splitlines()
         assert [json.loads(line)["bound"] for line in lines] == trial.curve("bound")
         assert found.trial_dataframes[trial.name]["step"].tolist() == trial.curve("step")
+        last = table["done"].tolist()  # as Ray has it: also of a trial that was stopped
+        assert last == [False] * (len(last) - 1) + [True]
     best = ResultGrid(found).get_best_result(metric="bound", mode="min")
     assert best.metrics["bound"] == result.best_score
 
