@@ -21,10 +21,12 @@ from killing import (
     until_the_end,
 )
 
-from vae_hyperband.common.errors import RayBrokeError
+from vae_hyperband.common.errors import DataError, RayBrokeError
 from vae_hyperband.common.process import EXIT_STOPPED
 from vae_hyperband.model.checkpoint import load_ckpt
+from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import read_result
+from vae_hyperband.tune.driver import search
 
 
 def search_command(data: Path, *extra: object) -> list[str]:
@@ -443,3 +445,15 @@ def test_a_search_in_a_place_without_umask_can_be_gone_on_with(small_data, fork)
     for _ in range(2):
         said = refused(fork, small_data, "--batch-sizes", 10**6, umask=0)
         assert "--batch-sizes has more than" in said
+
+
+def test_a_number_of_trials_that_a_grid_ignores_is_said(tmp_path, capsys):
+    options = SearchOptions(
+        checkpoints_dir=tmp_path / "c", logs_dir=tmp_path / "l", data_dir=tmp_path, device="cpu"
+    )
+    for num_trials, said in ((1000, True), (SearchConfig.num_trials, False)):
+        config = SearchConfig(dataset="custom", algorithm="grid", num_trials=num_trials)
+        with pytest.raises(DataError):  # no data there: Ray is not started
+            search(config, options)
+        note = "note: a grid has 36 combinations: --num-trials has no effect\n"
+        assert (note in capsys.readouterr().out) == said
