@@ -87,10 +87,11 @@ def get_dataloader(
 ) -> Batches:
     """Batches ``(x_BCHW in [0, 1], labels_B)`` of a split, held in memory on ``device``.
 
-    Without ``shuffle``, the name "train" is shuffled in every epoch, everything else is in file
-    order (also a :class:`Split`). The last batch may be smaller. ``loader.sampler`` is the
-    :class:`EpochOrder`. Raises :class:`DataError`, and :class:`ConfigError` if a batch is larger
-    than the split.
+    ``data_dir``, ``dataset`` and ``holdout`` are those of :func:`load_split`; give the holdout of a
+    trained model's configuration to get its own splits. Without ``shuffle``, the name "train" is
+    shuffled in every epoch, everything else is in the split's order (also a :class:`Split`). The
+    last batch may be smaller. ``loader.sampler`` is the :class:`EpochOrder`. Raises
+    :class:`DataError`, and :class:`ConfigError` if a batch is larger than the split.
     """
     if shuffle is None:
         shuffle = split == "train"

@@ -62,6 +62,7 @@ class SearchLogs:
                 case "result":
                     self._append(board, trial)
                 case "end":
+                    self._write_trial(board, trial)  # of one that was stopped, the last row is done
                     self._write_end(board, trial)
             if self._state_time.due:
                 self._write_state(board)
@@ -117,8 +118,6 @@ class SearchLogs:
         folder = self._folder / trial.name
         if trial.outcome == "failed":
             _write(folder / ERROR, trial.why + "\n")
-        if trial.outcome == "stopped":
-            self._write_trial(board, trial)  # its last validation is "done" now
         if trial.outcome is None or (trial.outcome == "finished" and not self._has_all_rows):
             return
         bounds = {}
