@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import Dataset, Holdout, Places, TrainConfig
+from vae_hyperband.common.config import DataConfig, Places, TrainConfig, with_data
 from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.common.process import EXIT_STOPPED, available_cpus, pick_device, stop_flag
-from vae_hyperband.data.splits import load_split
+from vae_hyperband.data.splits import split_for
 from vae_hyperband.model.checkpoint import Metrics
 from vae_hyperband.training.study import train_side_by_side
 
 
 @dataclass(frozen=True, kw_only=True)
-class BetaArgs(Places):
+class BetaArgs(DataConfig, Places):
     """Train a few betas side by side and watch them in TensorBoard.
 
     python -m vae_hyperband.beta_vae_tsb --betas 0.5 1 4 --epochs 3
@@ -42,14 +42,14 @@ class BetaArgs(Places):
     """Number of latent dimensions of z."""
     seed: int = 0
     """The same for every beta: equal initial weights, order of the images and noise."""
-    dataset: Dataset = "fashion-mnist"
-    """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
-    holdout: Holdout = "content"
-    """custom: the sixth of the training file to validate on, by a hash of each image or the last"""
     port: int = 6006
     """Port of TensorBoard, which listens on 127.0.0.1 only."""
     serve: bool = True
     """Open TensorBoard and keep it open until Ctrl-C (--no-serve: only train)."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        Places.__post_init__(self)
 
     def configs(self) -> dict[str, TrainConfig]:
         """The configurations, by the names of their runs without ``run``."""
@@ -59,8 +59,7 @@ class BetaArgs(Places):
                 epochs=self.epochs,
                 latent_dim=self.latent_dim,
                 seed=self.seed,
-                dataset=self.dataset,
-                holdout=self.holdout,
+                **with_data(self, self.data).data_settings(),
             )
             for beta in self.betas
         }
@@ -88,7 +87,7 @@ def check(args: BetaArgs) -> None:
     if len(args.configs()) < len(args.betas) or not args.betas:
         raise ConfigError(f"--betas is {args.betas}, but must have one or more different values.")
     pick_device(args.device)
-    load_split("train", args.data_dir, args.dataset, args.holdout)
+    split_for(args, args, "train")
     if args.serve:
         try:
             with socket.create_server(("127.0.0.1", args.port)):

@@ -46,7 +46,7 @@ def evaluate_command(argv: list[str]) -> int:
     with cpu_threads(args.num_threads):
         ckpt = find_ckpt(args.run, args.folders)
         found = evaluate(
-            ckpt, args.split, args.folders.data_dir, args.device, args.evaluation, print_progress
+            ckpt, args.split, args.folders, args.device, args.evaluation, print_progress
         )
     if args.json and not stdout:
         write_text(args.json, found.to_json())

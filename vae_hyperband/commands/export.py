@@ -29,7 +29,7 @@ from vae_hyperband.export.hub import DATA_NAMES, write_shared
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.report import EVALUATIONS
-from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
+from vae_hyperband.reporting.summaries import print_progress
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,14 @@ def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
         from vae_hyperband.export.explorer import page
     config = checkpoint.config
     model = checkpoint.model()
-    split = _first(checkpoint.split(args.split, args.folders.data_dir), args.num_images)
+    split = _first(checkpoint.split(args.split, args.folders), args.num_images)
     split = as_trained(split, config)
     out = args.out / "index.html"
     check_place(out)  # fail before the work
     html = page(
         model,
         split,
-        tuple(LABEL_NAMES.get(config.dataset, ())),
+        checkpoint.class_names,
         f"A VAE of {DATA_NAMES[config.dataset]}",
         _shown(checkpoint, model),
         _fitted(args, checkpoint),
@@ -186,7 +186,7 @@ def _shown(checkpoint: Checkpoint, model: VAE) -> dict[str, str]:
 
 
 def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow | None:
-    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders.data_dir)
+    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders)
     return None if isinstance(sampler, Prior) else sampler
 
 

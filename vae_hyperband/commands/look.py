@@ -104,7 +104,7 @@ def animate(argv: list[str]) -> int:
     else:
         checkpoint = load_ckpt(best_ckpt(place))
         model = checkpoint.model()
-        split = as_trained(checkpoint.split("validation", args.folders.data_dir), checkpoint.config)
+        split = as_trained(checkpoint.split("validation", args.folders), checkpoint.config)
         posteriors = encode_split(model, eval_dataloader(split))
         animations.latent_walk(model, posteriors, out, args.seed)
     print(out)

@@ -7,11 +7,18 @@ from typing import Literal
 
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.commands.search import search_and_plot, train_winner
-from vae_hyperband.common.config import Dataset, Holdout, Places, RunOptions, TrainConfig, plural
+from vae_hyperband.common.config import (
+    DataConfig,
+    Places,
+    RunOptions,
+    TrainConfig,
+    plural,
+    with_data,
+)
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.common.process import only_writer, pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
-from vae_hyperband.data.splits import Split, SplitName, check_test_split, load_split
+from vae_hyperband.data.splits import Split, SplitName, check_test_split, split_for
 from vae_hyperband.evaluation.evaluate import PARTS, EvaluateOptions, Part, evaluate_once
 from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.reporting.report import write_report
@@ -31,7 +38,7 @@ from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainJob(Places):
+class MainJob(DataConfig, Places):
     """Run everything: data, search, training of the best configuration, evaluation, figures.
 
     vae-hyperband run
@@ -49,10 +56,6 @@ class MainJob(Places):
     """Epochs of the full training of the best configuration."""
     scheduler: Literal["asha", "hyperband", "none"] = "asha"
     """asha stops the worse trials early; hyperband does so when all have reached a rung."""
-    dataset: Dataset = "fashion-mnist"
-    """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
-    holdout: Holdout = "content"
-    """custom: the sixth of the training file to validate on, by a hash of each image or the last"""
     parts: tuple[Part, ...] = PARTS
     """Parts of the final evaluation; without images the job takes a minute or two less."""
     seed: int = 0
@@ -64,7 +67,8 @@ class MainJob(Places):
 
     def __post_init__(self) -> None:
         """Check every step's settings now, not after the search."""
-        super().__post_init__()
+        DataConfig.__post_init__(self)
+        Places.__post_init__(self)
         pick_device(self.device)
         for check in (self.search, self.winner, self.evaluation):
             check()
@@ -76,8 +80,7 @@ class MainJob(Places):
             max_epochs=self.max_epochs,
             scheduler=self.scheduler,
             seed=self.seed,
-            dataset=self.dataset,
-            holdout=self.holdout,
+            **with_data(self, self.data).data_settings(),
         )
         options = SearchOptions(**self.options(f"{self.run}-search"), fresh=self.fresh)
         return config, options
@@ -93,11 +96,11 @@ def main_job_dry_run(job: MainJob) -> str:
     """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
     config, options = job.search()
     try:
-        train = load_split("train", job.data_dir, job.dataset, job.holdout)
+        train = split_for(job, job, "train")
         config = _fitted(config, train, options)
-        check_test_split(train.image_shape, job.data_dir, job.dataset)
+        check_test_split(train.image_shape, job, job)
     except DataError as error:
-        if job.dataset != "fashion-mnist" or job.data_dir:
+        if config.dataset != "fashion-mnist" or job.data_dir:
             raise
         return f"== first get Fashion-MNIST; the following steps depend on it\n{error}"
     return "\n".join(
@@ -121,22 +124,22 @@ def run_command(argv: list[str]) -> int:
 def run_main_job(job: MainJob) -> bool:
     """Do the whole job; False if stopped on request (the same call continues)."""
     config, options = job.search()
-    if job.dataset == "fashion-mnist":
+    if config.dataset == "fashion-mnist":
         _heading("1/5  data: Fashion-MNIST, verified by its digests")
         if job.data_dir is None:
             ensure_data(install=True)
     else:
-        _heading(f"1/5  data: {job.dataset}")
+        _heading(f"1/5  data: {job.data or job.dataset}")
     names: tuple[SplitName, ...] = ("train", "validation")  # not the test split before step 4
     for name in names:
-        split = load_split(name, job.data_dir, job.dataset, job.holdout)
+        split = split_for(job, job, name)
         print(
             f"{name:10} {plural(len(split), 'image'):>13}, digest {split.digest[:12]}...",
             flush=True,
         )
     # now, not after the search and the training
-    check_test_split(split.image_shape, job.data_dir, job.dataset)
-    config = _fitted(config, load_split("train", job.data_dir, job.dataset, job.holdout), options)
+    check_test_split(split.image_shape, job, job)
+    config = _fitted(config, split_for(job, job, "train"), options)
 
     _heading(
         f"2/5  search: {plural(job.num_trials, 'configuration')}, up to "
@@ -169,7 +172,7 @@ def run_main_job(job: MainJob) -> bool:
     print(evaluation_text(evaluation), flush=True)
 
     _heading("5/5  figures and reports")
-    pictures = draw_run_figures(trained, best, job.data_dir)
+    pictures = draw_run_figures(trained, job)
     reports = [write_report(place) for place in (options, job.winner())]
     for path in (figure, *pictures, *reports):
         print(path, flush=True)

@@ -14,7 +14,6 @@ from vae_hyperband.common.config import Folders, plural, require_number
 from vae_hyperband.common.errors import ConfigError, RunFolderError
 from vae_hyperband.common.files import check_place, fsync_folder, make_folder, replacing
 from vae_hyperband.common.process import pick_device
-from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.samplers import (
     Sampler,
     SamplerConfig,
@@ -24,7 +23,7 @@ from vae_hyperband.evaluation.samplers import (
 )
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import animations, figures
-from vae_hyperband.reporting.summaries import LABEL_NAMES, print_progress
+from vae_hyperband.reporting.summaries import print_progress
 
 MOST_IN_GRID = 4096  # images: a larger picture takes gigabytes, and nobody can look at it
 
@@ -62,9 +61,9 @@ def sample(argv: list[str]) -> int:
             f"A grid shows at most {MOST_IN_GRID:,} images: give --out an .npy file or a folder."
         )
     checkpoint = load_ckpt(find_ckpt(args.run, args.folders))
-    names = LABEL_NAMES.get(checkpoint.config.dataset, ())
+    names = checkpoint.class_names
     label = label_number(args.label, names)
-    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders.data_dir)
+    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders)
     model = checkpoint.model(pick_device(args.device))
     images_NCHW = generate(model, sampler, args.num_samples, args.seed, label)
     if args.out.suffix == ".npy":
@@ -98,16 +97,11 @@ def _check_out(path: Path) -> None:
 
 
 def sampler_for(
-    checkpoint: Checkpoint, name: SamplerName, config: SamplerConfig, data_dir: Path | None
+    checkpoint: Checkpoint, name: SamplerName, config: SamplerConfig, folders: Folders
 ) -> Sampler:
     """A checkpoint's sampler; the training split is loaded only if it has to be fitted."""
-    trained = checkpoint.config
     return get_sampler(
-        name,
-        checkpoint,
-        lambda: load_split("train", data_dir, trained.dataset, trained.holdout),
-        config,
-        print_progress,
+        name, checkpoint, lambda: checkpoint.split("train", folders), config, print_progress
     )
 
 

@@ -11,6 +11,7 @@ import tyro
 from vae_hyperband.commands.options import parse_options
 from vae_hyperband.common.config import Folders, RunOptions, changed_options, require_number
 from vae_hyperband.common.process import stop_flag
+from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting.summaries import (
     executable,
     print_resume_hint,
@@ -18,7 +19,7 @@ from vae_hyperband.reporting.summaries import (
     summary_of,
 )
 from vae_hyperband.search.config import SearchConfig, SearchOptions
-from vae_hyperband.search.trials import SearchResult
+from vae_hyperband.search.trials import WINNER, SearchResult
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult, fit
 from vae_hyperband.tune.driver import STOPPING, search
@@ -94,6 +95,9 @@ def train_winner(
 ) -> FitResult:
     """Train the best configuration in full; a run that was begun is continued."""
     config = dataclasses.replace(found.best_config, epochs=epochs)
+    if config.dataset == "images" and options.data is None:  # a search that was resumed without it
+        path = load_ckpt(found.folder / WINNER).data.path
+        options = dataclasses.replace(options, data=Path(path) if path else None)
     return fit(config, options, should_stop=should_stop)
 
 

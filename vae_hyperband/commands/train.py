@@ -59,7 +59,9 @@ def _defaults(argv: list[str]) -> TrainArgs:
         if settings is not content:  # a best_config.json, maybe of 0.1
             settings = {"holdout": former_holdout(settings.get("dataset")), **settings}
         training = TrainConfig.from_dict(settings, config)
-        execution = {name: content[name] for name in ("device", "num_threads") if name in content}
+        execution = {
+            name: content[name] for name in ("device", "num_threads", "data") if name in content
+        }
         return TrainArgs(training, RunOptions(**execution))
     if resume_ckpt is not None:
         training = load_ckpt(resume_ckpt).config

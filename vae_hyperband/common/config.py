@@ -13,12 +13,13 @@ import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 from vae_hyperband.common.errors import ConfigError
 
-Dataset = Literal["fashion-mnist", "custom", "drawn"]
+Dataset = Literal["fashion-mnist", "custom", "drawn", "images"]
 Holdout = Literal["content", "last"]
+Fit = Literal["crop", "pad", "stretch"]
 
 #: Settings that a resumed run may change; every other difference is refused.
 RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples", "fid_samples"})
@@ -26,6 +27,9 @@ RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples", "fid_sa
 #: Settings that have an effect only with one choice of another setting.
 ONLY_WITH = {
     "holdout": ("dataset", "custom"),
+    "image_size": ("dataset", "images"),
+    "fit": ("dataset", "images"),
+    "channels": ("dataset", "images"),
     "free_bits": ("objective", "free-bits"),
     "capacity": ("objective", "capacity"),
     "train_samples": ("objective", "iwae"),
@@ -37,13 +41,46 @@ ONLY_WITH = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonConfig:
-    """Data, objective and model: the same for all runs of a search or a study."""
+class DataConfig:
+    """Which images: the same for all commands that take them."""
 
     dataset: Dataset = "fashion-mnist"
-    """fashion-mnist; custom: IDX files in --data-dir; drawn: synthetic garments, known factors."""
+    """fashion-mnist; images: those of --data, which implies it; drawn: synthetic garments with
+    known factors; custom: IDX files in --data-dir."""
+    image_size: str | None = None
+    """--data: resize images to N or HxW, height first (default: their size, if all have one)."""
+    fit: Fit = "crop"
+    """--data: resize by cropping both sides, by padding, or by stretching."""
+    channels: Literal[1, 3] | None = None
+    """--data: 1: grey, 3: red, green, blue (default: 1 if every image is grey, else 3)."""
     holdout: Holdout = "content"
-    """custom: the sixth of the training file to validate on, by a hash of each image or the last"""
+    """custom: the sixth of the training file that validates, chosen by a hash of each image, or
+    its end."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.image_size is not None:
+            parse_size(self.image_size)
+        for name, (chooser, choice) in ONLY_WITH.items():
+            # --data, which a data set of "images" comes from, is not a part of the configuration
+            if not hasattr(self, name) or (choice, self.dataset) == ("images", "fashion-mnist"):
+                continue
+            require(
+                getattr(self, chooser) == choice
+                or getattr(self, name) == getattr(type(self), name),
+                f"{flag(name)} needs --{chooser} {choice}: add that option, or remove "
+                f"{flag(name)}.",
+            )
+
+    def data_settings(self) -> dict[str, Any]:
+        """These settings alone, as keyword arguments of another configuration."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(DataConfig)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig(DataConfig):
+    """Data, objective and model: the same for all runs of a search or a study."""
+
     binarize: Literal["none", "dynamic"] = "none"
     """dynamic: sample every pixel as black or white at each step, as likelihood papers do."""
     objective: Literal["elbo", "free-bits", "capacity", "beta-tc", "iwae"] = "elbo"
@@ -68,20 +105,13 @@ class CommonConfig:
     """Learning rate: one-cycle warms up, then anneals to nearly 0 at the last epoch."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require_number("kl_warmup_epochs", self.kl_warmup_epochs, 0)
         require_number("kl_cycles", self.kl_cycles, 0)
         require_number("free_bits", self.free_bits, 0)
         require_number("capacity", self.capacity, 0)
         require_number("train_samples", self.train_samples, 1)
         require_number("pseudo_inputs", self.pseudo_inputs, 1)
-        for name, (chooser, choice) in ONLY_WITH.items():
-            require(
-                getattr(self, chooser) == choice
-                or getattr(self, name) == getattr(CommonConfig, name),
-                f"{flag(name)} needs --{chooser} {choice}: add that option, or remove "
-                f"{flag(name)}.",
-            )
         require(
             not (self.kl_cycles and self.kl_warmup_epochs),
             "--kl-cycles and --kl-warmup-epochs both set how the KL weight rises: give only one.",
@@ -190,8 +220,10 @@ class RunName:
 class Folders:
     """Where data are read, and where runs keep their checkpoints and logs."""
 
+    data: Path | None = None
+    """Your own images: a folder (labels are its folders), .zip, .tar, .npy, .npz or .parquet."""
     data_dir: Path | None = None
-    """Folder with the four IDX files, plain or gzipped (default: cache, then system package)."""
+    """Fashion-MNIST, custom: folder with the four IDX files (default: cache, then system's)."""
     checkpoints_dir: Path = Path("checkpoints")
     """Folder that holds one folder of checkpoints per run."""
     logs_dir: Path = Path("logs")
@@ -273,6 +305,55 @@ def in_effect(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if name not in ONLY_WITH or config.get(ONLY_WITH[name][0]) == ONLY_WITH[name][1]
     }
+
+
+Config = TypeVar("Config", bound="DataConfig")
+
+
+def with_data(config: Config, data: Path | None) -> Config:
+    """The configuration for the images of ``--data``, which name the data set.
+
+    Raises :class:`ConfigError` if the two contradict each other.
+    """
+    if data is not None and config.dataset == "fashion-mnist":
+        config = dataclasses.replace(config, dataset="images")
+    is_images = config.dataset == "images"
+    require(
+        data is None or is_images,
+        f"--data and --dataset {config.dataset} both say which images: give only one of them.",
+    )
+    require(
+        data is not None or not is_images,
+        "--dataset images needs --data, the folder or file of the images.",
+    )
+    for name in ("image_size", "fit", "channels"):
+        require(
+            is_images or getattr(config, name) == getattr(type(config), name),
+            f"{flag(name)} needs --data, the folder or file of the images.",
+        )
+    return config
+
+
+def same_images(config: Config, settings: dict[str, Any]) -> Config:
+    """A configuration that names no data set, for the images of stored settings."""
+    given = {
+        name: value
+        for name, value in config.data_settings().items()
+        if value != getattr(DataConfig, name)
+    }
+    return dataclasses.replace(config, **{**settings, **given})
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from "64" or "48x32". Raises :class:`ConfigError`."""
+    sides = text.lower().split("x")
+    sizes = tuple(int(side) for side in sides if side.isascii() and side.isdecimal())
+    require(
+        len(sizes) == len(sides) <= 2 and all(1 <= size <= 4096 for size in sizes),
+        f"--image-size is {text!r}, but must be a side such as 64, or height and width such as "
+        "48x32.",
+    )
+    return sizes[0], sizes[-1]
 
 
 def former_holdout(dataset: object) -> Holdout:

@@ -47,6 +47,12 @@ class OutOfMemoryError(VAEHyperbandError):
     """There is not enough memory."""
 
 
+class StoppedError(VAEHyperbandError):
+    """Work that was told to stop before there was anything to return; the same call continues."""
+
+    exit_status = 75  # EX_TEMPFAIL, as process.EXIT_STOPPED
+
+
 class SearchError(VAEHyperbandError):
     """A search that cannot start or continue."""
 

@@ -12,7 +12,24 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vae_hyperband.common.errors import ConfigError, RunFolderError
+from vae_hyperband.common.errors import ConfigError, DataError, RunFolderError
+
+
+def cache_folder() -> Path:
+    """The user's cache: $VAE_HYPERBAND_CACHE, else $XDG_CACHE_HOME or ~/.cache, vae-hyperband.
+
+    Raises :class:`DataError` for a user without a home directory, as containers have them.
+    """
+    if chosen := os.environ.get("VAE_HYPERBAND_CACHE"):
+        return Path(chosen)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "vae-hyperband"
+    try:
+        return Path.home() / ".cache" / "vae-hyperband"
+    except RuntimeError as error:
+        raise DataError(
+            "This user has no home directory to keep data in: set VAE_HYPERBAND_CACHE to a folder."
+        ) from error
 
 
 class replacing:

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from vae_hyperband.common.errors import DataError, VAEHyperbandError
+from vae_hyperband.common.files import cache_folder
+from vae_hyperband.data.fashion_mnist import FASHION_MNIST_SHA256
 from vae_hyperband.data.idx import read_idx
-from vae_hyperband.data.splits import FASHION_MNIST_SHA256, cache_folder, load_split
+from vae_hyperband.data.splits import load_split
 
 #: The authors' repository, and the copy that Keras downloads.
 MIRRORS = (

@@ -1,75 +1,46 @@
-"""Fashion-MNIST: find -> verify -> decode -> split.
+"""The splits of every data set: training, validation and test images, and their labels.
 
-A file is accepted by the SHA-256 of its *decompressed* content, so that every compression of the
-right bytes is accepted, and nothing else. The training file gives two splits, its first 50,000
-images and its last 10,000 (of other data, see :func:`load_split`); only the split "test" opens the
-test file.
+Fashion-MNIST's training file gives its first 50,000 images and its last 10,000 (of other IDX
+files, see :func:`load_split`); images of your own are split as they lie, or by their content
+(:func:`~vae_hyperband.data.decoded.assign_splits`).
 
 Shape suffixes: N images of a split, B images of a batch, C channels, H height, W width.
 """
 
-import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import CommonConfig, Dataset, Holdout, plural
+from vae_hyperband.common.config import (
+    CommonConfig,
+    DataConfig,
+    Dataset,
+    Folders,
+    Holdout,
+    parse_size,
+    plural,
+    with_data,
+)
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.idx import idx_sizes, read_idx_once
-from vae_hyperband.data.synthetic import NUM_SYNTHETIC, render_garments, sample_factors
+from vae_hyperband.data.decoded import AS_THEY_ARE, ImageSet, ImageSettings, decoded_set
+from vae_hyperband.data.fashion_mnist import FASHION_MNIST_CLASSES, check_test_files, read_part
+from vae_hyperband.data.sources import SPLITS, SplitName
+from vae_hyperband.data.synthetic import KINDS, NUM_SYNTHETIC, render_garments, sample_factors
 
-SplitName = Literal["train", "validation", "test"]
-SPLITS = get_args(SplitName)
-DATASETS = get_args(Dataset)
-HOLDOUTS = get_args(Holdout)
-
-CLASS_NAMES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-
-#: SHA-256 of the decompressed files (Xiao, Rasul & Vollgraf 2017, github.com/zalandoresearch).
-FASHION_MNIST_SHA256 = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
-
-FILES = tuple(FASHION_MNIST_SHA256)
 MOST_LABELS = 12  # that are listed by number
 
-TORCHVISION = ("raw", "FashionMNIST/raw", "MNIST/raw")  # below the folder that it is given
-
-#: Where Debian's and Ubuntu's package dataset-fashion-mnist puts the four files.
-SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-
-
-def cache_folder() -> Path:
-    """The user's cache: $VAE_HYPERBAND_CACHE, else $XDG_CACHE_HOME or ~/.cache, vae-hyperband.
-
-    Raises :class:`DataError` for a user without a home directory, as containers have them.
-    """
-    if chosen := os.environ.get("VAE_HYPERBAND_CACHE"):
-        return Path(chosen)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "vae-hyperband"
-    try:
-        return Path.home() / ".cache" / "vae-hyperband"
-    except RuntimeError as error:
-        raise DataError(
-            "This user has no home directory to keep data in: set VAE_HYPERBAND_CACHE to a folder."
-        ) from error
+#: Names of the labels 0, 1 ... of the data sets that always have the same.
+CLASS_NAMES: dict[str, tuple[str, ...]] = {"fashion-mnist": FASHION_MNIST_CLASSES, "drawn": KINDS}
 
 
 @dataclass(frozen=True)
@@ -78,7 +49,8 @@ class Split:
 
     images_NCHW: Tensor  # uint8
     labels_N: Tensor  # int64
-    digest: str  # SHA-256 of the decompressed image file of the split
+    digest: str  # SHA-256 of the decompressed image file, or of the decoded images, of the split
+    class_names: tuple[str, ...] = ()  # of the labels 0, 1 ...; empty if they have none
 
     def __len__(self) -> int:
         return len(self.images_NCHW)
@@ -96,7 +68,9 @@ class Split:
 
     def subset(self, index: Tensor) -> Self:
         """The images at ``index``, in its order."""
-        return type(self)(self.images_NCHW[index], self.labels_N[index], self.digest)
+        return dataclasses.replace(
+            self, images_NCHW=self.images_NCHW[index], labels_N=self.labels_N[index]
+        )
 
     def pixels(self, index: Tensor | slice) -> Tensor:
         """The images at ``index`` as floats in [0, 1], shape (B, C, H, W)."""
@@ -146,9 +120,13 @@ def load_split(
     data_dir: Path | None = None,
     dataset: str = "fashion-mnist",
     holdout: Holdout = "content",
+    data: Path | str | None = None,
+    settings: ImageSettings = AS_THEY_ARE,
 ) -> Split:
     """Find, verify and decode one split.
 
+    ``data`` is a folder, archive or file of images of your own
+    (:mod:`~vae_hyperband.data.sources`), decoded once as the ``settings`` say. Otherwise
     ``data_dir`` is any folder with the IDX files, plain or gzipped; without it the user's cache,
     then the system's package are looked through (``make data`` fills one of them). ``custom``
     accepts other data in the same format; its validation split is the sixth of the training file
@@ -156,58 +134,79 @@ def load_split(
     "last" the last sixth, as Fashion-MNIST's is. ``drawn`` needs no files
     (:mod:`~vae_hyperband.data.synthetic`). Raises :class:`DataError`.
     """
-    checks = (
-        ("split", split, SPLITS),
-        ("dataset", dataset, DATASETS),
-        ("holdout", holdout, HOLDOUTS),
-    )
-    for name, value, known in checks:
-        if value not in known:
-            raise ConfigError(f"The {name} is {value!r}, but must be one of {', '.join(known)}.")
+    if data is not None and dataset == "fashion-mnist":
+        dataset = "images"
+    config = DataConfig(dataset=cast(Dataset, dataset), holdout=holdout)
+    with_data(config, None if data is None else Path(data))
+    if split not in SPLITS:
+        raise ConfigError(f"The split is {split!r}, but must be one of {', '.join(SPLITS)}.")
     if dataset == "drawn":
         return synthetic_split(split)
-    data_dir = None if data_dir is None else Path(data_dir)
-    if dataset == "custom" and data_dir is None:
-        raise ConfigError(
-            "--dataset custom needs --data-dir, the folder with its four IDX files (also for "
-            "models trained on it)."
-        )
-    part = "t10k" if split == "test" else "train"
-    expected = FASHION_MNIST_SHA256 if dataset == "fashion-mnist" else {}
-    images_name, labels_name = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
-    images, digest = _load_file(images_name, data_dir, expected.get(images_name))
-    labels, _ = _load_file(labels_name, data_dir, expected.get(labels_name))
-    if len(images) != len(labels):
-        raise DataError(
-            f"{images_name} holds {plural(len(images), 'image')}, but {labels_name} "
-            f"{plural(len(labels), 'label')}: they do not belong together."
-        )
-    height, width = images.shape[1:]
-    if height != width or height % 4:
-        raise DataError(
-            f"{images_name} holds {height}x{width} images, but the network needs square ones "
-            "whose side is a multiple of 4: pad or resize them."
-        )
-    if split == "test":
+    if data is not None:
+        return split_of_set(decoded_set(Path(data), settings), split)
+    return idx_split(split, None if data_dir is None else Path(data_dir), config)
+
+
+def idx_split(name: SplitName, data_dir: Path | None, config: DataConfig) -> Split:
+    """A split of Fashion-MNIST or of other IDX files. Raises :class:`DataError`.
+
+    The training file gives two splits; only the split "test" opens the test file.
+    """
+    is_fashion_mnist = config.dataset == "fashion-mnist"
+    part = "t10k" if name == "test" else "train"
+    images, labels, digest = read_part(part, data_dir, is_fashion_mnist)
+    if name == "test":
         return Split(images[:, None].clone(), labels.long(), digest)
-    held_out = _held_out(images, holdout if dataset == "custom" else "last")
+    held_out = _held_out(images, "last" if is_fashion_mnist else config.holdout)
     if not 0 < len(held_out) < len(images):
         found = plural(len(images), "image")
-        raise DataError(f"{images_name} holds {found}, too few different ones to split.")
+        raise DataError(f"The training file holds {found}, too few different ones to split.")
     chosen = held_out
-    if split == "train":
+    if name == "train":
         is_trained_on_N = torch.ones(len(images), dtype=torch.bool)
         is_trained_on_N[held_out] = False
         chosen = is_trained_on_N.nonzero()[:, 0]
     return Split(images[chosen, None], labels[chosen].long(), digest)
 
 
-def load_training_splits(config: CommonConfig, data_dir: Path | None) -> tuple[Split, Split]:
-    """The training and the validation split of a configuration; says which classes one lacks."""
-    train, held_out = (
-        load_split(name, data_dir, config.dataset, config.holdout)
-        for name in ("train", "validation")
+def split_for(
+    config: DataConfig,
+    folders: Folders,
+    name: SplitName,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Split:
+    """A split of the images that a configuration and its folders say. Raises as above."""
+    config = with_data(config, folders.data)
+    if folders.data is None:
+        return load_split(name, folders.data_dir, config.dataset, config.holdout)
+    found = decoded_set(folders.data, image_settings(config), should_stop)
+    return split_of_set(found, name)
+
+
+def image_settings(config: DataConfig) -> ImageSettings:
+    """How the images of ``--data`` become arrays."""
+    size = None if config.image_size is None else parse_size(config.image_size)
+    return ImageSettings(size, config.fit, config.channels)
+
+
+def split_of_set(found: ImageSet, name: SplitName) -> Split:
+    """A split of a decoded set. Raises :class:`DataError` if it is empty."""
+    rows = found.rows(name)
+    if rows.start == rows.stop:
+        raise DataError(f"The data have no image for the {name} split.")
+    return Split(
+        torch.from_numpy(found.images_NCHW[rows]),
+        torch.from_numpy(found.labels_N[rows]),
+        found.digest,
+        found.class_names,
     )
+
+
+def load_training_splits(
+    config: DataConfig, folders: Folders, should_stop: Callable[[], bool] = lambda: False
+) -> tuple[Split, Split]:
+    """The training and the validation split of a configuration; says which classes one lacks."""
+    train, held_out = (split_for(config, folders, name, should_stop) for name in SPLITS[:2])
     if missing := missing_classes(train, held_out):
         print(f"note: {missing}", file=sys.stderr, flush=True)
     return train, held_out
@@ -235,6 +234,19 @@ def _held_out(images_NHW: Tensor, holdout: Holdout) -> Tensor:
     return torch.tensor(held_out, dtype=torch.long)
 
 
+def check_test_split(
+    image_shape: tuple[int, int, int], config: DataConfig, folders: Folders
+) -> None:
+    """Raise :class:`DataError` if the test split is missing, or of images of another size.
+
+    Its images are for the end: only the headers of IDX files are looked at.
+    """
+    if config.dataset in ("fashion-mnist", "custom") and folders.data is None:
+        check_test_files(image_shape, folders.data_dir)
+    else:
+        split_for(config, folders, "test")
+
+
 def missing_classes(train: Split, held_out: Split) -> str:
     """Says which labels only one of two splits has; empty if there are none."""
     here, there = (set(split.labels_N.tolist()) for split in (train, held_out))
@@ -255,90 +267,3 @@ def synthetic_split(name: SplitName, num: int | None = None) -> Split:
     images_NCHW = render_garments(levels_NF)
     digest = hashlib.sha256(images_NCHW.numpy().tobytes()).hexdigest()
     return Split(images_NCHW, levels_NF[:, 0], digest)
-
-
-def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Tensor, str]:
-    """The first right file among the folders: its array and the digest of its content."""
-    folders = _folders(data_dir)
-    wrong = []
-    for path in (path for folder in folders for path in _places_of(name, folder)):
-        if not os.path.isfile(path):  # False, too, where this user may not look
-            continue
-        try:
-            array, digest = read_idx_once(path, path.stat().st_mtime_ns, 3 if "idx3" in name else 1)
-            if sha256 is None or digest == sha256:
-                return array, digest
-            raise DataError(
-                f"{path} is not Fashion-MNIST's {name}: the SHA-256 of its content is {digest}, "
-                f"expected {sha256}; remove the file, or pass --dataset custom to use other data."
-            )
-        except DataError as error:
-            wrong.append(error)
-    if wrong:
-        raise wrong[0]
-    places = " or ".join(str(folder) for folder in folders)
-    hint = 'run "make data" (vae-hyperband data) to download it'
-    if data_dir:
-        hint = "--data-dir takes a folder of IDX files"
-        if alike := sorted(path.name for path in data_dir.glob(f"*{name.partition('-idx')[0]}*")):
-            hint = f"did you mean {alike[0]}? Give it that name"
-    raise DataError(f"No file {name} or {name}.gz in {places}: {hint}.")
-
-
-def check_test_split(
-    image_shape: tuple[int, int, int], data_dir: Path | None, dataset: str
-) -> None:
-    """Raise :class:`DataError` if the test split is missing, or of images of another size.
-
-    Looks at the headers of its files alone: its images are for the end.
-    """
-    if dataset == "drawn":
-        return
-    sizes = {}
-    for name, num_dims in (("t10k-images-idx3-ubyte", 3), ("t10k-labels-idx1-ubyte", 1)):
-        places = (path for folder in _folders(data_dir) for path in _places_of(name, folder))
-        for path in filter(os.path.isfile, places):
-            with contextlib.suppress(DataError):  # as when it is loaded: the next may be right
-                sizes[num_dims] = idx_sizes(path, num_dims)
-                break
-        else:
-            _load_file(name, data_dir, None)  # raises, and says where it has looked
-    if tuple(sizes[3][1:]) != image_shape[1:] or sizes[3][0] != sizes[1][0]:
-        raise DataError(
-            f"The test files announce images {sizes[3]} and {plural(sizes[1][0], 'label')}, which "
-            f"do not go with training images of shape {image_shape}."
-        )
-
-
-def _folders(data_dir: Path | None) -> list[Path]:
-    """Where to look for the four files. Raises :class:`DataError` for a folder that is closed."""
-    if data_dir is None:
-        with contextlib.suppress(DataError):  # no cache: the system's package may do
-            return [cache_folder(), SYSTEM_FOLDER]
-        return [SYSTEM_FOLDER]
-    try:
-        os.listdir(data_dir)
-    except FileNotFoundError:
-        return [data_dir]  # said later, with the names of the files
-    except OSError as error:
-        raise DataError(f"--data-dir {data_dir} cannot be read: {error.strerror}.") from error
-    if any(_is_there(name, data_dir) for name in FILES):
-        return [data_dir]
-    # one place for all four files: images of one data set must not meet labels of another
-    inside = [data_dir / name for name in TORCHVISION]
-    found = [folder for folder in inside if any(_is_there(name, folder) for name in FILES)]
-    if len(found) > 1:
-        places = " and in ".join(map(str, found))
-        raise DataError(f"--data-dir {data_dir} has data in {places}: give one of them.")
-    return found or [data_dir]
-
-
-def _is_there(name: str, folder: Path) -> bool:
-    return any(os.path.isfile(path) for path in _places_of(name, folder))
-
-
-def _places_of(name: str, folder: Path) -> Iterator[Path]:
-    """Where a folder may have a file: by its own name or Kaggle's, plain or gzipped."""
-    for called in (name, name.replace("-idx", ".idx")):
-        yield folder / called
-        yield folder / f"{called}.gz"

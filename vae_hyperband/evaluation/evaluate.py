@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.common.config import (
+    Folders,
     Places,
     TrainConfig,
     check_types,
@@ -33,7 +34,7 @@ from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import write_text
 from vae_hyperband.common.process import environment, own_modes, pick_device
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.splits import Split, SplitName, as_trained, load_split, per_split
+from vae_hyperband.data.splits import Split, SplitName, as_trained, per_split
 from vae_hyperband.data.synthetic import FACTORS, sample_factors
 from vae_hyperband.evaluation.bounds import (
     LEAST_GAP,
@@ -149,11 +150,11 @@ class EvaluationContext:
 
     @classmethod
     def load(
-        cls, ckpt: Path | Checkpoint, split: SplitName, data_dir: Path | None, device: str
+        cls, ckpt: Path | Checkpoint, split: SplitName, folders: Folders | None, device: str
     ) -> Self:
         target = pick_device(device)
         checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_ckpt(ckpt)
-        train, held_out = (checkpoint.split(name, data_dir) for name in ("train", split))
+        train, held_out = (checkpoint.split(name, folders) for name in ("train", split))
         return cls(checkpoint.model(target), checkpoint, train, split, held_out, target)
 
     @property
@@ -391,13 +392,14 @@ def _image_protocol(context: EvaluationContext, options: EvaluateOptions) -> str
 def evaluate(
     ckpt: Path | Checkpoint,
     split: SplitName = "validation",
-    data_dir: Path | None = None,
+    folders: Folders | None = None,
     device: str = "auto",
     options: EvaluateOptions | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Measure a checkpoint on a split: the parts that :class:`EvaluateOptions` names.
 
+    ``folders`` say where the images are, if not where the run found them (``Folders(data=...)``).
     ``say`` is called with a line of progress at each step. Raises the errors of :func:`load_ckpt`,
     :meth:`Checkpoint.split` and, for a sampler, :func:`get_sampler`.
     """
@@ -407,7 +409,7 @@ def evaluate(
             "Probes and image metrics need a held-out split, because they compare with the "
             "training images: with --split train, use --parts likelihood."
         )
-    context = EvaluationContext.load(ckpt, split, data_dir, device)
+    context = EvaluationContext.load(ckpt, split, folders, device)
     # the file keeps what was asked for, so that the same question finds it again
     found = _without_parts(context, options)
     parts, num_images = set(options.parts), len(context.held_out)
@@ -464,12 +466,8 @@ def evaluate_once(
     So a number of the test split is taken once. Data and device are those of ``places``.
     """
     checkpoint = load_ckpt(ckpt)
-    trained = checkpoint.config
-    train, held_out = (
-        load_split(name, places.data_dir, trained.dataset, trained.holdout)
-        for name in ("train", split)
-    )
-    data_digest = evaluated_data(train, held_out, trained.dataset)
+    train, held_out = (checkpoint.split(name, places) for name in ("train", split))
+    data_digest = evaluated_data(train, held_out, checkpoint.config.dataset)
     with contextlib.suppress(ConfigError):  # no such file yet, or a broken one
         found = Evaluation.from_dict(read_json(path), str(path))
         same = (VERSION, checkpoint.digest, split, data_digest, plain_options(options))
@@ -477,7 +475,7 @@ def evaluate_once(
             found.version, found.checkpoint_digest, found.split, found.data_digest, found.options
         ):  # fmt: skip
             return found
-    found = evaluate(checkpoint, split, places.data_dir, places.device, options, say)
+    found = evaluate(checkpoint, split, places, places.device, options, say)
     write_text(path, found.to_json())
     return found
 
@@ -485,7 +483,7 @@ def evaluate_once(
 def evaluated_data(train: Split, held_out: Split, dataset: str) -> str:
     """SHA-256 of all the data that an evaluation depends on."""
     # the other data sets' files are accepted by their digests, so their labels cannot change
-    if dataset != "custom":
+    if dataset not in ("custom", "images"):
         return held_out.digest
     return hashlib.sha256((train.content_digest() + held_out.content_digest()).encode()).hexdigest()
 

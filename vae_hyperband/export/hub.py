@@ -29,6 +29,7 @@ DATA_NAMES = {
     "fashion-mnist": "Fashion-MNIST",
     "drawn": "synthetic garments with known factors",
     "custom": "custom images",
+    "images": "own images",
 }
 DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
 

@@ -5,10 +5,12 @@ function does not notice a flipped bit in a tensor, though, so the digest over e
 shape, value and byte is checked before anything is used.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import io
 import json
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import TrainConfig, former_holdout, model_settings
+from vae_hyperband.common.config import Folders, TrainConfig, former_holdout, model_settings
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DamagedError, RunFolderError
 from vae_hyperband.common.files import write_bytes
 from vae_hyperband.common.process import Environment
-from vae_hyperband.data.splits import Split, SplitName, load_split
+from vae_hyperband.data.splits import CLASS_NAMES, Split, SplitName, split_for
 from vae_hyperband.model.vae import VAE
 
 FORMAT = "vae-hyperband checkpoint"
@@ -73,13 +75,21 @@ Metrics = dict[str, float]
 class DataFacts(NamedTuple):
     """Which images a run was trained on."""
 
-    digest: str  # SHA-256 of the decompressed image file
+    digest: str  # SHA-256 of the decompressed image file, or of the decoded images
     num_images: int
     image_shape: tuple[int, int, int]  # channels, height, width
+    path: str | None = None  # of --data, where the images were
+    class_names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, train: Split) -> Self:
-        return cls(train.digest, len(train), train.image_shape)
+    def of(cls, train: Split, path: Path | None = None) -> Self:
+        where = None if path is None else os.path.abspath(path)
+        return cls(train.digest, len(train), train.image_shape, where, train.class_names)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What is the same for the same images, wherever they are."""
+        return {name: getattr(self, name) for name in ("digest", "num_images", "image_shape")}
 
 
 @dataclass(frozen=True)
@@ -124,23 +134,39 @@ class Checkpoint:
         model = _model(settings | model_settings(self.config), self.model_state, self.path)
         return model.to(device).eval()
 
-    def split(self, name: SplitName, data_dir: Path | None = None) -> Split:
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels 0, 1 ...; empty if they have no names."""
+        return self.data.class_names or CLASS_NAMES.get(self.config.dataset, ())
+
+    def split(self, name: SplitName, folders: Folders | None = None) -> Split:
         """A split of the data that the run was trained on.
 
-        Test images may be others of the same size; those of the training file have to be the same.
-        Raises :class:`CheckpointError` if they are not, and what :func:`load_split` raises.
+        Images of ``--data`` are looked for where they were, if ``folders`` do not say. Test images
+        may be others of the same size; the training and validation images have to be the same.
+        Raises :class:`CheckpointError` if they are not, and what :func:`split_for` raises.
         """
-        split = load_split(name, data_dir, self.config.dataset, self.config.holdout)
+        folders, is_images = folders or Folders(), self.config.dataset == "images"
+        option = "--data" if is_images else "--data-dir"
+        if is_images and folders.data is None:
+            if self.data.path is None or not os.path.exists(self.data.path):
+                was = f"are no longer at {self.data.path}" if self.data.path else "were no files"
+                raise CheckpointError(
+                    f"The images that {self.path} was trained on {was}: give --data, their folder "
+                    "or file."
+                )
+            folders = dataclasses.replace(folders, data=Path(self.data.path))
+        split = split_for(self.config, folders, name)
         if split.image_shape != self.data.image_shape:
             raise CheckpointError(
                 f"{self.path} was trained on images of shape {self.data.image_shape}, but the "
-                f"{name} split has {split.image_shape}: give the --data-dir it was trained on."
+                f"{name} split has {split.image_shape}: give the {option} it was trained on."
             )
         # the test images are in another file, whose digest the run has never seen
         from_file = self.config.dataset != "drawn"  # synthetic garments have no file
         if name != "test" and from_file and split.digest != self.data.digest:
             raise CheckpointError(
-                f"{self.path} was trained on other images than these: give the --data-dir it was "
+                f"{self.path} was trained on other images than these: give the {option} it was "
                 "trained on."
             )
         return split
@@ -158,7 +184,7 @@ def save_ckpt(path: Path | str, checkpoint: Checkpoint) -> None:
         "sums": checkpoint.sums,
         "best": checkpoint.best,
         "metrics": checkpoint.metrics,
-        "data": {**checkpoint.data._asdict(), "image_shape": list(checkpoint.data.image_shape)},
+        "data": json.loads(json.dumps(checkpoint.data._asdict())),  # tuples as lists
         "environment": checkpoint.environment,
         "resumed_from": checkpoint.resumed_from,
         "weights": checkpoint.weights_digest,
@@ -216,7 +242,13 @@ def load_ckpt(path: Path | str) -> Checkpoint:
         sums=content["sums"],
         best=content["best"],
         metrics=content["metrics"],
-        data=DataFacts(data["digest"], data["num_images"], tuple(data["image_shape"])),
+        data=DataFacts(
+            data["digest"],
+            data["num_images"],
+            tuple(data["image_shape"]),
+            data.get("path"),  # checkpoints of 0.1 have neither
+            tuple(data.get("class_names", ())),
+        ),
         environment=content["environment"],
         resumed_from=content["resumed_from"],
         path=path,

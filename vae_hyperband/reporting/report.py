@@ -66,7 +66,7 @@ def run_report(place: Places) -> str:
     """
     checkpoint = load_ckpt(best_ckpt(place))
     config, model = checkpoint.config, checkpoint.model()
-    split = as_trained(checkpoint.split("validation", place.data_dir), config)
+    split = as_trained(checkpoint.split("validation", place), config)
     images = split.pixels(slice(1000))
     best = checkpoint.best
     head = (
@@ -101,7 +101,10 @@ def run_report(place: Places) -> str:
         ),
         facts_section(
             "Configuration",
-            {"command": train_command(config, place.run), **in_effect(config.to_dict())},
+            {
+                "command": train_command(config, place.run, checkpoint.data.path),
+                **in_effect(config.to_dict()),
+            },
         ),
         facts_section("Environment", _environment(checkpoint)),
     ]

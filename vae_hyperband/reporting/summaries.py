@@ -7,19 +7,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vae_hyperband.common.config import RunOptions, TrainConfig, plural
+from vae_hyperband.common.config import Folders, RunOptions, plural
 from vae_hyperband.common.process import EXIT_STOPPED
-from vae_hyperband.data.splits import CLASS_NAMES, as_trained, load_split
-from vae_hyperband.data.synthetic import KINDS
+from vae_hyperband.data.splits import as_trained
 from vae_hyperband.evaluation.latents import encode_images
-from vae_hyperband.model.checkpoint import load_model
+from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.trials import SearchResult, describe
 from vae_hyperband.training.loop import FitResult
 from vae_hyperband.training.tracker import most_in_sprite, write_projector
 
 #: Names of the labels of a data set.
-LABEL_NAMES = {"fashion-mnist": CLASS_NAMES, "drawn": KINDS}
 
 
 def executable(name: str) -> str:
@@ -53,7 +51,7 @@ def print_training_summary(trained: FitResult, where: RunOptions) -> None:
         f"nats/image (beta = 1): {trained.best}"
     )
     print(f"SHA-256 of the final weights: {trained.weights}")
-    for path in draw_run_figures(trained, trained.state.config, where.data_dir):
+    for path in draw_run_figures(trained, where):
         print(f"figure: {path}")
     print(f"TensorBoard: {tensorboard_command(where.logs_dir)}")
 
@@ -82,13 +80,14 @@ def summary_of(found: SearchResult) -> str:
     return "\n".join(lines)
 
 
-def draw_run_figures(trained: FitResult, config: TrainConfig, data_dir: Path | None) -> list[Path]:
+def draw_run_figures(trained: FitResult, folders: Folders) -> list[Path]:
     """The figures of a run, written beside its logs; those of images take validation images."""
     # not at the top: matplotlib takes a second, which a run need not wait for before it trains
     from vae_hyperband.reporting import figures
 
-    folder, model = trained.log_folder, load_model(trained.best)
-    split = as_trained(load_split("validation", data_dir, config.dataset, config.holdout), config)
+    folder, checkpoint = trained.log_folder, load_ckpt(trained.best)
+    model = checkpoint.model()
+    split = as_trained(checkpoint.split("validation", folders), checkpoint.config)
     images = split.pixels(slice(1000))
     draw: dict[str, Callable[[Path], Path]] = {
         "curves.png": lambda path: figures.curves(folder, path),
@@ -102,6 +101,6 @@ def draw_run_figures(trained: FitResult, config: TrainConfig, data_dir: Path | N
         encode_images(model, shown).mu_NZ,
         shown,
         split.labels_N[: len(shown)],
-        LABEL_NAMES.get(config.dataset, ()),
+        checkpoint.class_names,
     )
     return [function(folder / name) for name, function in draw.items()]

@@ -249,6 +249,7 @@ class SearchOptions(Places):
             self,
             checkpoints_dir=real(self.checkpoints_dir),
             logs_dir=real(self.logs_dir),
+            data=real(self.data) if self.data else None,
             data_dir=real(self.data_dir) if self.data_dir else None,
             storage=os.path.realpath(self.storage) if local and self.storage else self.storage,
         )

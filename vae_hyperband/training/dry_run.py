@@ -13,9 +13,14 @@ import torch
 from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect, plural
 from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.batches import get_dataloader
-from vae_hyperband.data.splits import Split, load_split
+from vae_hyperband.data.splits import Split, split_for
 from vae_hyperband.training.loop import train_command, train_epoch
-from vae_hyperband.training.state import TrainState, ckpt_to_resume, new_state
+from vae_hyperband.training.state import (
+    TrainState,
+    ckpt_to_resume,
+    new_state,
+    with_known_data,
+)
 
 NOTHING_WRITTEN = "Nothing was written."
 TRIAL_SECONDS = 2.0  # of training, on a model that is thrown away
@@ -30,10 +35,11 @@ def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> st
     device, the data, and a run of that name with other settings.
     """
     device = pick_device(options.device)
+    config, options = with_known_data(config, options)
     # looked at first: the measurement below is a load, too
     before = busy(advise and options.num_threads is None)
     with cpu_threads(options.num_threads):
-        train = load_split("train", options.data_dir, config.dataset, config.holdout)
+        train = split_for(config, options, "train")
         num_steps, done = steps_and_done(config, options, train)
         seconds = seconds_per_step(config, train, device)
         lines = [
@@ -65,7 +71,8 @@ def _command(config: TrainConfig, options: RunOptions) -> str:
     """The command that trains this, in this place."""
     given, usual = (dataclasses.asdict(which) for which in (options, RunOptions()))
     given["run"] = usual["run"]  # train_command has it
-    command = train_command(config, options.run)
+    given["data"] = None  # as it has the data
+    command = train_command(config, options.run, options.data)
     return " ".join([command, *map(shlex.quote, changed_options(given, usual))])
 
 

@@ -42,11 +42,17 @@ from vae_hyperband.data.batches import Batches, EpochOrder, SplitBatches, get_da
 from vae_hyperband.data.splits import Split, as_trained, load_training_splits
 from vae_hyperband.evaluation.bounds import Losses, batch_images, eval_dataloader, eval_epoch
 from vae_hyperband.evaluation.latents import Posteriors, information_per_dimension
-from vae_hyperband.model.checkpoint import tree_digest
+from vae_hyperband.model.checkpoint import DataFacts, tree_digest
 from vae_hyperband.model.objective import batch_losses, held_out_weights
 from vae_hyperband.model.schedules import settings_at
 from vae_hyperband.training.keeper import Keeper
-from vae_hyperband.training.state import NO_BEST, TrainState, first_state, snapshot
+from vae_hyperband.training.state import (
+    NO_BEST,
+    TrainState,
+    first_state,
+    snapshot,
+    with_known_data,
+)
 from vae_hyperband.training.step import (
     BatchLosses,
     averages,
@@ -182,12 +188,14 @@ def fit(
     options = options or RunOptions()
     device = pick_device(options.device)
     keep_freed_memory()
+    if splits is None:
+        config, options = with_known_data(config, options)
     with (
         cpu_threads(options.num_threads),
         only_writer(options.ckpt_folder),
         only_writer(options.log_folder),
     ):
-        train, held_out = splits or load_training_splits(config, options.data_dir)
+        train, held_out = splits or load_training_splits(config, options, should_stop)
         held_out = as_trained(held_out, config)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
         train_loader = get_dataloader(
@@ -270,7 +278,7 @@ class Trainer:
         if self.state.step == 0:
             self.tracker.pictures(0, input=held_out.pixels(slice(NUM_PICTURES)))
             settings = in_effect(config.to_dict())
-            self.tracker.configuration(train_command(config, options.run), settings)
+            self.tracker.configuration(train_command(config, options.run, options.data), settings)
 
     def after_step(self, should_stop: Callable[[], bool]) -> bool:
         """Log, save if it is time to; whether the run was asked to stop."""
@@ -291,7 +299,8 @@ class Trainer:
     def save(self, improved: bool = False, required: bool = False) -> None:
         """Save the state. If that fails, say so and continue, unless it is ``required``."""
         try:
-            self.keeper.save(snapshot(self.state, self._train, self._environment), improved)
+            data = DataFacts.of(self._train, self._options.data)
+            self.keeper.save(snapshot(self.state, data, self._environment), improved)
         except RunFolderError as error:
             if required:
                 raise
@@ -375,10 +384,15 @@ class Trainer:
         self.tracker.hyperparameters(state.config.to_dict(), bounds, state.step)
 
 
-def train_command(config: TrainConfig, run: str) -> str:
-    """The command that trains such a run, data and folders apart."""
+_WITH_DATA = {**TrainConfig().to_dict(), "dataset": "images"}
+
+
+def train_command(config: TrainConfig, run: str, data: Path | str | None = None) -> str:
+    """The command that trains such a run, other folders apart."""
     # only what differs from the defaults: a person is to read it
     changed = changed_options(config.to_dict(), TrainConfig().to_dict())
+    if data is not None:  # which implies the data set
+        changed = ["--data", str(data), *changed_options(config.to_dict(), _WITH_DATA)]
     return shlex.join(["vae-hyperband", "train", "--run", run, *changed])
 
 

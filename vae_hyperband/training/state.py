@@ -20,6 +20,8 @@ from vae_hyperband.common.config import (
     TrainConfig,
     differences,
     model_settings,
+    same_images,
+    with_data,
 )
 from vae_hyperband.common.errors import CheckpointError, ResumeError
 from vae_hyperband.common.process import Environment, own_modes
@@ -105,7 +107,7 @@ def _state_of(config: TrainConfig, model: VAE, num_images: int) -> TrainState:
     return state
 
 
-def snapshot(state: TrainState, train: Split, environment: Environment) -> Checkpoint:
+def snapshot(state: TrainState, data: DataFacts, environment: Environment) -> Checkpoint:
     """The checkpoint of a state; ``environment`` is the one that computes the run."""
     config = state.config
     return Checkpoint(
@@ -118,15 +120,28 @@ def snapshot(state: TrainState, train: Split, environment: Environment) -> Check
         sums=state.sums,
         best=state.best,
         metrics=state.metrics,
-        data=DataFacts.of(train),
+        data=data,
         environment=environment,
         resumed_from=state.resumed_from,
     )
 
 
 def _named(facts: DataFacts) -> dict[str, object]:
-    """Facts of the data, as a message says them."""
-    return {f"data's {name}": value for name, value in facts._asdict().items()}
+    """What makes the data the same, as a message says it."""
+    return {f"data's {name}": value for name, value in facts.identity.items()}
+
+
+def with_known_data(config: TrainConfig, options: RunOptions) -> tuple[TrainConfig, RunOptions]:
+    """The run's settings with its images: those of ``--data``, else those that it began with.
+
+    Raises :class:`ConfigError` if they contradict the configuration.
+    """
+    if options.data is None and config.dataset in ("fashion-mnist", "images"):
+        found, _ = _ckpt_found(options)
+        if found and found.config.dataset == "images" and found.data.path:
+            options = dataclasses.replace(options, data=Path(found.data.path))
+            config = same_images(config, found.config.data_settings())
+    return with_data(config, options.data), options
 
 
 def first_state(

@@ -27,7 +27,7 @@ from vae_hyperband.common.process import (
     pick_device,
     stop_flag,
 )
-from vae_hyperband.data.splits import SplitName, load_split
+from vae_hyperband.data.splits import SplitName, split_for
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate_once
 from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.model.checkpoint import Metrics
@@ -180,7 +180,7 @@ def study_dry_run(
     """
     device, before = pick_device(places.device), busy()
     one = next(iter(configs.values()))
-    train = load_split("train", places.data_dir, one.dataset, one.holdout)
+    train = split_for(one, places, "train")
     lines, seconds, speeds = [], 0.0, dict[int, float]()
     with cpu_threads(None if jobs == 1 else 1):  # as the runs have them
         threads = torch.get_num_threads()

@@ -24,11 +24,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vae_hyperband.common.config import (
+    DataConfig,
     Places,
     differences,
     former_holdout,
     plural,
     read_json,
+    same_images,
+    with_data,
 )
 from vae_hyperband.common.errors import SearchError, SearchFailedError
 from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
@@ -77,6 +80,7 @@ def search(
     refuse_foreign(folder)
     # the lock first: what is read from here on stays true until the end
     with only_writer(folder):
+        config, options = with_known_data(config, options)
         if options.fresh:
             _start_over(options)
         search_id = existing_search(config, options)
@@ -157,7 +161,25 @@ def begun_settings(folder: Path) -> dict[str, object] | None:
     if not begun or not (folder / SETTINGS_FILE).exists():
         return None
     there = read_json(folder / SETTINGS_FILE)
-    return {"holdout": former_holdout(there.get("dataset")), **there}
+    # a search of an earlier version lacks the settings that came later: they had the defaults
+    usual = json.loads(json.dumps(SearchConfig().to_dict()))
+    return {**usual, "holdout": former_holdout(there.get("dataset")), **there}
+
+
+def with_known_data(
+    config: SearchConfig, options: SearchOptions
+) -> tuple[SearchConfig, SearchOptions]:
+    """The search's settings with its images: those of ``--data``, else those it began with.
+
+    Raises :class:`ConfigError` if they contradict the configuration.
+    """
+    if options.data is None and config.dataset in ("fashion-mnist", "images") and not options.fresh:
+        there = begun_settings(options.ckpt_folder) or {}
+        if there.get("dataset") == "images" and isinstance(there.get("data"), str):
+            options = dataclasses.replace(options, data=Path(str(there["data"])))
+            names = DataConfig().data_settings()
+            config = same_images(config, {name: there[name] for name in names})
+    return with_data(config, options.data), options
 
 
 def existing_search(config: SearchConfig, options: SearchOptions) -> str | None:
@@ -169,6 +191,7 @@ def existing_search(config: SearchConfig, options: SearchOptions) -> str | None:
     there = begun_settings(folder)
     if there is not None:
         search_id = there.pop("id", "")
+        there.pop("data", "")  # it may have moved: its digest is in the decision log
         if changed := differences(there, _settings(config, options)):
             raise SearchError(
                 f"{folder} holds a search with other settings ({'; '.join(changed)}): give the "
@@ -199,15 +222,18 @@ def _begin(config: SearchConfig, options: SearchOptions) -> str:
     shutil.rmtree(folder / "trials", ignore_errors=True)  # of a search that was refused
     search_id = secrets.token_hex(4)
     store_for(options, search_id).check()  # before a --storage that cannot be used is written down
-    settings = {"id": search_id, **_settings(config, options)}
+    where = os.path.abspath(options.data) if options.data else None
+    settings = {"id": search_id, "data": where, **_settings(config, options)}
     write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
     return search_id
 
 
-def load_splits(config: SearchConfig, options: SearchOptions) -> tuple[Split, Split]:
+def load_splits(
+    config: SearchConfig, options: SearchOptions, should_stop: Callable[[], bool] = lambda: False
+) -> tuple[Split, Split]:
     """The training and the validation split. Raises :class:`DataError`, :class:`SearchError`."""
     # here and not in the trials: an invalid file or batch size is then one message, not one each
-    train, held_out = load_training_splits(config, options.data_dir)
+    train, held_out = load_training_splits(config, options, should_stop)
     # a search that has its result trains nothing more
     if not (options.ckpt_folder / RESULT).exists() and not options.fresh:
         _check_same_data(options.ckpt_folder, train, held_out)
@@ -223,7 +249,7 @@ def _check_same_data(folder: Path, train: Split, held_out: Split) -> None:
     for event in read_events(folder / DECISIONS):
         if event["event"] == "start" and event["data"] != digests:
             raise SearchError(
-                f"{folder} was begun with other data: give the same --data-dir to "
+                f"{folder} was begun with other data: give the same --data or --data-dir to "
                 "resume it, --fresh to start over, or choose another --run."
             )
 
@@ -241,7 +267,7 @@ def _train(
 ) -> None:
     """Start or join Ray and train until the board is finished or ``should_stop`` is true."""
     config = board.config
-    train, held_out = load_splits(config, options)
+    train, held_out = load_splits(config, options, should_stop)
     print(
         f"{plural(config.total_trials, 'trial')} of up to {plural(config.max_epochs, 'epoch')} "
         f"on {plural(len(train), 'image')}, algorithm {config.algorithm}, scheduler "
@@ -337,6 +363,7 @@ def _best_config(result: SearchResult, checkpoint: Checkpoint) -> dict[str, obje
         "config": result.best_config.to_dict(),
         "device": "cpu" if environment["device"] == "cpu" else "cuda",
         "num_threads": environment["num_threads"],
+        "data": checkpoint.data.path,
         "metric": {
             "name": f"{METRICS[config.metric]}, lower is better",
             "value": result.best_score,

@@ -16,7 +16,7 @@ from vae_hyperband.search.decisions import read_events
 from vae_hyperband.search.suggest import num_random, suggest
 from vae_hyperband.search.trials import RESULT, describe, read_result
 from vae_hyperband.training.dry_run import a_line_each, busy, dry_run, seconds_per_step
-from vae_hyperband.tune.driver import DECISIONS, existing_search, load_splits
+from vae_hyperband.tune.driver import DECISIONS, existing_search, load_splits, with_known_data
 from vae_hyperband.tune.session import (
     Resources,
     check_resources,
@@ -40,6 +40,7 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     folder = options.ckpt_folder
     if folder.exists():
         refuse_foreign(folder)
+    config, options = with_known_data(config, options)
     resumes = _resumes(config, options)
     train, _ = load_splits(config, options)
     most = config.total_trials * config.max_epochs

@@ -59,17 +59,19 @@ class SharedSplit:
     images_NCHW: np.ndarray  # uint8
     labels_N: np.ndarray  # int64
     digest: str
+    class_names: tuple[str, ...]
 
     @classmethod
     def of(cls, split: Split) -> Self:
-        return cls(split.images_NCHW.numpy(), split.labels_N.numpy(), split.digest)
+        arrays = split.images_NCHW.numpy(), split.labels_N.numpy()
+        return cls(*arrays, split.digest, split.class_names)
 
     def split(self) -> Split:
         """The split itself, on the same memory."""
         with warnings.catch_warnings():  # Ray's memory is read-only, and nothing writes to a split
             warnings.simplefilter("ignore", UserWarning)
             images_NCHW, labels_N = map(torch.from_numpy, (self.images_NCHW, self.labels_N))
-        return Split(images_NCHW, labels_N, self.digest)
+        return Split(images_NCHW, labels_N, self.digest, self.class_names)
 
 
 SharedSplits = tuple[SharedSplit, SharedSplit]  # training, validation
@@ -91,6 +93,7 @@ class TrialJob:
         return RunOptions(
             run=name,
             device=self.device,
+            data=options.data,
             data_dir=options.data_dir,
             checkpoints_dir=folder.parent,
             # a store that is not a folder of this node keeps the logs, too

@@ -1,0 +1,292 @@
+"""What lies at ``--data PATH``: folders and archives of pictures, and the files of sources.py.
+
+Folders give labels as torchvision's ImageFolder reads them: the first folder below ``train/``,
+``validation/`` (``val/``) and ``test/``, or below PATH if it has none of these.
+"""
+
+import functools
+import itertools
+import lzma
+import os
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from vae_hyperband.common.config import plural
+from vae_hyperband.common.errors import DataError
+from vae_hyperband.data.pictures import ENDINGS, MAX_FILE_BYTES
+from vae_hyperband.data.sources import (
+    IDX_NAMES,
+    SPLIT_NAMES,
+    Arrays,
+    Content,
+    Idx,
+    Item,
+    Listing,
+    Parquet,
+    Source,
+    SplitName,
+)
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+HIDDEN = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # besides names that begin with a dot
+
+
+def find_source(path: Path) -> Source:
+    """What lies at a path. Raises :class:`DataError` if that is nothing with images."""
+    if not path.exists():
+        raise DataError(f"--data is {path}, but there is no such file or folder.")
+    if path.is_dir():
+        return _in_folder(path)
+    name = path.name.lower()
+    for endings, kind in (
+        (ARCHIVES, Archive),
+        ((".npy", ".npz"), Arrays),
+        ((".parquet",), Parquet),
+    ):
+        if name.endswith(endings):
+            return kind(path, {path.name: path})
+    if name.endswith(tuple(ENDINGS)):
+        raise DataError(f"--data is {path}, which is one image: give the folder that it is in.")
+    raise DataError(
+        f"--data is {path}, but must be a folder of images, an archive of one "
+        f"({', '.join(ARCHIVES)}), or a .npy, .npz or .parquet file."
+    )
+
+
+def _in_folder(folder: Path) -> Source:
+    found = dict(_walk(folder))
+    if idx := idx_files(found):
+        return Idx(folder, idx)
+    parquet = {name: path for name, path in found.items() if name.lower().endswith(".parquet")}
+    pictures = {name: path for name, path in found.items() if _is_picture(name)}
+    if pictures or not parquet:
+        return Folder(folder, pictures, _others(found))
+    return Parquet(folder, parquet)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+    """All files below a folder, by their paths in it, sorted; hidden ones left out.
+
+    Links are followed: data sets are often folders of links. A folder that was seen before is not
+    entered again, so that a loop of links ends.
+    """
+    seen, folders = set[tuple[int, int]](), [("", root)]
+    while folders:
+        prefix, folder = folders.pop()
+        try:
+            facts = folder.stat()
+            if (facts.st_dev, facts.st_ino) in seen:
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{folder} cannot be read: {error.strerror}.") from error
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                folders.append((f"{prefix}{entry.name}/", Path(entry.path)))
+            elif entry.is_file():  # False, too, for a link that leads nowhere
+                yield prefix + entry.name, Path(entry.path)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+def _is_picture(name: str) -> bool:
+    return PurePosixPath(name.lower()).suffix in ENDINGS
+
+
+def _others(names: Iterable[str]) -> list[str]:
+    """A remark on files that are no pictures by their names."""
+    endings = Counter(
+        PurePosixPath(name.lower()).suffix or "without an ending"
+        for name in names
+        if not _is_picture(name)
+    )
+    found = [f"{number:,} {ending}" for ending, number in endings.most_common(5)]
+    return [f"files that are no images: {', '.join(found)}"] if found else []
+
+
+# ---- Folders and archives: splits and labels from names
+
+
+def listed(names: Iterable[str], remarks: list[str]) -> Listing:
+    """Labels and splits of files by their paths, which keep their order."""
+    parts = [(name, name.split("/")) for name in names]
+    split_of = dict[str, SplitName]()
+    if any(len(path) > 1 and SPLIT_NAMES.get(path[0].lower()) == "train" for _, path in parts):
+        folders = {path[0] for _, path in parts if len(path) > 1}
+        split_of = {f: SPLIT_NAMES[f.lower()] for f in folders if f.lower() in SPLIT_NAMES}
+    placed = list[tuple[str, str | None, SplitName | None]]()
+    beside = 0
+    for name, path in parts:
+        split = split_of.get(path[0]) if len(path) > 1 else None
+        if split_of and split is None:
+            beside += 1
+            continue
+        inside = path[1:] if split else path
+        placed.append((name, inside[0] if len(inside) > 1 else None, split))
+    if beside:
+        folders_named = ", ".join(f"{folder}/" for folder in sorted(split_of))
+        remarks = [*remarks, f"{plural(beside, 'image')} beside {folders_named}"]
+    labelled = [entry for entry in placed if entry[1] is not None]
+    if labelled and len(labelled) < len(placed):
+        loose = plural(len(placed) - len(labelled), "image")
+        remarks = [*remarks, f"{loose} in no folder of a label, beside folders that have one"]
+        placed = labelled
+    classes = sorted({label for _, label, _ in placed if label is not None}, key=_class_order)
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
+    items = [Item(name, numbers.get(label, 0), split) for name, label, split in placed]
+    return Listing(items, tuple(unicodedata.normalize("NFC", name) for name in classes), remarks)
+
+
+def _class_order(name: str) -> tuple[int, int, str]:
+    # folders called 0 to 10 in the order of numbers, so that their labels are these numbers
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+class Folder(Source):
+    """A folder of pictures."""
+
+    kind = "folder of images"
+
+    def __init__(self, path: Path, files: dict[str, Path], remarks: list[str]) -> None:
+        super().__init__(path, files)
+        self._remarks = remarks
+
+    @functools.cached_property
+    def listing(self) -> Listing:
+        if not self.files:
+            found = f" ({self._remarks[0]})" if self._remarks else ": it is empty"
+            raise DataError(
+                f"{self.path} holds no image{found}; images end in {', '.join(sorted(ENDINGS))}."
+            )
+        found_listing = listed(self.files, self._remarks)
+        with_images = {name.rpartition("/")[0] for name in self.files}
+        empty = [
+            entry.name
+            for entry in os.scandir(self.path)
+            if entry.is_dir()
+            and not _is_hidden(entry.name)
+            and not any(f"{folder}/".startswith(f"{entry.name}/") for folder in with_images)
+        ]
+        if empty:
+            names = ", ".join(f"{name}/" for name in sorted(empty))
+            found_listing.remarks.append(f"folders without an image: {names}")
+        return found_listing
+
+    def read(self, start: int) -> Iterator[Content]:
+        for item in self.listing.items[start:]:
+            path = self.files[item.name]
+            try:
+                if path.stat().st_size > MAX_FILE_BYTES:
+                    yield _too_large(path.stat().st_size)
+                    continue
+                yield path.read_bytes()
+            except OSError as error:
+                yield f"cannot be read: {error.strerror}"
+
+
+def _too_large(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB, more than a picture may have"
+
+
+class Archive(Source):
+    """A zip or tar file of a folder of pictures; links in it are not followed."""
+
+    kind = "archive of images"
+
+    @functools.cached_property
+    def listing(self) -> Listing:
+        with _archive_explained(self.path):
+            names = [name for name, _ in self._members(None)]
+        pictures = [name for name in names if _is_picture(name)]
+        if not pictures:
+            remarks = _others(names)
+            found = f" ({remarks[0]})" if remarks else ""
+            raise DataError(f"{self.path} holds no image{found}.")
+        # most archives hold one folder that has the archive's name
+        inside = os.path.commonpath([name.rpartition("/")[0] for name in pictures])
+        cut = len(inside) + 1 if inside else 0
+        found_listing = listed((name[cut:] for name in pictures), _others(names))
+        self._wanted = {pictures[0][:cut] + item.name for item in found_listing.items}
+        return found_listing
+
+    def read(self, start: int) -> Iterator[Content]:
+        _ = self.listing
+        with _archive_explained(self.path):
+            for _, content in itertools.islice(self._members(self._wanted), start, None):
+                assert content is not None
+                yield content
+
+    def _members(self, wanted: set[str] | None) -> Iterator[tuple[str, Content | None]]:
+        """Names of files, in the archive's order, with their content if they are ``wanted``."""
+        if self.path.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(self.path) as archive:
+                for info in archive.infolist():
+                    is_link = info.external_attr >> 28 == 0xA
+                    if info.is_dir() or is_link or _hidden_part(info.filename):
+                        continue
+                    if wanted is None:
+                        yield info.filename, None
+                    elif info.filename in wanted:
+                        too_large = info.file_size > MAX_FILE_BYTES
+                        yield (
+                            info.filename,
+                            _too_large(info.file_size) if too_large else archive.read(info),
+                        )
+            return
+        with tarfile.open(self.path, "r:*") as tar:
+            for member in tar:
+                if not member.isfile() or _hidden_part(member.name):
+                    continue
+                name = member.name.removeprefix("./")
+                if wanted is None:
+                    yield name, None
+                elif name in wanted:
+                    too_large = member.size > MAX_FILE_BYTES
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    yield name, _too_large(member.size) if too_large else file.read()
+
+
+def _hidden_part(name: str) -> bool:
+    return any(_is_hidden(part) for part in name.split("/") if part not in ("", ".", ".."))
+
+
+class _archive_explained:
+    """Turns what damaged archives raise into a :class:`DataError`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        damaged = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
+        if isinstance(error, RuntimeError | NotImplementedError):  # a password, a method
+            raise DataError(f"{self.path} cannot be unpacked: {error}.") from error
+        if isinstance(error, (*damaged, OSError)):
+            raise DataError(f"{self.path} is damaged or not an archive: {error}.") from error
+
+
+def idx_files(found: dict[str, Path]) -> dict[str, Path]:
+    """Those of the four IDX files that are among the files of a folder, by their plain names."""
+    plain = dict[str, Path]()
+    for name, path in found.items():
+        called = name.rpartition("/")[2].removesuffix(".gz").replace(".idx", "-idx")
+        if any(called in names for names in IDX_NAMES.values()):
+            if called in plain and plain[called].parent != path.parent:
+                raise DataError(
+                    f"{called} is in {plain[called].parent} and in {path.parent}: give one of them."
+                )
+            plain.setdefault(called, path)
+    return plain if IDX_NAMES["train"][0] in plain else {}
