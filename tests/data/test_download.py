@@ -14,7 +14,7 @@ import pytest
 from conftest import NAMES
 
 from vae_hyperband.common.errors import DataError
-from vae_hyperband.data import download, splits
+from vae_hyperband.data import download, fashion_mnist
 from vae_hyperband.data.splits import load_split
 
 
@@ -62,10 +62,10 @@ def server():
 def files(tmp_path, monkeypatch, small_data):
     """The four files as they are to arrive; none is on this machine."""
     monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(splits, "SYSTEM_FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_FOLDER", tmp_path / "nothing")
     content = {name: (small_data / name).read_bytes() for name in NAMES}
     digests = {name: hashlib.sha256(body).hexdigest() for name, body in content.items()}
-    for module in (splits, download):
+    for module in (fashion_mnist, download):
         monkeypatch.setattr(module, "FASHION_MNIST_SHA256", digests)
     return content
 
@@ -239,9 +239,9 @@ def test_a_file_that_is_there_is_not_fetched_again(server, files, mirrors, tmp_p
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from vae_hyperband.data import download, splits
-splits.SYSTEM_FOLDER = Path("/nothing")
-splits.FASHION_MNIST_SHA256 = download.FASHION_MNIST_SHA256 = json.loads(sys.argv[1])
+from vae_hyperband.data import download, fashion_mnist
+fashion_mnist.SYSTEM_FOLDER = Path("/nothing")
+fashion_mnist.FASHION_MNIST_SHA256 = download.FASHION_MNIST_SHA256 = json.loads(sys.argv[1])
 download.ensure_data(mirrors=sys.argv[2:])
 """
 
@@ -249,7 +249,13 @@ download.ensure_data(mirrors=sys.argv[2:])
 def process(*mirrors):
     import json
 
-    arguments = [sys.executable, "-c", SCRIPT, json.dumps(splits.FASHION_MNIST_SHA256), *mirrors]
+    arguments = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        json.dumps(fashion_mnist.FASHION_MNIST_SHA256),
+        *mirrors,
+    ]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -61,20 +61,24 @@ class DataConfig:
         check_types(self)
         if self.image_size is not None:
             parse_size(self.image_size)
-        for name, (chooser, choice) in ONLY_WITH.items():
-            # --data, which a data set of "images" comes from, is not a part of the configuration
-            if not hasattr(self, name) or (choice, self.dataset) == ("images", "fashion-mnist"):
-                continue
-            require(
-                getattr(self, chooser) == choice
-                or getattr(self, name) == getattr(type(self), name),
-                f"{flag(name)} needs --{chooser} {choice}: add that option, or remove "
-                f"{flag(name)}.",
-            )
+        _check_chosen(self, DataConfig)
 
     def data_settings(self) -> dict[str, Any]:
         """These settings alone, as keyword arguments of another configuration."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(DataConfig)}
+
+
+def _check_chosen(config: DataConfig, declared: type) -> None:
+    """Refuse settings of a class that have no effect with what is chosen in :data:`ONLY_WITH`."""
+    for name in ONLY_WITH.keys() & {field.name for field in dataclasses.fields(declared)}:
+        chooser, choice = ONLY_WITH[name]
+        # --data, which a data set of "images" comes from, is not a part of the configuration
+        if (choice, config.dataset) == ("images", "fashion-mnist"):
+            continue
+        require(
+            getattr(config, chooser) == choice or getattr(config, name) == getattr(declared, name),
+            f"{flag(name)} needs --{chooser} {choice}: add that option, or remove {flag(name)}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,7 @@ class CommonConfig(DataConfig):
         require_number("capacity", self.capacity, 0)
         require_number("train_samples", self.train_samples, 1)
         require_number("pseudo_inputs", self.pseudo_inputs, 1)
+        _check_chosen(self, CommonConfig)
         require(
             not (self.kl_cycles and self.kl_warmup_epochs),
             "--kl-cycles and --kl-warmup-epochs both set how the KL weight rises: give only one.",

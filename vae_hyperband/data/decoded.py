@@ -43,7 +43,7 @@ VERSION = 1
 CHUNK = 64  # images that a thread decodes at a time
 SAVE_SECONDS = 2.0  # between two records of what is decoded: the most that a kill can cost
 SETTLED_SECONDS = 2.0  # a file that is younger may change within the resolution of its time
-COPY_BYTES = 1 << 24  # of the array, at a time
+COPY_ROWS = 1024  # images that are copied at a time
 
 Size = tuple[int, int]  # height, width
 
@@ -160,6 +160,18 @@ def _loaded(folder: Path) -> ImageSet:
         return ImageSet(folder=folder, **facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _lost(folder) from error
+
+
+def verified(found: ImageSet) -> ImageSet:
+    """The set, if its images are those that were decoded. Raises :class:`DataError`."""
+    trained_on, images_NCHW = found.rows("test").start, found.images_NCHW
+    digest = hashlib.sha256(repr(found.image_shape).encode())
+    for start in range(0, trained_on, COPY_ROWS):
+        digest.update(images_NCHW[start:trained_on][:COPY_ROWS].data)
+    digest.update(found.labels_N[:trained_on].data)
+    if digest.hexdigest() != found.digest:
+        raise _lost(found.folder)
+    return found
 
 
 # ---- Which array: a digest of the files
@@ -429,11 +441,10 @@ class _Decoding:
         """Write the images in that order; the SHA-256 of the first ones, which have the labels."""
         shape = (len(order), channels, *self.size)
         images_NCHW = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-        found = hashlib.sha256(repr(shape[1:]).encode())
-        step = max(1, COPY_BYTES // images_NCHW[0].nbytes)
-        for start in range(0, len(order), step):
+        found = hashlib.sha256(repr((channels, *self.size)).encode())
+        for start in range(0, len(order), COPY_ROWS):
             _stop_if(self.should_stop)
-            rows = slice(start, min(start + step, len(order)))
+            rows = slice(start, min(start + COPY_ROWS, len(order)))
             images_NCHW[rows] = self.pixels[order[rows], :channels]
             found.update(images_NCHW[rows.start : min(rows.stop, len(labels))].data)
         images_NCHW.flush()

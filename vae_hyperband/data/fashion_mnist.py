@@ -79,7 +79,7 @@ def _load_file(name: str, data_dir: Path | None, sha256: str | None) -> tuple[Te
     places = " or ".join(str(folder) for folder in folders)
     hint = 'run "make data" (vae-hyperband data) to download it'
     if data_dir:
-        hint = "--data-dir takes a folder of IDX files"
+        hint = "--data-dir takes a folder of IDX files, --data takes a folder of images"
         if alike := sorted(path.name for path in data_dir.glob(f"*{name.partition('-idx')[0]}*")):
             hint = f"did you mean {alike[0]}? Give it that name"
     raise DataError(f"No file {name} or {name}.gz in {places}: {hint}.")

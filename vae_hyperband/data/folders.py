@@ -275,7 +275,8 @@ class _archive_explained:
         if isinstance(error, RuntimeError | NotImplementedError):  # a password, a method
             raise DataError(f"{self.path} cannot be unpacked: {error}.") from error
         if isinstance(error, (*damaged, OSError)):
-            raise DataError(f"{self.path} is damaged or not an archive: {error}.") from error
+            reason = (str(error).splitlines() or [""])[0].rstrip(".:")
+            raise DataError(f"{self.path} is damaged or not an archive: {reason}.") from error
 
 
 def idx_files(found: dict[str, Path]) -> dict[str, Path]:

@@ -164,6 +164,17 @@ def _useful(names: list[str]) -> list[str]:
     return [name for name in names if name.partition("_")[0] in known]
 
 
+def images_as_bytes(path: Path, name: str, images: np.ndarray) -> np.ndarray:
+    """An array of images, of any of the shapes and types that are accepted, as (N, C, H, W) bytes.
+
+    ``path`` and ``name`` are what errors call it. Raises :class:`DataError`.
+    """
+    _check_images(path, name, images)
+    rows = [_as_bytes(path, name, images, number) for number in range(len(images))]
+    array = np.stack(rows)
+    return array[:, None] if array.ndim == 3 else np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+
+
 def _check_images(path: Path, name: str, images: np.ndarray) -> None:
     where = f"{path}, array {name}," if name != path.name else str(path)
     if images.ndim not in (3, 4) or 0 in images.shape:

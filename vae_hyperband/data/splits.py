@@ -12,13 +12,15 @@ import functools
 import hashlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
 
 from vae_hyperband.common.config import (
     CommonConfig,
@@ -34,7 +36,7 @@ from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.decoded import AS_THEY_ARE, ImageSet, ImageSettings, decoded_set
 from vae_hyperband.data.fashion_mnist import FASHION_MNIST_CLASSES, check_test_files, read_part
-from vae_hyperband.data.sources import SPLITS, SplitName
+from vae_hyperband.data.sources import SPLITS, SplitName, images_as_bytes
 from vae_hyperband.data.synthetic import KINDS, NUM_SYNTHETIC, render_garments, sample_factors
 
 MOST_LABELS = 12  # that are listed by number
@@ -62,8 +64,8 @@ class Split:
 
     def content_digest(self) -> str:
         """SHA-256 of these images and labels (``digest`` is that of the whole file)."""
-        found = hashlib.sha256(self.images_NCHW.cpu().contiguous().numpy().tobytes())
-        found.update(self.labels_N.cpu().contiguous().numpy().tobytes())
+        found = hashlib.sha256(self.images_NCHW.cpu().contiguous().numpy().data)
+        found.update(self.labels_N.cpu().contiguous().numpy().data)
         return found.hexdigest()
 
     def subset(self, index: Tensor) -> Self:
@@ -181,6 +183,57 @@ def split_for(
         return load_split(name, folders.data_dir, config.dataset, config.holdout)
     found = decoded_set(folders.data, image_settings(config), should_stop)
     return split_of_set(found, name)
+
+
+#: What :func:`as_split` takes: images, images and their labels, or a data set of such pairs.
+Images = Split | np.ndarray | Tensor | tuple[Any, Any] | TorchDataset[Any]
+
+
+def as_split(given: Images) -> Split:
+    """Images from Python as a split, held in memory as bytes.
+
+    ``given`` is an array or tensor of images, (N, H, W), (N, H, W, C) or (N, C, H, W), bytes or
+    floats in [0, 1]; a pair of it and its N labels, integers; or a ``torch.utils.data.Dataset``
+    whose items are an image (of these kinds, or Pillow's) or a pair (image, label). Raises
+    :class:`DataError`.
+    """
+    if isinstance(given, Split):
+        return given
+    images, labels = given, None
+    if isinstance(given, tuple):
+        images, labels = given
+    elif not isinstance(given, np.ndarray | Tensor):
+        images, labels = _items_of(given)
+    images_NCHW = images_as_bytes(Path("splits"), "images", np.asarray(images))
+    num = len(images_NCHW)
+    labels_N = torch.as_tensor(np.zeros(num) if labels is None else np.asarray(labels)).long()
+    if labels_N.shape != (num,):
+        raise DataError(
+            f"splits has {plural(num, 'image')}, but labels of shape {tuple(labels_N.shape)}: they "
+            "do not belong together."
+        )
+    split = Split(torch.from_numpy(images_NCHW), labels_N, "")
+    return dataclasses.replace(split, digest=split.content_digest())
+
+
+def _items_of(dataset: TorchDataset[Any]) -> tuple[np.ndarray, list[int]]:
+    """All images and labels of a data set with a length."""
+    images, labels = list[np.ndarray](), list[int]()
+    for number in range(len(cast(Sized, dataset))):
+        item = dataset[number]
+        image, label = item if isinstance(item, tuple | list) else (item, 0)
+        if hasattr(image, "convert") and image.mode not in ("L", "RGB"):  # Pillow's palettes
+            image = image.convert("RGB")
+        images.append(np.asarray(image))
+        labels.append(int(label))
+    if len({image.shape for image in images}) != 1:
+        shapes = sorted({str(image.shape) for image in images})
+        raise DataError(
+            f"The images of the data set have the shapes {', '.join(shapes[:3])} ...: resize them."
+            if images
+            else "The data set has no image."
+        )
+    return np.stack(images), labels
 
 
 def image_settings(config: DataConfig) -> ImageSettings:

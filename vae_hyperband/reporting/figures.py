@@ -122,6 +122,22 @@ def _show(axes: Axes, images_NCHW: Tensor, columns: int) -> None:
 
 
 @styled
+def contact_sheet(classes: dict[str, Tensor], path: Path) -> Path:
+    """A row of images (N, C, H, W), as bytes, of each class, under its name."""
+    height, width = next(iter(classes.values())).shape[2:]
+    figure = Figure(figsize=(8, len(classes) * (0.25 + 0.66 * height / width) + 0.2))
+    rows = figure.subplots(len(classes), 1, squeeze=False)[:, 0]
+    for axes, (name, images_NCHW) in zip(rows, classes.items(), strict=True):
+        grid_CHW = image_grid(images_NCHW / 255, columns=12, background=1.0)
+        # as they are: nobody knows yet which of them is ink
+        shown = grid_CHW.expand(3, -1, -1).permute(1, 2, 0)
+        axes.imshow(shown.numpy(), interpolation="nearest")
+        axes.set_title(name if len(classes) > 1 else "", fontsize=8)
+        axes.axis("off")
+    return save_figure(figure, path)
+
+
+@styled
 def reconstructions(model: VAE, images_NCHW: Tensor, path: Path) -> Path:
     """Images in one row, their reconstructions in the next."""
     columns = 12

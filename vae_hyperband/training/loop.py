@@ -8,6 +8,7 @@ Shape suffixes: B images of a batch, N images of a split, C channels, H height, 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import shlex
@@ -39,7 +40,7 @@ from vae_hyperband.common.process import (
 )
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.batches import Batches, EpochOrder, SplitBatches, get_dataloader
-from vae_hyperband.data.splits import Split, as_trained, load_training_splits
+from vae_hyperband.data.splits import Images, Split, as_split, as_trained, load_training_splits
 from vae_hyperband.evaluation.bounds import Losses, batch_images, eval_dataloader, eval_epoch
 from vae_hyperband.evaluation.latents import Posteriors, information_per_dimension
 from vae_hyperband.model.checkpoint import DataFacts, tree_digest
@@ -173,7 +174,7 @@ def fit(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     on_validation: Callable[[TrainState], None] | None = None,
-    splits: tuple[Split, Split] | None = None,
+    splits: tuple[Images, Images] | None = None,
     quiet: bool = False,
 ) -> FitResult:
     """Train a run to its end, from where its folder (or ``options.resume_ckpt``) says it is.
@@ -181,7 +182,8 @@ def fit(
     ``should_stop`` is called after every step: if it returns True, the state is saved and the call
     returns. ``on_validation`` is called after each validation, when its checkpoint is on disk;
     without it, training continues if a save fails, as long as it is not the last one.
-    ``splits`` are the training and the validation split, if they are in memory already.
+    ``splits`` are the training and the validation images, if they are in memory already: splits,
+    arrays or data sets, as :func:`~vae_hyperband.data.splits.as_split` takes them.
     Raises the package's own errors for invalid options or files, :class:`DivergedError` for a loss
     that is not finite; the last checkpoint is good in each case.
     """
@@ -190,12 +192,17 @@ def fit(
     keep_freed_memory()
     if splits is None:
         config, options = with_known_data(config, options)
+    elif not all(isinstance(split, Split) for split in splits):
+        config = dataclasses.replace(config, dataset="images")
     with (
         cpu_threads(options.num_threads),
         only_writer(options.ckpt_folder),
         only_writer(options.log_folder),
     ):
-        train, held_out = splits or load_training_splits(config, options, should_stop)
+        if splits is None:
+            train, held_out = load_training_splits(config, options, should_stop)
+        else:
+            train, held_out = map(as_split, splits)
         held_out = as_trained(held_out, config)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
         train_loader = get_dataloader(
