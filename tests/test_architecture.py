@@ -26,7 +26,7 @@ ONLY_IN = {
     "ray": {"tune"},
     "tyro": {"commands"},
     "optuna": {"search/suggest"},
-    "pyarrow": {"tune/storage"},
+    "pyarrow": {"tune/storage", "data/sources"},
     "sklearn": {"evaluation/latents", "evaluation/samplers"},
     "scipy": {"training/study"},
     "safetensors": {"evaluation/image_quality", "model/checkpoint", "export/hub"},
@@ -34,7 +34,7 @@ ONLY_IN = {
     "onnxruntime": {"export/onnx_export"},
     "matplotlib": {"reporting/figures", "reporting/search_figure"},
     "tensorboard": {"training/tracker", "reporting/animations"},
-    "PIL": {"training/tracker", "reporting/animations", "reporting/page"},
+    "PIL": {"data/pictures", "training/tracker", "reporting/animations", "reporting/page"},
 }
 
 MAX_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 10, 500, 60, 6

@@ -70,8 +70,10 @@ class DataConfig:
 
 def _check_chosen(config: DataConfig, declared: type) -> None:
     """Refuse settings of a class that have no effect with what is chosen in :data:`ONLY_WITH`."""
-    for name in ONLY_WITH.keys() & {field.name for field in dataclasses.fields(declared)}:
-        chooser, choice = ONLY_WITH[name]
+    names = {field.name for field in dataclasses.fields(declared)}
+    for name, (chooser, choice) in ONLY_WITH.items():
+        if name not in names:
+            continue
         # --data, which a data set of "images" comes from, is not a part of the configuration
         if (choice, config.dataset) == ("images", "fashion-mnist"):
             continue

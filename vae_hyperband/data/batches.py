@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from vae_hyperband.common.config import Holdout, plural
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.randomness import generator
+from vae_hyperband.data.decoded import AS_THEY_ARE, ImageSettings
 from vae_hyperband.data.splits import Split, SplitName, load_split
 
 
@@ -83,19 +84,24 @@ def get_dataloader(
     data_dir: Path | None = None,
     dataset: str = "fashion-mnist",
     holdout: Holdout = "content",
+    data: Path | str | None = None,
+    settings: ImageSettings = AS_THEY_ARE,
     device: torch.device | str = "cpu",
 ) -> Batches:
     """Batches ``(x_BCHW in [0, 1], labels_B)`` of a split, held in memory on ``device``.
 
-    ``data_dir``, ``dataset`` and ``holdout`` are those of :func:`load_split`; give the holdout of a
-    trained model's configuration to get its own splits. Without ``shuffle``, the name "train" is
-    shuffled in every epoch, everything else is in the split's order (also a :class:`Split`). The
-    last batch may be smaller. ``loader.sampler`` is the :class:`EpochOrder`. Raises
+    ``data_dir``, ``dataset``, ``holdout``, ``data`` and ``settings`` are those of
+    :func:`load_split`; give the holdout of a trained model's configuration to get its own splits.
+    Without ``shuffle``, the name "train" is shuffled in every epoch, everything else is in the
+    split's order (also a :class:`Split`). The last batch may be smaller. ``loader.sampler`` is the
+    :class:`EpochOrder`. Raises
     :class:`DataError`, and :class:`ConfigError` if a batch is larger than the split.
     """
     if shuffle is None:
         shuffle = split == "train"
-    loaded = split if isinstance(split, Split) else load_split(split, data_dir, dataset, holdout)
+    loaded = split
+    if not isinstance(loaded, Split):
+        loaded = load_split(loaded, data_dir, dataset, holdout, data, settings)
     if not 1 <= batch_size <= len(loaded):
         raise ConfigError(
             f"--batch-size is {batch_size}, but must be between 1 and the "

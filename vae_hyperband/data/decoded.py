@@ -90,9 +90,10 @@ class ImageSet:
 
     @property
     def images_NCHW(self) -> np.ndarray:
-        """All images, mapped into memory; nothing that is written to them reaches the file."""
+        """All images, mapped into memory, read-only: a writable map would count as this process's
+        own memory."""
         try:
-            array: np.ndarray = np.load(self.folder / IMAGES, mmap_mode="c", allow_pickle=False)
+            array: np.ndarray = np.load(self.folder / IMAGES, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise _lost(self.folder) from error
         if array.shape != (sum(self.counts.values()), *self.image_shape):

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,12 +248,17 @@ def split_of_set(found: ImageSet, name: SplitName) -> Split:
     rows = found.rows(name)
     if rows.start == rows.stop:
         raise DataError(f"The data have no image for the {name} split.")
-    return Split(
-        torch.from_numpy(found.images_NCHW[rows]),
-        torch.from_numpy(found.labels_N[rows]),
-        found.digest,
-        found.class_names,
+    images_NCHW, labels_N = (
+        read_only_tensor(array[rows]) for array in (found.images_NCHW, found.labels_N)
     )
+    return Split(images_NCHW, labels_N, found.digest, found.class_names)
+
+
+def read_only_tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the memory of an array that may not be written."""
+    with warnings.catch_warnings():  # nothing writes to a split
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
 
 
 def load_training_splits(

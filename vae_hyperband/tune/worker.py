@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from vae_hyperband.common.errors import (
 )
 from vae_hyperband.common.files import make_folder
 from vae_hyperband.common.process import lacks_memory
-from vae_hyperband.data.splits import Split
+from vae_hyperband.data.splits import Split, read_only_tensor
 from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
 from vae_hyperband.search.trials import trial_name
 from vae_hyperband.training.keeper import newest_good
@@ -68,9 +67,7 @@ class SharedSplit:
 
     def split(self) -> Split:
         """The split itself, on the same memory."""
-        with warnings.catch_warnings():  # Ray's memory is read-only, and nothing writes to a split
-            warnings.simplefilter("ignore", UserWarning)
-            images_NCHW, labels_N = map(torch.from_numpy, (self.images_NCHW, self.labels_N))
+        images_NCHW, labels_N = map(read_only_tensor, (self.images_NCHW, self.labels_N))
         return Split(images_NCHW, labels_N, self.digest, self.class_names)
 
 
