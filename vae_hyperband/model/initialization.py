@@ -25,10 +25,11 @@ def initialized_vae(
     seed: int,
     likelihood: Likelihood = "bernoulli",
     pseudo_inputs: int = 0,
+    sigma: float = 0.1,
 ) -> VAE:
     """A VAE on the CPU whose weights depend on the arguments alone."""
     with torch.device("meta"):
-        model = VAE(latent_dim, image_size, channels, likelihood, pseudo_inputs)
+        model = VAE(latent_dim, image_size, channels, likelihood, pseudo_inputs, sigma)
     return initialize(model, generator(seed, "init"))
 
 
