@@ -167,6 +167,8 @@ HUB_MODELS = {
     "vamp": {"prior": "vamp", "pseudo_inputs": 3},
     "logistic": {"likelihood": "discretized-logistic"},
     "continuous": {"likelihood": "continuous-bernoulli"},
+    "gaussian": {"likelihood": "gaussian", "sigma": 0.25},
+    "laplace": {"likelihood": "laplace"},
 }
 
 
@@ -177,9 +179,9 @@ def test_the_mixin_of_the_hub_s_library_builds_the_model(ckpt, tmp_path, setting
     checkpoint = load_ckpt(ckpt)
     config = dataclasses.replace(checkpoint.config, **settings)
     size = checkpoint.data.image_shape[1]
-    prior = {"pseudo_inputs": settings.get("pseudo_inputs", 0)}
+    more = {name: settings[name] for name in ("pseudo_inputs", "sigma") if name in settings}
     model = initialized_vae(
-        config.latent_dim, size, 1, seed=5, likelihood=config.likelihood, **prior
+        config.latent_dim, size, 1, seed=5, likelihood=config.likelihood, **more
     )
     state = model.state_dict()
     write_shared(
@@ -189,7 +191,7 @@ def test_the_mixin_of_the_hub_s_library_builds_the_model(ckpt, tmp_path, setting
     names = inspect.signature(VAE.__init__).parameters
     built = VAE(**{name: content[name] for name in names if name in content})
     safetensors.torch.load_model(built, tmp_path / "model.safetensors", strict=False)
-    for attribute in ("latent_dim", "image_size", "channels", "likelihood"):
+    for attribute in ("latent_dim", "image_size", "channels", "likelihood", "sigma"):
         assert getattr(built, attribute) == getattr(model, attribute)
     assert list(built.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in built.state_dict().items())

@@ -27,6 +27,9 @@ VARIANTS = {
     "capacity with VampPrior": {"objective": "capacity", "prior": "vamp", "pseudo_inputs": 7},
     "continuous Bernoulli": {"likelihood": "continuous-bernoulli"},
     "discretised logistic": {"likelihood": "discretized-logistic"},
+    "Gaussian": {"likelihood": "gaussian", "sigma": 0.3},
+    "learned Gaussian": {"likelihood": "learned-gaussian"},
+    "Laplace": {"likelihood": "laplace"},
     "bits": {"binarize": "dynamic"},
 }
 QUICK = SamplerConfig(components=1, flow_epochs=1, flow_width=8, flow_depth=1)
@@ -60,8 +63,11 @@ def test_a_variant_goes_the_whole_way(name, small_config, options, small_data):
     assert report["bound"]["mean"] == pytest.approx(straight.state.best["bound"], rel=1e-6)
     grey_bernoulli = config.likelihood == "bernoulli"
     assert ("entropy_floor" in report.to_dict()) == grey_bernoulli
+    in_bits = not grey_bernoulli or config.binarize != "none"
+    assert ("bits_per_dimension" in report.to_dict()) == in_bits
+    assert ("bits per dimension" in report["protocol"]) == in_bits
+    assert ("bits per dimension" in evaluation_text(report)) == in_bits
     assert config.likelihood in report["protocol"]
-    assert evaluation_text(report)
     images = load_model(straight.best).sample(5, generator(0, "test"))
     assert ((images >= 0) & (images <= 1)).all()
     assert load_ckpt(straight.best).config == config
