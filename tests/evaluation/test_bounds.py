@@ -1,14 +1,25 @@
 """The IWAE bound against cases that are known exactly. The plain bound is in test_training.py."""
 
+import math
 import statistics
 
 import pytest
 import torch
+from torch.distributions import Laplace, Normal
 
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import load_split
-from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch, iwae_nats, split_nats
+from vae_hyperband.evaluation.bounds import (
+    bits_are_of,
+    bits_per_dimension,
+    eval_dataloader,
+    eval_epoch,
+    iwae_nats,
+    split_nats,
+)
+from vae_hyperband.evaluation.results import Estimate
 from vae_hyperband.model.initialization import initialized_vae
+from vae_hyperband.model.likelihoods import LEAST_SCALE, LIKELIHOODS, reconstruction_nats
 
 
 @pytest.fixture
@@ -76,3 +87,35 @@ def test_the_iwae_bound_does_not_depend_on_the_batch_size(model, split):
         whole.mean().item()
     )
     assert "iwae" not in eval_epoch(model, eval_dataloader(split), 3)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "learned-gaussian", "laplace"])
+def test_bits_per_dimension_of_a_density_are_those_on_the_scale_of_the_levels(likelihood):
+    """torch's own density of the pixels as levels from 0 to 255."""
+    model = initialized_vae(3, 8, 3, seed=1, likelihood=likelihood, sigma=0.2)
+    torch.manual_seed(0)
+    logits, x = torch.randn(1, 3, 8, 8).double(), torch.rand(1, 3, 8, 8).double()
+    scale = 0.2 if likelihood == "gaussian" else model.log_scale.item()
+    kind = Laplace if likelihood == "laplace" else Normal
+    if likelihood != "gaussian":
+        scale = math.exp(scale) + LEAST_SCALE
+    log_density = kind(255 * logits.sigmoid(), 255 * scale).log_prob(255 * x)
+    nats = reconstruction_nats(logits, x, likelihood, model.log_scale, model.sigma).item()
+    found = bits_per_dimension(Estimate(nats, 1.0), model)
+    assert found.mean == pytest.approx(-log_density.mean().item() / math.log(2), rel=1e-6)
+    assert found.standard_error == pytest.approx(1 / (192 * math.log(2)))
+
+
+def test_levels_that_are_equally_probable_have_8_bits_and_a_uniform_density_8_less_a_little():
+    levels = initialized_vae(3, 8, 3, seed=1, likelihood="discretized-logistic")
+    uniform = Estimate(192 * math.log(256), 0.0)
+    assert bits_per_dimension(uniform, levels).mean == pytest.approx(8)
+    density = initialized_vae(3, 8, 3, seed=1, likelihood="continuous-bernoulli")
+    assert bits_per_dimension(Estimate(0.0, 0.0), density).mean == pytest.approx(math.log2(255))
+    bits = initialized_vae(3, 8, 3, seed=1)
+    assert bits_per_dimension(Estimate(192 * math.log(2), 0.0), bits).mean == pytest.approx(1)
+
+
+def test_only_the_cross_entropy_of_grey_pixels_has_no_bits():
+    assert [name for name in LIKELIHOODS if not bits_are_of(name, grey=True)] == ["bernoulli"]
+    assert bits_are_of("bernoulli", grey=False)

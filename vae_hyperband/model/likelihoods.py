@@ -33,7 +33,7 @@ FIRST_LOG_SCALE = math.log(0.1)
 
 #: Added to the learned scale of a density: the standard deviation of rounding to levels. A density
 #: of stored levels has no greatest value, so without it the scale of images that are reproduced
-#: exactly (all black, say) would shrink until the nats overflow.
+#: exactly (all black, say) would shrink, and the bound fall, without end.
 LEAST_SCALE = 1 / (LEVELS * math.sqrt(12))
 
 
