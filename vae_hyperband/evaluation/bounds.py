@@ -210,17 +210,18 @@ def bits_are_of(likelihood: Likelihood, grey: bool) -> str:
     return "the density of a pixel's value on the scale 0 to 255, not dequantized"
 
 
-def bits_per_dimension(nats: Estimate, model: VAE) -> Estimate:
+def bits_per_dimension(
+    nats: Estimate, likelihood: Likelihood, image_shape: tuple[int, int, int]
+) -> Estimate:
     """Nats per image in bits per dimension: per pixel and channel.
 
     A density on [0, 1] is divided by 255, which makes it one on the scale of the levels: its values
     are then those of the probabilities of levels that a smooth density gives. On levels without
     uniform noise it bounds no probability (Theis, van den Oord & Bethge 2016, section 3.1).
     """
-    dimensions = model.channels * model.image_size**2
     # log2 of 255, not of 256: stored levels lie 1/255 apart
-    density = model.likelihood not in ("bernoulli", "discretized-logistic")
-    per_nat = 1 / (math.log(2) * dimensions)
+    density = likelihood not in ("bernoulli", "discretized-logistic")
+    per_nat = 1 / (math.log(2) * math.prod(image_shape))
     offset = math.log2(LEVELS) if density else 0.0
     return Estimate(nats.mean * per_nat + offset, nats.standard_error * per_nat)
 

@@ -188,8 +188,9 @@ def likelihood(context: EvaluationContext, options: EvaluateOptions) -> Likeliho
     iwae = _iwae(context, options, bound_N) if options.iwae_samples else None
     bits = bits_of_iwae = None
     if kind := bits_are_of(model.likelihood, grey):
-        bits = bits_per_dimension(bound, model)
-        bits_of_iwae = bits_per_dimension(iwae, model) if iwae else None
+        given = model.likelihood, held_out.image_shape
+        bits = bits_per_dimension(bound, *given)
+        bits_of_iwae = bits_per_dimension(iwae, *given) if iwae else None
     return Likelihood(
         unit="nats per image, lower is better",
         protocol=f"one posterior sample per image, {pixels}, beta = 1, "
