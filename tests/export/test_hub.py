@@ -93,6 +93,7 @@ def test_the_head_of_the_card_has_the_evaluation_where_hubs_look(ckpt, tmp_path,
     golden = json.loads(GOLDEN.read_text())
     golden["checkpoint_digest"] = checkpoint.digest
     golden["images"]["prior"]["fid"]["mean"] = math.nan  # no number: left out
+    golden["bits_per_dimension"] = {"mean": 3.25, "standard_error": 0.25}
     golden["images"]["flow"]["inception_fid"] = {"mean": 12.5, "standard_error": 0.5}
     logs = tmp_path / "logs" / ckpt.parent.name
     logs.mkdir(parents=True)
@@ -109,12 +110,13 @@ def test_the_head_of_the_card_has_the_evaluation_where_hubs_look(ckpt, tmp_path,
     assert result["task"] == {"type": "unconditional-image-generation"}
     split = "validation" if given else "test"
     assert result["dataset"] == {"type": "custom", "name": "custom images", "split": split}
-    kinds = ["bound", "recon_loss", "KL_divergence", "iwae_bound"]
+    kinds = ["bound", "recon_loss", "KL_divergence", "bits_per_dimension", "iwae_bound"]
     kinds += 3 * ["fid_fashion_mnist_features"] + ["fid"]
     assert [metric["type"] for metric in result["metrics"]] == kinds
     found = {metric["name"]: metric["value"] for metric in result["metrics"]}
     name = "bound (beta = 1), nats per image, bernoulli likelihood"
     assert found[name] == pytest.approx(golden["bound"]["mean"], abs=1e-4)
+    assert found["bound (beta = 1), bits per dimension, bernoulli likelihood"] == 3.25
     name = "FID (Fashion-MNIST features), mixture, 60 images"
     assert found[name] == pytest.approx(golden["images"]["mixture"]["fid"]["mean"], abs=1e-4)
     assert found["FID (Inception features), flow, 60 images"] == 12.5
