@@ -293,6 +293,12 @@ def test_the_pages_tables_are_what_was_measured(scripts):
         assert pages.filled(page, PAGES[page], results) == PAGES[page]
 
 
+def test_the_tables_of_likelihoods_are_what_was_measured(scripts):
+    likelihoods = importlib.import_module("likelihoods")
+    for images in likelihoods.EPOCHS:
+        assert likelihoods.table(likelihoods.load(), images) in PAGES["docs/objectives.md"]
+
+
 def commands() -> list[str]:
     """The commands of README and guide: of their blocks, and within their text and tables."""
     text = README + GUIDE

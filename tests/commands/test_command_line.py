@@ -410,6 +410,7 @@ MISTAKES = {
     "study of a seed twice": ("study --seeds 1 1", "--seeds has a value twice"),
     "study of a wrong run": ("study --run a/b", "called 'a/b'"),
     "train free bits of no use": ("train --free-bits 0.5", "needs --objective free-bits"),
+    "train sigma of no use": ("train --sigma 0.2", "needs --likelihood gaussian"),
     "search pseudo-inputs of no use": ("search --pseudo-inputs 5", "needs --prior vamp"),
     "train two schedules": ("train --kl-cycles 2 --kl-warmup-epochs 1", "give only one"),
     "search of nothing": ("search --num-trials 0", "--num-trials is 0"),

@@ -1,14 +1,25 @@
 """The IWAE bound against cases that are known exactly. The plain bound is in test_training.py."""
 
+import math
 import statistics
 
 import pytest
 import torch
+from torch.distributions import Laplace, Normal
 
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import load_split
-from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch, iwae_nats, split_nats
+from vae_hyperband.evaluation.bounds import (
+    bits_are_of,
+    bits_per_dimension,
+    eval_dataloader,
+    eval_epoch,
+    iwae_nats,
+    split_nats,
+)
+from vae_hyperband.evaluation.results import Estimate
 from vae_hyperband.model.initialization import initialized_vae
+from vae_hyperband.model.likelihoods import LEAST_SCALE, LIKELIHOODS, reconstruction_nats
 
 
 @pytest.fixture
@@ -76,3 +87,36 @@ def test_the_iwae_bound_does_not_depend_on_the_batch_size(model, split):
         whole.mean().item()
     )
     assert "iwae" not in eval_epoch(model, eval_dataloader(split), 3)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "learned-gaussian", "laplace"])
+def test_bits_per_dimension_of_a_density_are_those_on_the_scale_of_the_levels(likelihood):
+    """torch's own density of the pixels as levels from 0 to 255."""
+    torch.manual_seed(0)
+    logits, x = torch.randn(1, 3, 8, 4).double(), torch.rand(1, 3, 8, 4).double()
+    log_scale = torch.tensor(-1.5).double()
+    scale = 0.2 if likelihood == "gaussian" else log_scale.exp() + LEAST_SCALE
+    kind = Laplace if likelihood == "laplace" else Normal
+    log_density = kind(255 * logits.sigmoid(), 255 * scale).log_prob(255 * x)
+    nats = reconstruction_nats(logits, x, likelihood, log_scale, sigma=0.2).item()
+    found = bits_per_dimension(Estimate(nats, 1.0), likelihood, (3, 8, 4))
+    assert found.mean == pytest.approx(-log_density.mean().item() / math.log(2), rel=1e-6)
+    assert found.standard_error == pytest.approx(1 / (96 * math.log(2)))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "nats_per_pixel", "bits"),
+    [
+        ("discretized-logistic", math.log(256), 8),  # all levels are equally probable
+        ("continuous-bernoulli", 0, math.log2(255)),  # a uniform density on [0, 1]
+        ("bernoulli", math.log(2), 1),
+    ],
+)
+def test_bits_per_dimension_of_what_says_nothing_about_a_pixel(likelihood, nats_per_pixel, bits):
+    nats = Estimate(3 * 8 * 4 * nats_per_pixel, 0.0)
+    assert bits_per_dimension(nats, likelihood, (3, 8, 4)).mean == pytest.approx(bits)
+
+
+def test_only_the_cross_entropy_of_grey_pixels_has_no_bits():
+    assert [name for name in LIKELIHOODS if not bits_are_of(name, grey=True)] == ["bernoulli"]
+    assert bits_are_of("bernoulli", grey=False)

@@ -43,6 +43,8 @@ MODELS = {
     "bernoulli": {},
     "continuous": {"likelihood": "continuous-bernoulli"},
     "logistic": {"likelihood": "discretized-logistic"},
+    "gaussian": {"likelihood": "gaussian"},
+    "laplace": {"likelihood": "laplace"},
     "vamp": {"pseudo_inputs": 3},
     "colour": {"channels": 3, "image_size": 32},
     "one dimension": {"latent_dim": 1},

@@ -93,6 +93,7 @@ def test_the_head_of_the_card_has_the_evaluation_where_hubs_look(ckpt, tmp_path,
     golden = json.loads(GOLDEN.read_text())
     golden["checkpoint_digest"] = checkpoint.digest
     golden["images"]["prior"]["fid"]["mean"] = math.nan  # no number: left out
+    golden["bits_per_dimension"] = {"mean": 3.25, "standard_error": 0.25}
     golden["images"]["flow"]["inception_fid"] = {"mean": 12.5, "standard_error": 0.5}
     logs = tmp_path / "logs" / ckpt.parent.name
     logs.mkdir(parents=True)
@@ -109,12 +110,13 @@ def test_the_head_of_the_card_has_the_evaluation_where_hubs_look(ckpt, tmp_path,
     assert result["task"] == {"type": "unconditional-image-generation"}
     split = "validation" if given else "test"
     assert result["dataset"] == {"type": "custom", "name": "custom images", "split": split}
-    kinds = ["bound", "recon_loss", "KL_divergence", "iwae_bound"]
+    kinds = ["bound", "recon_loss", "KL_divergence", "bits_per_dimension", "iwae_bound"]
     kinds += 3 * ["fid_fashion_mnist_features"] + ["fid"]
     assert [metric["type"] for metric in result["metrics"]] == kinds
     found = {metric["name"]: metric["value"] for metric in result["metrics"]}
     name = "bound (beta = 1), nats per image, bernoulli likelihood"
     assert found[name] == pytest.approx(golden["bound"]["mean"], abs=1e-4)
+    assert found["bound (beta = 1), bits per dimension, bernoulli likelihood"] == 3.25
     name = "FID (Fashion-MNIST features), mixture, 60 images"
     assert found[name] == pytest.approx(golden["images"]["mixture"]["fid"]["mean"], abs=1e-4)
     assert found["FID (Inception features), flow, 60 images"] == 12.5
@@ -167,6 +169,8 @@ HUB_MODELS = {
     "vamp": {"prior": "vamp", "pseudo_inputs": 3},
     "logistic": {"likelihood": "discretized-logistic"},
     "continuous": {"likelihood": "continuous-bernoulli"},
+    "gaussian": {"likelihood": "gaussian", "sigma": 0.25},
+    "laplace": {"likelihood": "laplace"},
 }
 
 
@@ -177,9 +181,9 @@ def test_the_mixin_of_the_hub_s_library_builds_the_model(ckpt, tmp_path, setting
     checkpoint = load_ckpt(ckpt)
     config = dataclasses.replace(checkpoint.config, **settings)
     size = checkpoint.data.image_shape[1]
-    prior = {"pseudo_inputs": settings.get("pseudo_inputs", 0)}
+    more = {name: settings[name] for name in ("pseudo_inputs", "sigma") if name in settings}
     model = initialized_vae(
-        config.latent_dim, size, 1, seed=5, likelihood=config.likelihood, **prior
+        config.latent_dim, size, 1, seed=5, likelihood=config.likelihood, **more
     )
     state = model.state_dict()
     write_shared(
@@ -189,7 +193,7 @@ def test_the_mixin_of_the_hub_s_library_builds_the_model(ckpt, tmp_path, setting
     names = inspect.signature(VAE.__init__).parameters
     built = VAE(**{name: content[name] for name in names if name in content})
     safetensors.torch.load_model(built, tmp_path / "model.safetensors", strict=False)
-    for attribute in ("latent_dim", "image_size", "channels", "likelihood"):
+    for attribute in ("latent_dim", "image_size", "channels", "likelihood", "sigma"):
         assert getattr(built, attribute) == getattr(model, attribute)
     assert list(built.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in built.state_dict().items())

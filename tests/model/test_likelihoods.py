@@ -6,9 +6,17 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import ContinuousBernoulli
+from torch.distributions import ContinuousBernoulli, Laplace, Normal
 
-from vae_hyperband.model.likelihoods import LIKELIHOODS, pixel_means, reconstruction_nats
+from vae_hyperband.model.likelihoods import (
+    FIRST_LOG_SCALE,
+    LEARNED_SCALE,
+    LEAST_SCALE,
+    LIKELIHOODS,
+    learned_log_scale,
+    pixel_means,
+    reconstruction_nats,
+)
 
 LOGITS = [-30.0, -3.0, -0.02, -0.005, 0.0, 1e-6, 0.009, 0.5, 4.0, 30.0]
 
@@ -62,6 +70,93 @@ def test_the_discretised_logistic_is_a_distribution_over_256_levels(logit, log_s
 
         by_hand = below((level + 0.5) / 255) - below((level - 0.5) / 255)
         assert mass[level].item() == pytest.approx(by_hand, rel=1e-6, abs=1e-13)
+
+
+#: torch's own distribution around the means with the scale, which are float64 tensors.
+ORACLES = {"gaussian": Normal, "learned-gaussian": Normal, "laplace": Laplace}
+
+
+@pytest.mark.parametrize("log_scale", [-6.0, FIRST_LOG_SCALE, 0.5])
+@pytest.mark.parametrize("likelihood", ORACLES)
+def test_densities_have_the_values_and_gradients_of_torch_s(likelihood, log_scale):
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(5, 3, 4, 4).double()).requires_grad_()
+    x = torch.rand(5, 3, 4, 4).double().requires_grad_()
+    learned = torch.tensor(log_scale).double().requires_grad_()
+    if likelihood == "gaussian":
+        scale = torch.tensor(math.exp(log_scale), dtype=torch.float64)
+        found = reconstruction_nats(logits, x, likelihood, sigma=math.exp(log_scale))
+    else:
+        scale = learned.exp() + LEAST_SCALE
+        found = reconstruction_nats(logits, x, likelihood, learned)
+    theirs = ORACLES[likelihood](logits.sigmoid(), scale).log_prob(x)
+    expected = -theirs.sum(dim=(1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+    assert torch.equal(pixel_means(logits, likelihood), logits.sigmoid())
+    weight_B = torch.linspace(-1, 2, 5).double()
+    inputs = [logits, x] if likelihood == "gaussian" else [logits, x, learned]
+    for gradient, its in zip(
+        torch.autograd.grad((found * weight_B).sum(), inputs),
+        torch.autograd.grad((expected * weight_B).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, its, rtol=1e-9, atol=1e-9)
+
+
+def test_the_discretised_logistic_has_the_scale_of_its_channel():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 4).double()
+    x = torch.randint(0, 256, (2, 3, 4, 4)) / 255.0
+    scales = torch.tensor([-4.0, -2.0, 0.0]).double().reshape(3, 1, 1).requires_grad_()
+    found = reconstruction_nats(logits, x.double(), "discretized-logistic", scales)
+    channels = zip(logits.split(1, dim=1), x.double().split(1, dim=1), scales, strict=True)
+    alone = [reconstruction_nats(*two, "discretized-logistic", scale) for *two, scale in channels]
+    torch.testing.assert_close(found, sum(alone), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(found.sum(), scales)
+    for channel, nats in enumerate(alone):  # no channel's scale depends on another channel
+        (own,) = torch.autograd.grad(nats.sum(), scales, retain_graph=True)
+        torch.testing.assert_close(gradient[channel], own[channel], rtol=1e-12, atol=0)
+
+
+def test_grey_images_have_one_scale_and_only_the_logistic_one_per_channel():
+    for likelihood in LIKELIHOODS:
+        grey, colour = (learned_log_scale(likelihood, channels) for channels in (1, 3))
+        if likelihood not in LEARNED_SCALE:
+            assert grey is None
+            assert colour is None
+            continue
+        assert grey.shape == ()
+        several = likelihood == "discretized-logistic"
+        assert colour.shape == ((3, 1, 1) if several else ())
+        assert (colour == FIRST_LOG_SCALE).all()
+
+
+def test_the_best_learned_sigma_is_the_root_of_the_mean_squared_error():
+    """The analytic optimum of Rybkin et al. 2021, over all images; of Laplace: the mean error."""
+    torch.manual_seed(0)
+    logits, x = torch.randn(8, 3, 4, 4).double(), torch.rand(8, 3, 4, 4).double()
+    error = x - logits.sigmoid()
+    best = {"learned-gaussian": error.square().mean().sqrt(), "laplace": error.abs().mean()}
+    for likelihood, scale in best.items():
+        log_scale = (scale - LEAST_SCALE).log().requires_grad_()
+        nats = reconstruction_nats(logits, x, likelihood, log_scale).sum()
+        (slope,) = torch.autograd.grad(nats, log_scale)
+        assert abs(slope.item()) < 1e-9 * nats.abs().item()
+        for other in (log_scale - 0.1, log_scale + 0.1):
+            assert reconstruction_nats(logits, x, likelihood, other).sum() > nats
+
+
+@pytest.mark.parametrize("likelihood", ["learned-gaussian", "laplace"])
+@pytest.mark.parametrize("log_scale", [-1e4, -100.0, 40.0])
+def test_no_learned_scale_of_a_density_makes_nats_or_gradients_infinite(likelihood, log_scale):
+    """-100 is where images that are reproduced exactly drive it; exp(-1e4) is 0."""
+    logits = torch.tensor([-1e6, 0.0, 1e6]).reshape(3, 1, 1, 1).requires_grad_()
+    x = torch.tensor([0.0, 0.5, 0.0]).reshape(3, 1, 1, 1)  # right, right, and as wrong as can be
+    learned = torch.tensor(log_scale, requires_grad=True)
+    nats = reconstruction_nats(logits, x, likelihood, learned)
+    nats.sum().backward()
+    for value in (nats, logits.grad, learned.grad):
+        assert value.isfinite().all()
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -40,6 +40,7 @@ OTHER_VALUES = {
     "train_samples": 7,
     "prior": "vamp",
     "pseudo_inputs": 9,
+    "sigma": 0.2,
     "likelihood": "continuous-bernoulli",
     "binarize": "dynamic",
     "dataset": "fashion-mnist",

@@ -34,6 +34,7 @@ ONLY_WITH = {
     "capacity": ("objective", "capacity"),
     "train_samples": ("objective", "iwae"),
     "pseudo_inputs": ("prior", "vamp"),
+    "sigma": ("likelihood", "gaussian"),
 }
 
 
@@ -105,8 +106,17 @@ class CommonConfig(DataConfig):
     """p(z): standard normal, or the VampPrior of Tomczak & Welling 2018."""
     pseudo_inputs: int = 100
     """vamp: learned images whose posteriors are the prior's components."""
-    likelihood: Literal["bernoulli", "continuous-bernoulli", "discretized-logistic"] = "bernoulli"
-    """p(x|z) of a pixel; bounds under different likelihoods cannot be compared."""
+    likelihood: Literal[
+        "bernoulli",
+        "continuous-bernoulli",
+        "gaussian",
+        "learned-gaussian",
+        "laplace",
+        "discretized-logistic",
+    ] = "bernoulli"
+    """p(x|z) of a pixel (docs/guide.md); bounds of different likelihoods cannot be compared."""
+    sigma: float = 0.1
+    """gaussian: standard deviation of a pixel, whose values lie in [0, 1]."""
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
     """Learning rate: one-cycle warms up, then anneals to nearly 0 at the last epoch."""
 
@@ -118,6 +128,7 @@ class CommonConfig(DataConfig):
         require_number("capacity", self.capacity, 0)
         require_number("train_samples", self.train_samples, 1)
         require_number("pseudo_inputs", self.pseudo_inputs, 1)
+        require_number("sigma", self.sigma, 1e-3, 10)  # a quarter of a level; far beyond white
         _check_chosen(self, CommonConfig)
         require(
             not (self.kl_cycles and self.kl_warmup_epochs),
@@ -302,6 +313,7 @@ def model_settings(config: TrainConfig) -> dict[str, Any]:
         "latent_dim": config.latent_dim,
         "likelihood": config.likelihood,
         "pseudo_inputs": config.pseudo_inputs if config.prior == "vamp" else 0,
+        "sigma": config.sigma,
     }
 
 

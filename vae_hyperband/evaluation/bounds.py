@@ -22,6 +22,8 @@ from vae_hyperband.common.randomness import generator, standard_normal
 from vae_hyperband.data.batches import EpochOrder, SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Split
 from vae_hyperband.evaluation.image_quality import frechet, image_features, moments, split_features
+from vae_hyperband.evaluation.results import Estimate
+from vae_hyperband.model.likelihoods import LEVELS, Likelihood
 from vae_hyperband.model.objective import Nats, log_weights, nats_per_image
 from vae_hyperband.model.vae import VAE
 
@@ -182,6 +184,46 @@ def eval_epoch(
     if fid_samples:
         losses["fid"] = prior_fid(model, loader, seed, fid_samples)
     return losses
+
+
+def of_whole_split(bound_N: Tensor, iwae_n: Tensor) -> Estimate:
+    """The split's IWAE bound, from the bound of all images and what the first n gain on it.
+
+    The gain varies much less over images than the bounds do, so few images suffice for it. The
+    variance of the sum of the two means is var(b)/N + var(d)/n + 2 cov(b, d)/N, d = iwae - b.
+    """
+    total, n = len(bound_N), len(iwae_n)
+    pair_2n = torch.stack((bound_N[:n], iwae_n - bound_N[:n])).double()
+    covariance_22 = pair_2n.cov() if n > 1 else torch.full((2, 2), math.nan)
+    spread = bound_N.double().var() if total > 1 else torch.tensor(math.nan)
+    variance = spread / total + covariance_22[1, 1] / n + 2 * covariance_22[0, 1] / total
+    mean = bound_N.double().mean() + pair_2n[1].mean()
+    return Estimate(mean.item(), variance.clamp(min=0).sqrt().item())
+
+
+def bits_are_of(likelihood: Likelihood, grey: bool) -> str:
+    """What a model's bits per dimension measure; empty if its nats are of no distribution."""
+    if likelihood == "bernoulli":
+        return "" if grey else "the probability of a pixel's bit"
+    if likelihood == "discretized-logistic":
+        return "the probability of a pixel's level"
+    return "the density of a pixel's value on the scale 0 to 255, not dequantized"
+
+
+def bits_per_dimension(
+    nats: Estimate, likelihood: Likelihood, image_shape: tuple[int, int, int]
+) -> Estimate:
+    """Nats per image in bits per dimension: per pixel and channel.
+
+    A density on [0, 1] is divided by 255, which makes it one on the scale of the levels: its values
+    are then those of the probabilities of levels that a smooth density gives. On levels without
+    uniform noise it bounds no probability (Theis, van den Oord & Bethge 2016, section 3.1).
+    """
+    # log2 of 255, not of 256: stored levels lie 1/255 apart
+    density = likelihood not in ("bernoulli", "discretized-logistic")
+    per_nat = 1 / (math.log(2) * math.prod(image_shape))
+    offset = math.log2(LEVELS) if density else 0.0
+    return Estimate(nats.mean * per_nat + offset, nats.standard_error * per_nat)
 
 
 def entropy_floor(x_NCHW: Tensor) -> float:

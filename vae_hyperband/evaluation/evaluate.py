@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +37,13 @@ from vae_hyperband.data.splits import Split, SplitName, as_trained, per_split
 from vae_hyperband.data.synthetic import FACTORS, sample_factors
 from vae_hyperband.evaluation.bounds import (
     LEAST_GAP,
+    bits_are_of,
+    bits_per_dimension,
     entropy_floor,
     eval_dataloader,
     iwae_nats,
     mean_image_nats,
+    of_whole_split,
     split_nats,
 )
 from vae_hyperband.evaluation.image_quality import (
@@ -183,15 +185,25 @@ def likelihood(context: EvaluationContext, options: EvaluateOptions) -> Likeliho
     anchors = {}
     if model.likelihood == "bernoulli":
         anchors = _anchors(context.train, held_out, bound_N.mean().item())
+    bound = mean_and_error(bound_N)
+    iwae = _iwae(context, options, bound_N) if options.iwae_samples else None
+    bits = bits_of_iwae = None
+    if kind := bits_are_of(model.likelihood, grey):
+        given = model.likelihood, held_out.image_shape
+        bits = bits_per_dimension(bound, *given)
+        bits_of_iwae = bits_per_dimension(iwae, *given) if iwae else None
     return Likelihood(
         unit="nats per image, lower is better",
         protocol=f"one posterior sample per image, {pixels}, beta = 1, "
-        f"{model.likelihood} likelihood, {context.config.prior} prior",
-        bound=mean_and_error(bound_N),
+        f"{model.likelihood} likelihood, {context.config.prior} prior"
+        + (f"; bits per dimension of {kind}" if kind else ""),
+        bound=bound,
         recon_loss=mean_and_error(nats.recon_B),
         KL_divergence=mean_and_error(nats.kl_B),
         **anchors,
-        iwae=_iwae(context, options, bound_N) if options.iwae_samples else None,
+        iwae=iwae,
+        bits_per_dimension=bits,
+        iwae_bits_per_dimension=bits_of_iwae,
     )
 
 
@@ -211,21 +223,6 @@ def _iwae(context: EvaluationContext, options: EvaluateOptions, bound_N: Tensor)
         num_images=len(chosen),
         gain_on_these_images=mean_and_error(bound_N[: len(chosen)] - iwae_n),
     )
-
-
-def of_whole_split(bound_N: Tensor, iwae_n: Tensor) -> Estimate:
-    """The split's IWAE bound, from the bound of all images and what the first n gain on it.
-
-    The gain varies much less over images than the bounds do, so few images suffice for it. The
-    variance of the sum of the two means is var(b)/N + var(d)/n + 2 cov(b, d)/N, d = iwae - b.
-    """
-    total, n = len(bound_N), len(iwae_n)
-    pair_2n = torch.stack((bound_N[:n], iwae_n - bound_N[:n])).double()
-    covariance_22 = pair_2n.cov() if n > 1 else torch.full((2, 2), math.nan)
-    spread = bound_N.double().var() if total > 1 else torch.tensor(math.nan)
-    variance = spread / total + covariance_22[1, 1] / n + 2 * covariance_22[0, 1] / total
-    mean = bound_N.double().mean() + pair_2n[1].mean()
-    return Estimate(mean.item(), variance.clamp(min=0).sqrt().item())
 
 
 def _anchors(train: Split, held_out: Split, bound: float) -> dict[str, float | None]:

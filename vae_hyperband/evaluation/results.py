@@ -17,7 +17,7 @@ from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.data.splits import SplitName
 
 #: Of the layout of evaluation.json and of the protocols that its numbers follow.
-VERSION = 5
+VERSION = 6
 
 Json = dict[str, Any]  # an object of a JSON file
 
@@ -51,7 +51,10 @@ class ImportanceBound(Estimate):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Bounds in nats per image, between what no model can reach and what needs none."""
+    """Bounds in nats per image, between what no model can reach and what needs none.
+
+    Bits per dimension, of which the protocol says more, are None for grey pixels under a Bernoulli.
+    """
 
     unit: str
     protocol: str
@@ -65,6 +68,8 @@ class Likelihood:
     #: Of the gap from the mean image to the floor, what the bound closes; None without a gap.
     share_of_gap: float | None = None
     iwae: ImportanceBound | None = None
+    bits_per_dimension: Estimate | None = None
+    iwae_bits_per_dimension: Estimate | None = None
 
 
 @dataclass(frozen=True)

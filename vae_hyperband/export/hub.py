@@ -140,6 +140,8 @@ def _arguments(model: VAE) -> dict[str, object]:
         "channels": model.channels,
         "likelihood": model.likelihood,
         "pseudo_inputs": len(model.vamp.logits_KCHW) if model.vamp else 0,
+        # of the one likelihood that has it: config.json of the others stays as it was
+        **({"sigma": model.sigma} if model.likelihood == "gaussian" else {}),
     }
 
 
@@ -192,6 +194,9 @@ def _hub_metrics(evaluation: Evaluation, likelihood: str) -> list[HubMetric]:
         unit = f"nats per image, {likelihood} likelihood"
         for kind, title in LOSS_NAMES.items():
             found.append(HubMetric(kind, f"{title}, {unit}", getattr(part, kind).mean))
+        if bits := part.bits_per_dimension:
+            name = f"bound (beta = 1), bits per dimension, {likelihood} likelihood"
+            found.append(HubMetric("bits_per_dimension", name, bits.mean))
         if iwae := part.iwae:
             name = f"IWAE-{iwae.num_samples} bound, {unit}"
             found.append(HubMetric("iwae_bound", name, iwae.mean))

@@ -304,6 +304,10 @@ def _model(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path | 
     # on the meta device nothing is allocated or sampled; assign=True takes the loaded tensors
     with torch.device("meta"):
         model = VAE(**settings)
+    scale = tensors.get("log_scale")
+    if scale is not None and scale.dim() == 0 and model.log_scale is not None:
+        # older models of several channels have one scale for all of them, and keep it
+        model.log_scale = torch.nn.Parameter(scale)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

@@ -5,13 +5,13 @@ Here a model is built on the meta device, where nothing is sampled, and then fil
 of its own.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.model.likelihoods import FIRST_LOG_SCALE, Likelihood
+from vae_hyperband.model.likelihoods import FIRST_LOG_SCALE
 from vae_hyperband.model.priors import VampPrior
 from vae_hyperband.model.vae import VAE
 
@@ -23,12 +23,14 @@ def initialized_vae(
     image_size: int,
     channels: int,
     seed: int,
-    likelihood: Likelihood = "bernoulli",
-    pseudo_inputs: int = 0,
+    **settings: Any,
 ) -> VAE:
-    """A VAE on the CPU whose weights depend on the arguments alone."""
+    """A VAE on the CPU whose weights depend on the arguments alone.
+
+    ``settings`` are further arguments of :class:`~vae_hyperband.model.vae.VAE`.
+    """
     with torch.device("meta"):
-        model = VAE(latent_dim, image_size, channels, likelihood, pseudo_inputs)
+        model = VAE(latent_dim, image_size, channels, **settings)
     return initialize(model, generator(seed, "init"))
 
 

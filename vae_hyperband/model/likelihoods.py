@@ -13,20 +13,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Likelihood = Literal["bernoulli", "continuous-bernoulli", "discretized-logistic"]
+Likelihood = Literal[
+    "bernoulli",
+    "continuous-bernoulli",
+    "gaussian",
+    "learned-gaussian",
+    "laplace",
+    "discretized-logistic",
+]
 LIKELIHOODS: tuple[Likelihood, ...] = get_args(Likelihood)
 
 LEVELS = 255  # a pixel is one of 256 levels, 1/255 apart
 
-#: The discretized logistic's scale at first: 0.1 of the way from black to white.
+#: Likelihoods whose scale is learned.
+LEARNED_SCALE = ("learned-gaussian", "laplace", "discretized-logistic")
+
+#: A learned scale at first: 0.1 of the way from black to white.
 FIRST_LOG_SCALE = math.log(0.1)
 
+#: Added to the learned scale of a density: the standard deviation of rounding to levels. A density
+#: of stored levels has no greatest value, so without it the scale of images that are reproduced
+#: exactly (all black, say) would shrink, and the bound fall, without end.
+LEAST_SCALE = 1 / (LEVELS * math.sqrt(12))
 
-def learned_log_scale(likelihood: Likelihood) -> nn.Parameter | None:
-    """The discretized logistic's log scale, one for all pixels; the others have none."""
-    if likelihood != "discretized-logistic":
+
+def learned_log_scale(likelihood: Likelihood, channels: int = 1) -> nn.Parameter | None:
+    """The log scale of :data:`LEARNED_SCALE`, one for all pixels; the other likelihoods have none.
+
+    The discretized logistic has one per channel, shape (C, 1, 1), if there are several; else the
+    shape is ().
+    """
+    # One parameter, as the sigma-VAE of Rybkin, Daniilidis & Levine 2021 has it. Their "optimal
+    # sigma-VAE" computes the scale from the errors of the batch instead: an image's bound would
+    # then depend on the images beside it. Both end at the same scale.
+    if likelihood not in LEARNED_SCALE:
         return None
-    return nn.Parameter(torch.full((), FIRST_LOG_SCALE))
+    several = likelihood == "discretized-logistic" and channels > 1
+    return nn.Parameter(torch.full((channels, 1, 1) if several else (), FIRST_LOG_SCALE))
 
 
 def reconstruction_nats(
@@ -34,6 +57,7 @@ def reconstruction_nats(
     x_BCHW: Tensor,
     likelihood: Likelihood = "bernoulli",
     log_scale: Tensor | None = None,
+    sigma: float = 0.1,
 ) -> Tensor:
     """-log p(x|z) in nats, shape (B,).
 
@@ -41,17 +65,29 @@ def reconstruction_nats(
     cross-entropy, not a likelihood: its least possible value is the pixels' entropy
     (:func:`~vae_hyperband.evaluation.bounds.entropy_floor`), not 0. ``continuous-bernoulli``: the
     density on [0, 1] whose constant it lacks, Loaiza-Ganem & Cunningham 2019; it can be negative.
-    ``discretized-logistic``: the probability of one of 256 levels, Salimans et al. 2017, equation
-    2, one component around sigmoid(logit), with the scale exp(``log_scale``).
+
+    The others lie around sigmoid(logit), since images lie in [0, 1]. ``gaussian``: a density with
+    the standard deviation ``sigma``, Kingma & Welling 2014, appendix C.2. ``learned-gaussian`` and
+    ``laplace``: with the standard deviation, or the scale, exp(``log_scale``) +
+    :data:`LEAST_SCALE`, Rybkin et al. 2021. ``discretized-logistic``: the probability of one of 256
+    levels, Salimans et al. 2017, equation 2, one component, with the scale exp(``log_scale``).
     """
-    if likelihood == "discretized-logistic":
-        assert log_scale is not None
-        nats_BCHW = _discretized_logistic(torch.sigmoid(logits_BCHW), x_BCHW, log_scale)
-    elif likelihood == "continuous-bernoulli":
-        nats_BCHW = _continuous_nats(logits_BCHW, x_BCHW)
-    else:
+    if likelihood == "bernoulli":
         # from logits, where it is finite for every finite input
         nats_BCHW = F.binary_cross_entropy_with_logits(logits_BCHW, x_BCHW, reduction="none")
+    elif likelihood == "continuous-bernoulli":
+        nats_BCHW = _continuous_nats(logits_BCHW, x_BCHW)
+    elif likelihood == "gaussian":
+        fixed = logits_BCHW.new_full((), sigma)
+        nats_BCHW = _gaussian_nats(torch.sigmoid(logits_BCHW), x_BCHW, fixed)
+    else:
+        assert log_scale is not None
+        mean_BCHW = torch.sigmoid(logits_BCHW)
+        if likelihood == "discretized-logistic":
+            nats_BCHW = _discretized_logistic(mean_BCHW, x_BCHW, log_scale)
+        else:
+            nats = _gaussian_nats if likelihood == "learned-gaussian" else _laplace_nats
+            nats_BCHW = nats(mean_BCHW, x_BCHW, log_scale.exp() + LEAST_SCALE)
     # a sum over pixels, since log p(x|z) of independent pixels is one
     return nats_BCHW.flatten(start_dim=1).sum(dim=1)
 
@@ -104,6 +140,14 @@ def _continuous_nats(logits: Tensor, x: Tensor) -> Tensor:
     series = logits * (0.5 - x) + square * _polynomial(square, NATS_SERIES)
     nats = size * torch.where(logits > 0, 1 - x, x) - torch.log(far / (1 - torch.exp(-far)))
     return torch.where(size < SERIES_BELOW, series, nats)
+
+
+def _gaussian_nats(mean: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    return 0.5 * ((x - mean) / sigma).square() + sigma.log() + 0.5 * math.log(2 * math.pi)
+
+
+def _laplace_nats(mean: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    return (x - mean).abs() / scale + scale.log() + math.log(2)
 
 
 def _discretized_logistic(mean: Tensor, x: Tensor, log_scale: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ def forward_pass(model: VAE, x_BCHW: Tensor, noise_BZ: Tensor) -> Pass:
     there it is log q(z|x) - log p(z) at the sampled z, which is right on average.
     """
     logits_BCHW, mu_BZ, logvar_BZ, z_BZ = model(x_BCHW, noise_BZ)
-    recon_B = reconstruction_nats(logits_BCHW, x_BCHW, model.likelihood, model.log_scale)
+    recon_B = reconstruction_nats(
+        logits_BCHW, x_BCHW, model.likelihood, model.log_scale, model.sigma
+    )
     # a sum over latent dimensions, as recon_B is over pixels: with beta = 1 this is the ELBO
     if model.vamp is None:
         kl_B = kl_to_standard_normal(mu_BZ, logvar_BZ)
@@ -165,7 +167,7 @@ def log_weights(
     # all samples in one batch of K * B images
     logits = model.decode(z_KBZ.flatten(0, 1))
     x = x_BCHW.repeat(len(noise_KBZ), 1, 1, 1)
-    recon = reconstruction_nats(logits, x, model.likelihood, model.log_scale)
+    recon = reconstruction_nats(logits, x, model.likelihood, model.log_scale, model.sigma)
     recon_KB = recon.view(len(noise_KBZ), -1)
     log_prior_KB = model.log_prior(z_KBZ.flatten(0, 1)).view_as(recon_KB)
     # at the samples, also for a normal prior: the weights need each sample's own value

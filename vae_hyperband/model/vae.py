@@ -10,6 +10,8 @@ computed where they stay finite (likelihoods.py).
 Shape suffixes: B images, C channels, H height, W width, Z latent dimensions.
 """
 
+import math
+
 import torch
 from torch import Tensor, relu_
 
@@ -63,7 +65,8 @@ class Decoder(nn.Module):
 
 class VAE(nn.Module):
     """Encoder, decoder and prior. ``pseudo_inputs`` is how many a VampPrior has; with 0 the prior
-    p(z) is standard normal. Images are square; their side is a multiple of 4.
+    p(z) is standard normal. ``sigma`` is the standard deviation of a pixel with the likelihood
+    "gaussian". Images are square; their side is a multiple of 4.
 
     Raises :class:`ConfigError` for sizes that cannot be built.
     """
@@ -75,6 +78,7 @@ class VAE(nn.Module):
         channels: int = 1,
         likelihood: Likelihood = "bernoulli",
         pseudo_inputs: int = 0,
+        sigma: float = 0.1,
     ) -> None:
         super().__init__()
         if latent_dim < 1 or channels < 1 or image_size < 4 or image_size % 4 or pseudo_inputs < 0:
@@ -85,12 +89,14 @@ class VAE(nn.Module):
             )
         if likelihood not in LIKELIHOODS:
             raise ConfigError(f"A VAE's likelihood is one of {', '.join(LIKELIHOODS)}.")
+        if not 0 < sigma < math.inf:
+            raise ConfigError(f"A VAE's sigma is {sigma!r}, but must be greater than 0.")
         self.latent_dim, self.image_size, self.channels = latent_dim, image_size, channels
-        self.likelihood = likelihood
+        self.likelihood, self.sigma = likelihood, sigma
         self.encoder = Encoder(latent_dim, image_size, channels)
         self.decoder = Decoder(latent_dim, image_size, channels)
         self.vamp = VampPrior(pseudo_inputs, channels, image_size) if pseudo_inputs else None
-        self.log_scale = learned_log_scale(likelihood)
+        self.log_scale = learned_log_scale(likelihood, channels)
 
     def encode(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Images in [0, 1] -> ``(mu_BZ, logvar_BZ)`` of q(z|x)."""

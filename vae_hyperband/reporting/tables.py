@@ -96,6 +96,10 @@ def _likelihood_rows(found: Likelihood) -> dict[str, str]:
             f"{iwae:.2f}  (the bound less {iwae.gain_on_these_images:.2f}, "
             f"from {plural(iwae.num_images, 'image')})"
         )
+    if bits := found.bits_per_dimension:
+        iwae_bits = found.iwae_bits_per_dimension
+        more = f"  (IWAE {iwae_bits:.3f})" if iwae_bits else ""
+        rows["bits per dimension"] = f"{bits:.3f}{more}"
     if found.entropy_floor is not None:
         rows |= {
             "entropy floor": f"{abs(found.entropy_floor):.2f}",  # of black and white it is -0
