@@ -182,12 +182,6 @@ def load_split(
             f"{images_name} holds {plural(len(images), 'image')}, but {labels_name} "
             f"{plural(len(labels), 'label')}: they do not belong together."
         )
-    height, width = images.shape[1:]
-    if height != width or height % 4:
-        raise DataError(
-            f"{images_name} holds {height}x{width} images, but the network needs square ones "
-            "whose side is a multiple of 4: pad or resize them."
-        )
     if split == "test":
         return Split(images[:, None].clone(), labels.long(), digest)
     held_out = _held_out(images, holdout if dataset == "custom" else "last")
