@@ -409,14 +409,14 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None and type(None) in typing.get_args(hint):  # X | None
             return None
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        if len(kinds) > 1:  # a list, or one of some words
-            is_word = isinstance(value, str)
-            kinds = [kind for kind in kinds if (typing.get_origin(kind) is Literal) == is_word]
-        [hint] = kinds
+        choices = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if len(choices) > 1:  # a list, or one of some words
+            word = isinstance(value, str)
+            choices = [kind for kind in choices if (typing.get_origin(kind) is Literal) == word]
+        [hint] = choices
     if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        require(value in choices, f"{flag(name)} is {value!r}, but must be one of {choices}.")
+        words = typing.get_args(hint)
+        require(value in words, f"{flag(name)} is {value!r}, but must be one of {words}.")
         return value
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)

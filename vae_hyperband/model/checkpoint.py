@@ -136,8 +136,8 @@ class Checkpoint:
         Raises :class:`CheckpointError` if the tensors do not fit it, and :class:`NetworkError` if
         it has a network of somebody's own that :func:`allow_network` was not called for.
         """
-        channels, *image_size = self.data.image_shape
-        settings = {"image_size": image_size, "channels": channels}
+        channels, height, width = self.data.image_shape
+        settings = {"image_size": (height, width), "channels": channels}
         model = _model(settings | model_settings(self.config), self.model_state, self.path)
         return model.to(device).eval()
 

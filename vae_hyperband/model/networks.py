@@ -60,9 +60,7 @@ def require_allowed(name: str) -> None:
         )
 
 
-def own_network(
-    name: str, latent_dim: int, image_shape: ImageShape
-) -> tuple[nn.Module, nn.Module]:
+def own_network(name: str, latent_dim: int, image_shape: ImageShape) -> tuple[nn.Module, nn.Module]:
     """The encoder and the decoder that the named function makes, on the CPU, once checked.
 
     Raises :class:`NetworkError` if it is not allowed, cannot be imported, fails or does not fit.
@@ -98,9 +96,7 @@ def _function(name: str) -> Callable[[int, ImageShape], Any]:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise NetworkError(
-            f"--network {name}: {module.__file__} has no function {function_name}."
-        )
+        raise NetworkError(f"--network {name}: {module.__file__} has no function {function_name}.")
     made: Callable[[int, ImageShape], Any] = function
     return made
 

@@ -24,9 +24,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vae_hyperband.common.config import (
+    CommonConfig,
     Places,
     differences,
     former_holdout,
+    model_settings,
     plural,
     read_json,
 )
@@ -35,6 +37,7 @@ from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.common.process import only_writer, stop_flag
 from vae_hyperband.data.splits import Split, load_training_splits
 from vae_hyperband.model.checkpoint import BEST, LATEST, Checkpoint, copy_ckpt, load_ckpt
+from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.search.config import METRICS, SearchConfig, SearchOptions
 from vae_hyperband.search.console import Console
 from vae_hyperband.search.decisions import Board, Journal, TrialEvent, read_events
@@ -157,7 +160,9 @@ def begun_settings(folder: Path) -> dict[str, object] | None:
     if not begun or not (folder / SETTINGS_FILE).exists():
         return None
     there = read_json(folder / SETTINGS_FILE)
-    return {"holdout": former_holdout(there.get("dataset")), **there}
+    # settings that came after it have their defaults, which are what it was begun with
+    later = json.loads(json.dumps(CommonConfig().to_dict()))
+    return {**later, "holdout": former_holdout(there.get("dataset")), **there}
 
 
 def existing_search(config: SearchConfig, options: SearchOptions) -> str | None:
@@ -213,7 +218,15 @@ def load_splits(config: SearchConfig, options: SearchOptions) -> tuple[Split, Sp
         _check_same_data(options.ckpt_folder, train, held_out)
     if max(config.batch_sizes) > len(train):
         raise SearchError(f"--batch-sizes has more than the {len(train)} training images.")
+    _check_network(config, train)
     return train, held_out
+
+
+def _check_network(config: SearchConfig, train: Split) -> None:
+    """Raise :class:`ConfigError` if the trials' network does not fit their images."""
+    settings = model_settings(config.trial_config(suggest(config, 0, [])))
+    channels, height, width = train.image_shape
+    initialized_vae(image_size=(height, width), channels=channels, seed=config.seed, **settings)
 
 
 def _check_same_data(folder: Path, train: Split, held_out: Split) -> None:

@@ -24,8 +24,8 @@ from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import RayBrokeError, VAEHyperbandError
 from vae_hyperband.common.process import in_main_thread
 from vae_hyperband.data.splits import Split
-from vae_hyperband.search.config import SearchOptions
 from vae_hyperband.model.networks import allowed_networks
+from vae_hyperband.search.config import SearchOptions
 from vae_hyperband.search.decisions import Board
 from vae_hyperband.search.trials import ValidationRow, trial_name
 from vae_hyperband.tune.session import nodes, num_concurrent, trial_device, trial_resources
