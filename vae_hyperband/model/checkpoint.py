@@ -285,7 +285,7 @@ def load_pt(path: Path, kind: str, keys: Keys) -> Content:
 
 def _model(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path | str) -> VAE:
     # a network of the user's own is really built: its buffers, and what it ties or freezes, stay
-    own = is_own_network(settings.get("network", "conv"))
+    own = is_own_network(str(settings.get("network")))
     if own:
         model = initialized_vae(seed=0, **settings)
     else:

@@ -65,6 +65,10 @@ def own_network(name: str, latent_dim: int, image_shape: ImageShape) -> tuple[nn
 
     Raises :class:`NetworkError` if it is not allowed, cannot be imported, fails or does not fit.
     """
+    require(
+        isinstance(name, str) and is_own_network(name),
+        f"The network is {name!r}, but must be conv, residual or package.module:function.",
+    )
     require_allowed(name)
     # on the CPU by name: the caller may be inside of "with torch.device('meta')", where no buffer
     # of the user's would have its values
