@@ -29,7 +29,7 @@ OWN = ["--network", "my_network:dense"]
 @pytest.fixture(scope="module")
 def odd_data(tmp_path_factory):
     """Images of 9x9, which no number of stages halves."""
-    return write_idx_folder(tmp_path_factory.mktemp("odd"), 120, 30, size=9, num_classes=2)
+    return write_idx_folder(tmp_path_factory.mktemp("odd"), 600, 30, size=9, num_classes=2)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_training_continues_bit_for_bit_and_the_loss_goes_down(
     steps = iter(range(100))
     stopped = [
         fit(config_of(network), places(place, odd_data, "b"), quiet=True, should_stop=stop)
-        for stop in (lambda: next(steps) == 4, lambda: False)
+        for stop in (lambda: next(steps) >= 20, lambda: False)
     ]
     assert [run.finished for run in stopped] == [False, True]
     assert stopped[1].weights == straight.weights
