@@ -121,7 +121,10 @@ class CommonConfig:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(CommonConfig)}
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The settings by their names, as JSON has them: lists, not tuples."""
+        # so that what was written and read again is equal to what was not
+        found = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
