@@ -8,6 +8,7 @@ from vae_hyperband.evaluation.bounds import eval_epoch
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
 from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.model.likelihoods import reconstruction_nats
+from vae_hyperband.model.networks import allow_network
 from vae_hyperband.model.objective import kl_to_standard_normal, nats_per_image
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.search.config import SearchConfig, SearchOptions
@@ -24,6 +25,7 @@ __all__ = [
     "SearchOptions",
     "TrainConfig",
     "VAEHyperbandError",
+    "allow_network",
     "eval_epoch",
     "evaluate",
     "fit",

@@ -98,7 +98,7 @@ def test_initial_weights_spread_as_pytorch_s_own():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"latent_dim": 0}, {"image_size": 30}, {"channels": 0}, {"pseudo_inputs": -1}]
+    "wrong", [{"latent_dim": 0}, {"image_size": (0, 4)}, {"channels": 0}, {"pseudo_inputs": -1}]
 )
 def test_impossible_networks_are_refused(wrong):
     with pytest.raises(ConfigError, match="cannot be built"):

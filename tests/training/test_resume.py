@@ -26,6 +26,8 @@ from vae_hyperband.training.loop import fit
 from vae_hyperband.training.tracker import read_rows
 
 OTHER_VALUES = {
+    "network": "residual",
+    "widths": (4, 8),
     "latent_dim": 5,
     "beta": 2.0,
     "kl_warmup_epochs": 1.0,

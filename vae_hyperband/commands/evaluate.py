@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
+from vae_hyperband.commands.options import NetworkOption, RunArg, find_ckpt, parse_options
 from vae_hyperband.common.config import Folders, RunOptions
 from vae_hyperband.common.files import check_place, write_text
 from vae_hyperband.common.process import cpu_threads
@@ -34,6 +34,7 @@ class EvaluateArgs:
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     num_threads: int | None = None
     """CPU threads (default: PyTorch's own choice)."""
+    network: NetworkOption = None
     folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
+from vae_hyperband.commands.options import NetworkOption, RunArg, find_ckpt, parse_options
 from vae_hyperband.commands.sample import sampler_for
 from vae_hyperband.common.config import Folders, flag, read_json, require, require_number
 from vae_hyperband.common.errors import ConfigError
@@ -62,6 +62,7 @@ class ExportArgs:
     """web: split whose images are on the map."""
     num_images: int = 1000
     """web: number of images on the map."""
+    network: NetworkOption = None
     folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from vae_hyperband.commands.options import RunArg, RunArgs, find_run, parse_options
+from vae_hyperband.commands.options import NetworkOption, RunArg, RunArgs, find_run, parse_options
 from vae_hyperband.common.config import Folders, require
 from vae_hyperband.common.files import check_place
 from vae_hyperband.data.splits import as_trained
@@ -49,6 +49,7 @@ class AnimateArgs:
     """File to write, .gif or .webp (default: walk.gif or training.gif)."""
     seed: int = 0
     """walk: seed of the choice of validation images."""
+    network: NetworkOption = None
     folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 
@@ -62,6 +63,7 @@ class ReportArgs:
     run: RunArg
     out: Path | None = None
     """File to write (default: report.html in the run's folder below --logs-dir)."""
+    network: NetworkOption = None
     folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from vae_hyperband.commands import wrapped
-from vae_hyperband.common.config import Folders, Places
+from vae_hyperband.common.config import NETWORKS, Folders, Places
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.model.checkpoint import BEST
+from vae_hyperband.model.networks import allow_network
 from vae_hyperband.reporting.runs import best_ckpt
 
 Args = TypeVar("Args")
@@ -25,8 +27,13 @@ def parse_options(
 ) -> Args:
     """The options of a command, as an instance of the dataclass that declares them.
 
-    Raises :class:`ConfigError` with one line for an invalid one. ``--help`` prints and exits.
+    The network that ``--network`` names may be imported from here on. Raises :class:`ConfigError`
+    with one line for an invalid option. ``--help`` prints and exits.
     """
+    # from the command line itself: after parsing, the name may be that of a checkpoint or a file
+    network = option_value(sys.argv[1:] if argv is None else argv, "--network")
+    if network is not None and network not in NETWORKS:
+        allow_network(network)
     optional: dict[str, Any] = {} if default is None else {"default": default}
 
     def parse() -> Args:
@@ -85,6 +92,28 @@ def _one_line(box: str, prog: str) -> str:
     if "Perhaps you meant:" in lines:
         sentence += f" (perhaps you meant {lines[lines.index('Perhaps you meant:') + 1]})"
     return f"{sentence}; see {prog} --help."
+
+
+def option_value(argv: list[str], option: str) -> str | None:
+    """The value of an option, read before tyro reads them all, which needs the defaults.
+
+    None if it is not given, or if its value is missing, for which tyro has the error message.
+    """
+    found = None
+    for word, following in itertools.pairwise([*argv, "-"]):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            value = value if equals else following
+            found = None if value.startswith("-") else value
+    return found
+
+
+NETWORK_HELP = (
+    "Needed for a run that was trained with a network of your own: package.module:function, the "
+    "code that this command may import."
+)
+#: Of the commands that load a model; those that train have it among the settings of the run.
+NetworkOption = Annotated[str | None, tyro.conf.arg(help=NETWORK_HELP)]
 
 
 # ---- A run, by its name or by a path: the same in every command that takes one

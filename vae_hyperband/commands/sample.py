@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 from torch import Tensor
 
-from vae_hyperband.commands.options import RunArg, find_ckpt, parse_options
+from vae_hyperband.commands.options import NetworkOption, RunArg, find_ckpt, parse_options
 from vae_hyperband.common.config import Folders, plural, require_number
 from vae_hyperband.common.errors import ConfigError, RunFolderError
 from vae_hyperband.common.files import check_place, fsync_folder, make_folder, replacing
@@ -49,6 +49,7 @@ class SampleArgs:
     """The same seed gives the same images."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    network: NetworkOption = None
     folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 

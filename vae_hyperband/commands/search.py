@@ -9,7 +9,13 @@ from pathlib import Path
 import tyro
 
 from vae_hyperband.commands.options import parse_options
-from vae_hyperband.common.config import Folders, RunOptions, changed_options, require_number
+from vae_hyperband.common.config import (
+    Folders,
+    RunOptions,
+    changed_options,
+    network_option,
+    require_number,
+)
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting.summaries import (
@@ -68,7 +74,7 @@ def _search_and_train(args: SearchArgs, argv: list[str], should_stop: Callable[[
     found, figure = result
     print(f"curves of all trials: {figure}", flush=True)
     if not args.final_epochs:
-        print(f"train it in full: {_train_command(args.execution)}")
+        print(f"train it in full: {_train_command(args.execution, found.config.network)}")
         return 0
     trained = train_winner(found, args.final_epochs, args.winner(), should_stop)
     if not trained.finished:
@@ -101,9 +107,10 @@ def train_winner(
     return fit(config, options, should_stop=should_stop)
 
 
-def _train_command(options: SearchOptions) -> str:
+def _train_command(options: SearchOptions, network: str) -> str:
     """The command that trains the best configuration in full."""
     config = options.ckpt_folder / "best_config.json"
     words = ["train", "--run", f"{options.run}-best", "--config", str(config), "--epochs", "10"]
+    words += network_option(network)
     words += changed_options(options.folders(), Folders().folders())
     return f"{executable('vae-hyperband')} {shlex.join(words)}"

@@ -1,13 +1,12 @@
 """The command ``train``: train one run, or continue it."""
 
 import contextlib
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.options import option_value, parse_options
 from vae_hyperband.common.config import RunOptions, TrainConfig, former_holdout, read_json
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import stop_flag
@@ -69,17 +68,3 @@ def _defaults(argv: list[str]) -> TrainArgs:
             return TrainArgs(training, RunOptions(run=Path(resume_ckpt).resolve().parent.name))
         return TrainArgs(training, RunOptions())
     return TrainArgs(TrainConfig(), RunOptions())
-
-
-def option_value(argv: list[str], option: str) -> str | None:
-    """The value of an option, read before tyro reads them all, which needs the defaults.
-
-    None if it is not given, or if its value is missing, for which tyro has the error message.
-    """
-    found = None
-    for word, following in itertools.pairwise([*argv, "-"]):
-        name, equals, value = word.partition("=")
-        if name.replace("_", "-") == option:
-            value = value if equals else following
-            found = None if value.startswith("-") else value
-    return found

@@ -10,6 +10,7 @@ import json
 import math
 import numbers
 import os
+import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from vae_hyperband.common.errors import ConfigError
 Dataset = Literal["fashion-mnist", "custom", "drawn", "images"]
 Holdout = Literal["content", "last"]
 Fit = Literal["crop", "pad", "stretch"]
+Widths = tuple[int, ...] | Literal["auto"]
+
+#: The networks of this package; every other one is the user's own, "package.module:function".
+NETWORKS = ("conv", "residual")
 
 #: Settings that a resumed run may change; every other difference is refused.
 RESUME_MAY_CHANGE = frozenset({"epochs", "val_interval", "iwae_samples", "fid_samples"})
@@ -117,6 +122,10 @@ class CommonConfig(DataConfig):
     """p(x|z) of a pixel (docs/guide.md); bounds of different likelihoods cannot be compared."""
     sigma: float = 0.1
     """gaussian: standard deviation of a pixel, whose values lie in [0, 1]."""
+    network: str = "conv"
+    """conv, residual (slower, better bounds), or your own package.module:function (the guide)."""
+    widths: Widths = (32, 64)
+    """Channels of each stage, which halves the image; auto: stages until a side is at most 8."""
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
     """Learning rate: one-cycle warms up, then anneals to nearly 0 at the last epoch."""
 
@@ -129,6 +138,18 @@ class CommonConfig(DataConfig):
         require_number("train_samples", self.train_samples, 1)
         require_number("pseudo_inputs", self.pseudo_inputs, 1)
         require_number("sigma", self.sigma, 1e-3, 10)  # a quarter of a level; far beyond white
+        require(
+            self.network in NETWORKS or is_own_network(self.network),
+            f"--network is {self.network!r}, but must be conv, residual or "
+            "package.module:function.",
+        )
+        if self.widths != "auto":
+            for width in self.widths or (0,):
+                require_number("widths", width, 1, 8192)
+        require(
+            self.network in NETWORKS or self.widths == CommonConfig.widths,
+            f"--network {self.network} has layers of its own: remove --widths.",
+        )
         _check_chosen(self, CommonConfig)
         require(
             not (self.kl_cycles and self.kl_warmup_epochs),
@@ -148,7 +169,10 @@ class CommonConfig(DataConfig):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(CommonConfig)}
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The settings by their names, as JSON has them: lists, not tuples."""
+        # so that what was written and read again is equal to what was not
+        found = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +338,20 @@ def model_settings(config: TrainConfig) -> dict[str, Any]:
         "likelihood": config.likelihood,
         "pseudo_inputs": config.pseudo_inputs if config.prior == "vamp" else 0,
         "sigma": config.sigma,
+        "widths": config.widths,
+        "network": config.network,
     }
+
+
+def is_own_network(name: str) -> bool:
+    """Whether a network's name is that of a function of the user's: package.module:function."""
+    module, colon, function = name.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), function))
+
+
+def network_option(network: str) -> list[str]:
+    """The option that lets a command run the code of a network; empty for this package's own."""
+    return ["--network", network] if is_own_network(network) else []
 
 
 def in_effect(config: dict[str, Any]) -> dict[str, Any]:
@@ -472,13 +509,17 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
 
     Taken for it: integers for floats, strings for paths, and numpy's numbers for Python's.
     """
-    if type(None) in typing.get_args(hint):  # X | None
-        if value is None:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):  # X | None
             return None
-        [hint] = (kind for kind in typing.get_args(hint) if kind is not type(None))
+        choices = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if len(choices) > 1:  # a list, or one of some words
+            word = isinstance(value, str)
+            choices = [kind for kind in choices if (typing.get_origin(kind) is Literal) == word]
+        [hint] = choices
     if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        require(value in choices, f"{flag(name)} is {value!r}, but must be one of {choices}.")
+        words = typing.get_args(hint)
+        require(value in words, f"{flag(name)} is {value!r}, but must be one of {words}.")
         return value
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)

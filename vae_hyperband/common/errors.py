@@ -15,6 +15,10 @@ class ConfigError(VAEHyperbandError):
     """A setting out of range, an unknown name, or a file of settings that cannot be read."""
 
 
+class NetworkError(ConfigError):
+    """A network of the user's own that nobody has allowed, or that does not fit."""
+
+
 class DataError(VAEHyperbandError):
     """A data file that is missing, damaged, or not the expected one."""
 

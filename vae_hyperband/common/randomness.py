@@ -4,7 +4,9 @@ No generator is kept between uses. So nothing that observes a run (validation, p
 change it, and resuming needs one integer instead of a saved generator.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,9 +21,28 @@ def generator(
     ``purpose`` names the stream ("order", "noise", "init"), ``position`` counts in it (epochs,
     steps).
     """
+    return torch.Generator(device).manual_seed(_number(seed, purpose, position))
+
+
+def _number(seed: int, purpose: str, position: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
     # manual_seed takes 63 bits of an unsigned number
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextlib.contextmanager
+def seeded(seed: int, purpose: str) -> Iterator[None]:
+    """PyTorch's own CPU generator, seeded within the block and as it was after it.
+
+    For code that is not this package's, and samples from that generator.
+    """
+    before = torch.get_rng_state()
+    # not torch.manual_seed, which would seed every GPU's generator, too
+    torch.default_generator.manual_seed(_number(seed, purpose, 0))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def standard_normal(

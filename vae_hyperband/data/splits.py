@@ -156,6 +156,11 @@ def idx_split(name: SplitName, data_dir: Path | None, config: DataConfig) -> Spl
     The training file gives two splits; only the split "test" opens the test file.
     """
     is_fashion_mnist = config.dataset == "fashion-mnist"
+    if not is_fashion_mnist and data_dir is None:
+        raise ConfigError(
+            "--dataset custom needs --data-dir, the folder with its four IDX files (also for "
+            "models trained on it)."
+        )
     part = "t10k" if name == "test" else "train"
     images, labels, digest = read_part(part, data_dir, is_fashion_mnist)
     if name == "test":

@@ -48,13 +48,12 @@ def batch_images(model: VAE, batch: Any) -> Tensor:
     if isinstance(images, Tensor):
         found = f"images of shape {tuple(images.shape)} and type {images.dtype}"
         # one image without its batch would be computed, too: its channels as so many images
-        shape = (model.channels, model.image_size, model.image_size)
-        fits = len(images) > 0 and images.dim() == 4 and images.shape[1:] == shape
+        fits = len(images) > 0 and images.dim() == 4 and images.shape[1:] == model.image_shape
         if fits and images.is_floating_point():
             return images.to(next(model.parameters()).device, torch.float32)
     raise ConfigError(
         "A loader must give batches (images, labels) with floats in [0, 1] of shape (B, "
-        f"{model.channels}, {model.image_size}, {model.image_size}), but it gives {found}."
+        f"{', '.join(map(str, model.image_shape))}), but it gives {found}."
     )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import safetensors.torch
 
-from vae_hyperband.common.config import in_effect, plural
+from vae_hyperband.common.config import CommonConfig, in_effect, is_own_network, plural
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import make_folder, write_together
 from vae_hyperband.evaluation.results import Evaluation
@@ -39,17 +39,6 @@ TASK = "unconditional-image-generation"
 #: Characters of ``license:`` in the head of a card, which hubs read as an SPDX-like word.
 LICENSE_WORDS = "abcdefghijklmnopqrstuvwxyz0123456789.-"
 
-ARCHITECTURE = """\
-| | layer | output |
-|---|---|---|
-| encoder | convolution 3x3, stride 2, ReLU | 32 x {half} x {half} |
-| | convolution 3x3, stride 2, ReLU | 64 x {small} x {small} |
-| | linear, twice | mu and log sigma^2, {latent_dim} each |
-| decoder | linear | 64 x {small} x {small} |
-| | transposed convolution 3x3, stride 2, ReLU | 32 x {half} x {half} |
-| | transposed convolution 3x3, stride 2 | {channels} x {size} x {size} logits |
-"""
-
 CARD = """\
 ---
 license: {license}
@@ -68,8 +57,8 @@ Kingma & Welling 2014 (beta: Higgins et al. 2017), {parameters:,} parameters, li
 ```python
 from vae_hyperband import load_model
 
-model = load_model("path/to/this/folder")
-images = model.sample(64)  # (64, {channels}, {size}, {size}), in [0, 1]
+model = load_model("path/to/this/folder"{network})
+images = model.sample(64)  # (64, {channels}, {height}, {width}), in [0, 1]
 ```
 
 ## Architecture
@@ -77,7 +66,7 @@ images = model.sample(64)  # (64, {channels}, {size}, {size}), in [0, 1]
 {architecture}
 ## Data
 
-{data_name}, {num_images} of {size}x{size}x{channels}, SHA-256 of the file
+{data_name}, {num_images} of {height}x{width}x{channels}, SHA-256 of the file
 `{data_digest}`.
 
 ## Metrics
@@ -104,7 +93,8 @@ def write_shared(
     if not license or not set(license) <= set(LICENSE_WORDS):
         raise ConfigError(f"--license is {license!r}, but must be a word such as mit or cc-by-4.0.")
     model = checkpoint.model()
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.model_state.items()}
+    # clones: a network of the user's own may have one tensor under two names
+    tensors = {name: x.contiguous().clone() for name, x in checkpoint.model_state.items()}
     arguments = _arguments(model)
     config = {
         "format": SHARED_FORMAT,
@@ -134,7 +124,7 @@ def write_shared(
 
 def _arguments(model: VAE) -> dict[str, object]:
     """The arguments with which :class:`~vae_hyperband.model.vae.VAE` builds this model."""
-    return {
+    arguments: dict[str, object] = {
         "latent_dim": model.latent_dim,
         "image_size": model.image_size,
         "channels": model.channels,
@@ -143,11 +133,45 @@ def _arguments(model: VAE) -> dict[str, object]:
         # of the one likelihood that has it: config.json of the others stays as it was
         **({"sigma": model.sigma} if model.likelihood == "gaussian" else {}),
     }
+    # the default ones as 0.2 wrote them, which reads them
+    if model.widths not in ((), CommonConfig.widths):
+        arguments["widths"] = model.widths
+    if model.network != CommonConfig.network:
+        arguments["network"] = model.network
+    return arguments
+
+
+def _architecture(model: VAE) -> str:
+    """A table of the layers; of a network of the user's own, its name and its modules."""
+    if model.network != "conv":
+        what = "`residual` of vae-hyperband (model/residual.py)"
+        if is_own_network(model.network):
+            what = f"`{model.network}`, which is not part of vae-hyperband"
+        return f"The network is {what}.\n\n```\n{model.encoder}\n{model.decoder}\n```\n"
+    channels, height, width = model.image_shape
+    left, right, top, bottom = model.padding
+    padded = (height + top + bottom, width + left + right)
+    shapes = [f"{channels} x {height} x {width}"] + [
+        f"{width} x {padded[0] >> stage} x {padded[1] >> stage}"
+        for stage, width in enumerate(model.widths, start=1)
+    ]
+    rows = [("convolution 3x3, stride 2, ReLU", shape) for shape in shapes[1:]]
+    rows += [("linear, twice", f"mu and log sigma^2, {model.latent_dim} each")]
+    rows += [("linear", shapes[-1])]
+    rows += [("transposed convolution 3x3, stride 2, ReLU", x) for x in reversed(shapes[1:-1])]
+    rows += [("transposed convolution 3x3, stride 2", f"{shapes[0]} logits")]
+    if any(model.padding):
+        rows.insert(0, ("padding with zeros", f"{channels} x {padded[0]} x {padded[1]}"))
+        rows[-1] = ("transposed convolution 3x3, stride 2; without the padding", rows[-1][1])
+    first_of_decoder = rows.index(("linear", shapes[-1]))
+    names = {0: "encoder ", first_of_decoder: "decoder "}
+    lines = [f"| {names.get(i, '')}| {layer} | {out} |" for i, (layer, out) in enumerate(rows)]
+    return "\n".join(["| | layer | output |", "|---|---|---|", *lines]) + "\n"
 
 
 def card(checkpoint: Checkpoint, model: VAE, license: str, evaluation: Evaluation | None) -> str:
     """The model card, in Markdown, with the head that hubs read."""
-    config, size = checkpoint.config, model.image_size
+    config, (channels, height, width) = checkpoint.config, model.image_shape
     known = DATASETS.get(config.dataset)
     return CARD.format(
         license=license,
@@ -162,15 +186,11 @@ def card(checkpoint: Checkpoint, model: VAE, license: str, evaluation: Evaluatio
         prior=config.prior,
         epochs=plural(checkpoint.epoch, "epoch"),
         steps=plural(checkpoint.step, "step"),
-        architecture=ARCHITECTURE.format(
-            half=size // 2,
-            small=size // 4,
-            latent_dim=model.latent_dim,
-            channels=model.channels,
-            size=size,
-        ),
-        size=size,
-        channels=model.channels,
+        architecture=_architecture(model),
+        network=f", network={model.network!r}" if is_own_network(model.network) else "",
+        height=height,
+        width=width,
+        channels=channels,
         num_images=plural(checkpoint.data.num_images, "training image"),
         data_digest=checkpoint.data.digest,
         metrics=_metrics(checkpoint, evaluation),

@@ -15,11 +15,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from vae_hyperband.common.errors import CheckpointError
+from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.flow import TIME_FEATURES, Block, VelocityNet
 from vae_hyperband.model.likelihoods import MEAN_SERIES, SERIES_BELOW, Likelihood
-from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE
+from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE, Decoder, Encoder
 
 OPSET = 17
 IR_VERSION = 8  # what programs of 2022 and later read
@@ -85,33 +85,45 @@ def _value(name: str, *shape: int | str) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
 
 
+def _conv_network(model: VAE) -> tuple[Encoder, Decoder]:
+    """The parts of a model whose graph can be written. Raises :class:`ConfigError` for others."""
+    encoder, decoder = model.encoder, model.decoder
+    if isinstance(encoder, Encoder) and isinstance(decoder, Decoder) and not any(model.padding):
+        return encoder, decoder
+    raise ConfigError(
+        f"A model with the network {model.network} for images of {model.image_shape} cannot be "
+        "exported to ONNX or a web page yet: use --format safetensors."
+    )
+
+
 def encoder_graph(model: VAE, facts: dict[str, str]) -> Any:
     """``x`` (B, C, H, W) in [0, 1] -> ``mu``, ``logvar`` (B, Z) of q(z|x)."""
-    encoder, graph = model.encoder, _Graph()
-    h = graph.conv("x", encoder.conv1, "conv1", relu=True)
-    h = graph.conv(h, encoder.conv2, "conv2", relu=True)
+    (encoder, _), graph = _conv_network(model), _Graph()
+    h = "x"
+    for name in encoder.convs:
+        h = graph.conv(h, getattr(encoder, name), name, relu=True)
     h = graph.add("Flatten", h, out="flat")
     graph.linear(h, encoder.fc_mu, "mu")
     h = graph.linear(h, encoder.fc_logvar, "unbounded")
     low, high = graph.number("low", -LOGVAR_LIMIT), graph.number("high", LOGVAR_LIMIT)
     graph.add("Clip", h, low, high, out="logvar")
-    size = model.image_size
-    images = _value("x", "batch", model.channels, size, size)
+    images = _value("x", "batch", *model.image_shape)
     codes = [_value(name, "batch", model.latent_dim) for name in ("mu", "logvar")]
     return graph.model("encoder", [images], codes, facts)
 
 
 def decoder_graph(model: VAE, facts: dict[str, str]) -> Any:
     """``z`` (B, Z) -> ``logits`` and ``image``, the mean of each pixel in [0, 1]; (B, C, H, W)."""
-    decoder, graph = model.decoder, _Graph()
+    (_, decoder), graph = _conv_network(model), _Graph()
     h = graph.linear("z", decoder.fc, "fc")
-    shape = [-1, 64, decoder.small, decoder.small]
+    shape = [-1, *decoder.small]
     graph.weights.append(helper.make_tensor("shape", TensorProto.INT64, [4], shape))
     h = graph.add("Reshape", h, "shape", out="small")
-    h = graph.conv(h, decoder.conv_t1, "conv_t1", relu=True)
-    graph.conv(h, decoder.conv_t2, "logits", relu=False)
+    for name in decoder.convs[:-1]:
+        h = graph.conv(h, getattr(decoder, name), name, relu=True)
+    graph.conv(h, getattr(decoder, decoder.convs[-1]), "logits", relu=False)
     _pixel_means(graph, model.likelihood)
-    size = ("batch", model.channels, model.image_size, model.image_size)
+    size = ("batch", *model.image_shape)
     results = [_value("logits", *size), _value("image", *size)]
     return graph.model("decoder", [_value("z", "batch", model.latent_dim)], results, facts)
 
@@ -179,7 +191,7 @@ def largest_difference(model: VAE, encoder: bytes, decoder: bytes, num: int = 16
     Raises :class:`CheckpointError` if that is more than :data:`TOLERANCE`.
     """
     stream = generator(0, "sample")
-    size = (num, model.channels, model.image_size, model.image_size)
+    size = (num, *model.image_shape)
     x_BCHW = torch.rand(size, generator=stream)
     z_BZ = torch.randn(num, model.latent_dim, generator=stream)
     codes = _run(encoder, ["mu", "logvar"], {"x": x_BCHW})

@@ -19,11 +19,25 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import Folders, TrainConfig, former_holdout, model_settings
-from vae_hyperband.common.errors import CheckpointError, ConfigError, DamagedError, RunFolderError
+from vae_hyperband.common.config import (
+    Folders,
+    TrainConfig,
+    former_holdout,
+    is_own_network,
+    model_settings,
+)
+from vae_hyperband.common.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedError,
+    NetworkError,
+    RunFolderError,
+)
 from vae_hyperband.common.files import write_bytes
 from vae_hyperband.common.process import Environment
 from vae_hyperband.data.splits import CLASS_NAMES, Split, SplitName, split_for
+from vae_hyperband.model.initialization import initialized_vae
+from vae_hyperband.model.networks import allow_network, require_allowed
 from vae_hyperband.model.vae import VAE
 
 FORMAT = "vae-hyperband checkpoint"
@@ -128,9 +142,13 @@ class Checkpoint:
         return self.metrics if self.metrics and self.metrics["step"] == self.step else {}
 
     def model(self, device: torch.device | str = "cpu") -> VAE:
-        """The model, in eval mode. Raises :class:`CheckpointError` if the tensors do not fit it."""
-        channels, image_size, _ = self.data.image_shape
-        settings = {"image_size": image_size, "channels": channels}
+        """The model, in eval mode.
+
+        Raises :class:`CheckpointError` if the tensors do not fit it, and :class:`NetworkError` if
+        it has a network of somebody's own that :func:`allow_network` was not called for.
+        """
+        channels, height, width = self.data.image_shape
+        settings = {"image_size": (height, width), "channels": channels}
         model = _model(settings | model_settings(self.config), self.model_state, self.path)
         return model.to(device).eval()
 
@@ -301,27 +319,38 @@ def load_pt(path: Path, kind: str, keys: Keys) -> Content:
 
 
 def _model(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path | str) -> VAE:
-    # on the meta device nothing is allocated or sampled; assign=True takes the loaded tensors
-    with torch.device("meta"):
-        model = VAE(**settings)
+    # a network of the user's own is really built: its buffers, and what it ties or freezes, stay
+    own = is_own_network(str(settings.get("network")))
+    if own:
+        model = initialized_vae(seed=0, **settings)
+    else:
+        # on the meta device nothing is allocated or sampled; assign=True takes the loaded tensors
+        with torch.device("meta"):
+            model = VAE(**settings)
     scale = tensors.get("log_scale")
     if scale is not None and scale.dim() == 0 and model.log_scale is not None:
         # older models of several channels have one scale for all of them, and keep it
         model.log_scale = torch.nn.Parameter(scale)
     try:
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict(tensors, assign=not own)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source} is of another model: {reason}") from error
     # assigned tensors come without it, and training may go on with this model
-    return model.requires_grad_(True)
+    return model if own else model.requires_grad_(True)
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> VAE:
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu", network: str | None = None
+) -> VAE:
     """The model of a checkpoint, or of a folder that ``export`` wrote, in eval mode.
 
-    Raises :class:`CheckpointError`.
+    ``network`` allows a network of your own to be imported, by the name that it was trained under
+    (:func:`~vae_hyperband.allow_network`). Raises :class:`CheckpointError` and
+    :class:`NetworkError`.
     """
+    if network is not None:
+        allow_network(network)
     path = Path(path)
     if path.is_dir():
         return load_shared(path).to(device).eval()
@@ -362,7 +391,11 @@ def load_shared(folder: Path) -> VAE:
             f"{folder} has format version {config.get('version')}, but this program reads versions "
             f"up to {SHARED_VERSION}: use a newer vae-hyperband."
         )
-    if other := {str(x.dtype) for x in tensors.values() if x.dtype != torch.float32}:
+    own = is_own_network(str(config.get("network")))
+    require_allowed(str(config.get("network")))
+    # the user's own may have counters, such as a batch norm's
+    parts = [x.dtype for x in tensors.values() if x.is_floating_point() or not own]
+    if other := {str(dtype) for dtype in parts if dtype != torch.float32}:
         raise CheckpointError(
             f"{path} holds {', '.join(other)}, but this package's models are float32."
         )
@@ -371,7 +404,9 @@ def load_shared(folder: Path) -> VAE:
     try:
         settings = config["model"] if config["version"] == 1 else flat
         model = _model(settings, tensors, path)
-    except (KeyError, TypeError, RuntimeError, OverflowError, ConfigError) as error:
+    except NetworkError:  # of the user's own network, not of the file
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{folder / SHARED_CONFIG} describes no model: {error}") from error
     # the weights repeat what config.json says of them: one of another export does not pass
     described = json.dumps(settings) == about.get("model")

@@ -35,10 +35,10 @@ class VampPrior(nn.Module):
     argument here: were it a part of this module, its weights would be saved twice.
     """
 
-    def __init__(self, num_inputs: int, channels: int, image_size: int) -> None:
+    def __init__(self, num_inputs: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         # zeros for now: initialization.py samples them from the run's own seed
-        self.logits_KCHW = nn.Parameter(torch.zeros(num_inputs, channels, image_size, image_size))
+        self.logits_KCHW = nn.Parameter(torch.zeros(num_inputs, *image_shape))
 
     @property
     def images_KCHW(self) -> Tensor:

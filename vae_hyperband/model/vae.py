@@ -4,23 +4,30 @@
     z -> FC -> reshape -> ConvT 64->32 -> ReLU -> ConvT 32->1 -> sigmoid
 
 All (transposed) convolutions are 3x3 with stride 2, so 28x28 becomes 14x14, then 7x7, and back.
-The sigmoid is not in this file: the decoder returns logits, from which the loss and the images are
-computed where they stay finite (likelihoods.py).
+That is ``widths=(32, 64)``: one stage for each number of channels. An image whose sides the stages
+cannot halve exactly is padded with zeros, and the padding is cut off what is decoded. The sigmoid
+is not in this file: the decoder returns logits, from which the loss and the images are computed
+where they stay finite (likelihoods.py).
 
 Shape suffixes: B images, C channels, H height, W width, Z latent dimensions.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, relu_
+from torch.nn import functional as F
 
+from vae_hyperband.common.config import NETWORKS, Widths
 from vae_hyperband.common.errors import ConfigError
 
 # torch.nn's layers, computed faster on a CPU; "from torch import nn" trains the same model
 from vae_hyperband.model import fast_layers as nn
 from vae_hyperband.model.likelihoods import LIKELIHOODS, Likelihood, learned_log_scale, pixel_means
+from vae_hyperband.model.networks import ImageShape, own_network
 from vae_hyperband.model.priors import VampPrior, reparameterize, standard_normal_log_density
+from vae_hyperband.model.residual import ResidualDecoder, ResidualEncoder
 
 #: log sigma^2 is kept within +-20 (sigma between 4.5e-5 and 2.2e4), so that exp() stays finite.
 LOGVAR_LIMIT = 20.0
@@ -29,44 +36,88 @@ LOGVAR_LIMIT = 20.0
 class Encoder(nn.Module):
     """q(z|x): the mean and log variance of a diagonal Gaussian per image."""
 
-    def __init__(self, latent_dim: int, image_size: int, channels: int) -> None:
+    def __init__(self, latent_dim: int, image_shape: ImageShape, widths: tuple[int, ...]) -> None:
         super().__init__()
-        num_features = 64 * (image_size // 4) ** 2
-        self.conv1 = nn.Conv2d(channels, 32, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1)
+        channels, height, width = image_shape
+        self.convs = [f"conv{stage}" for stage, _ in enumerate(widths, start=1)]
+        for name, (before, after) in zip(self.convs, pairwise((channels, *widths)), strict=True):
+            self.add_module(name, nn.Conv2d(before, after, 3, stride=2, padding=1))
+        num_features = widths[-1] * (height >> len(widths)) * (width >> len(widths))
         self.flatten = nn.Flatten()
         self.fc_mu = nn.Linear(num_features, latent_dim)
         self.fc_logvar = nn.Linear(num_features, latent_dim)
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        # relu_: in place, since a convolution's gradients do not need its output
-        h = relu_(self.conv1(x_BCHW))  # (B, 32, H/2, W/2)
-        h = relu_(self.conv2(h))  # (B, 64, H/4, W/4)
+        h = x_BCHW
+        for name in self.convs:  # (B, 32, H/2, W/2), (B, 64, H/4, W/4)
+            # relu_: in place, since a convolution's gradients do not need its output
+            h = relu_(getattr(self, name)(h))
         h = self.flatten(h)
-        return self.fc_mu(h), self.fc_logvar(h).clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
+        return self.fc_mu(h), self.fc_logvar(h)
 
 
 class Decoder(nn.Module):
     """p(x|z): one logit per pixel."""
 
-    def __init__(self, latent_dim: int, image_size: int, channels: int) -> None:
+    def __init__(self, latent_dim: int, image_shape: ImageShape, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.small = image_size // 4
-        self.fc = nn.Linear(latent_dim, 64 * self.small**2)
-        self.conv_t1 = nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1)
-        self.conv_t2 = nn.ConvTranspose2d(32, channels, 3, stride=2, padding=1, output_padding=1)
+        channels, height, width = image_shape
+        self.small = (widths[-1], height >> len(widths), width >> len(widths))
+        self.fc = nn.Linear(latent_dim, self.small[0] * self.small[1] * self.small[2])
+        self.convs = [f"conv_t{stage}" for stage, _ in enumerate(widths, start=1)]
+        reverse = (*reversed(widths), channels)
+        for name, (before, after) in zip(self.convs, pairwise(reverse), strict=True):
+            layer = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1)
+            self.add_module(name, layer)
 
     def forward(self, z_BZ: Tensor) -> Tensor:
-        h = self.fc(z_BZ).unflatten(1, (64, self.small, self.small))  # (B, 64, H/4, W/4)
-        h = relu_(self.conv_t1(h))  # (B, 32, H/2, W/2)
-        logits_BCHW: Tensor = self.conv_t2(h)
+        h: Tensor = self.fc(z_BZ).unflatten(1, self.small)  # (B, 64, H/4, W/4)
+        for name in self.convs[:-1]:
+            h = relu_(getattr(self, name)(h))  # (B, 32, H/2, W/2)
+        logits_BCHW: Tensor = getattr(self, self.convs[-1])(h)
         return logits_BCHW
 
 
+def stage_widths(widths: Widths, image_shape: ImageShape) -> tuple[int, ...]:
+    """``auto``: stages of 32, 64, 128, 256, 256 ... channels until the shorter side is at most 8.
+
+    Raises :class:`ConfigError` for widths that no network can have.
+    """
+    _, *sides = image_shape
+    if widths == "auto":
+        num = 1
+        while min(sides) > 8 << num:
+            num += 1
+        return tuple(32 << min(stage, 3) for stage in range(num))
+    stages = tuple(widths)
+    if not stages or min(stages) < 1:
+        raise ConfigError(f"The widths are {stages}, but must be one or more numbers of channels.")
+    if 1 << len(stages) > 4 * max(sides):  # nearly all of the padded image would be padding
+        raise ConfigError(
+            f"{len(stages)} widths halve an image {len(stages)} times, but images of "
+            f"{sides[0]}x{sides[1]} are too small for that: give fewer --widths, or auto."
+        )
+    return stages
+
+
+def _network(
+    network: str, latent_dim: int, image_shape: ImageShape, widths: tuple[int, ...]
+) -> tuple[nn.Module, nn.Module]:
+    """The encoder and the decoder of a family."""
+    given = (latent_dim, image_shape, widths)
+    if network == "conv":
+        return Encoder(*given), Decoder(*given)
+    if network == "residual":
+        return ResidualEncoder(*given), ResidualDecoder(*given)
+    return own_network(network, latent_dim, image_shape)
+
+
 class VAE(nn.Module):
-    """Encoder, decoder and prior. ``pseudo_inputs`` is how many a VampPrior has; with 0 the prior
-    p(z) is standard normal. ``sigma`` is the standard deviation of a pixel with the likelihood
-    "gaussian". Images are square; their side is a multiple of 4.
+    """Encoder, decoder and prior. Images may have any height and width (``image_size`` is both, or
+    a pair of them). ``pseudo_inputs`` is how many a VampPrior has; with 0 the prior p(z) is
+    standard normal. ``sigma`` is the standard deviation of a pixel with the likelihood "gaussian".
+    ``network`` is ``conv`` (this file), ``residual`` (residual.py) or a function
+    of the user's own (networks.py), which takes no ``widths``.
 
     Raises :class:`ConfigError` for sizes that cannot be built.
     """
@@ -74,38 +125,53 @@ class VAE(nn.Module):
     def __init__(
         self,
         latent_dim: int = 32,
-        image_size: int = 28,
+        image_size: int | tuple[int, int] = 28,
         channels: int = 1,
         likelihood: Likelihood = "bernoulli",
         pseudo_inputs: int = 0,
+        widths: Widths = (32, 64),
+        network: str = "conv",
         sigma: float = 0.1,
     ) -> None:
         super().__init__()
-        if latent_dim < 1 or channels < 1 or image_size < 4 or image_size % 4 or pseudo_inputs < 0:
+        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+        if min(latent_dim, channels, height, width) < 1 or pseudo_inputs < 0:
             raise ConfigError(
                 f"A VAE with latent_dim {latent_dim}, image_size {image_size}, channels {channels} "
-                f"and {pseudo_inputs} pseudo-inputs cannot be built: none may be negative, and the "
-                "image size must be a multiple of 4."
+                f"and {pseudo_inputs} pseudo-inputs cannot be built: none may be negative, and all "
+                "but the pseudo-inputs must be at least 1."
             )
         if likelihood not in LIKELIHOODS:
             raise ConfigError(f"A VAE's likelihood is one of {', '.join(LIKELIHOODS)}.")
         if not 0 < sigma < math.inf:
             raise ConfigError(f"A VAE's sigma is {sigma!r}, but must be greater than 0.")
-        self.latent_dim, self.image_size, self.channels = latent_dim, image_size, channels
-        self.likelihood, self.sigma = likelihood, sigma
-        self.encoder = Encoder(latent_dim, image_size, channels)
-        self.decoder = Decoder(latent_dim, image_size, channels)
-        self.vamp = VampPrior(pseudo_inputs, channels, image_size) if pseudo_inputs else None
+        self.latent_dim, self.channels = latent_dim, channels
+        self.image_size = height if height == width else (height, width)
+        self.image_shape: ImageShape = (channels, height, width)
+        self.likelihood, self.sigma, self.network = likelihood, sigma, network
+        # a network of the user's own has its own stages, and takes the image as it is
+        self.widths = stage_widths(widths, self.image_shape) if network in NETWORKS else ()
+        more = [-side % (1 << len(self.widths)) for side in (height, width)]
+        #: Pixels around the image on the left, right, top and bottom; half on either side.
+        self.padding = (more[1] // 2, -(-more[1] // 2), more[0] // 2, -(-more[0] // 2))
+        padded = (channels, height + more[0], width + more[1])
+        self.encoder, self.decoder = _network(network, latent_dim, padded, self.widths)
+        self.vamp = VampPrior(pseudo_inputs, self.image_shape) if pseudo_inputs else None
         self.log_scale = learned_log_scale(likelihood, channels)
 
     def encode(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Images in [0, 1] -> ``(mu_BZ, logvar_BZ)`` of q(z|x)."""
-        posterior: tuple[Tensor, Tensor] = self.encoder(x_BCHW)
-        return posterior
+        if any(self.padding):
+            x_BCHW = F.pad(x_BCHW, self.padding)
+        mu_BZ, logvar_BZ = self.encoder(x_BCHW)
+        return mu_BZ, logvar_BZ.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
 
     def decode(self, z_BZ: Tensor) -> Tensor:
         """Latents -> logits, shape (B, C, H, W)."""
         logits_BCHW: Tensor = self.decoder(z_BZ)
+        if any(self.padding):  # the loss sees the image only
+            (_, height, width), (left, _, top, _) = self.image_shape, self.padding
+            logits_BCHW = logits_BCHW[:, :, top : top + height, left : left + width]
         return logits_BCHW
 
     def decode_images(self, z_BZ: Tensor) -> Tensor:
@@ -144,7 +210,7 @@ class VAE(nn.Module):
         The same generator state gives the same images, whatever the device of the model.
         """
         z_NZ = self.sample_prior(num_samples, generator)
-        return self.decode_images(z_NZ.to(self.decoder.fc.weight.device))
+        return self.decode_images(z_NZ.to(next(self.parameters()).device))
 
     @torch.no_grad()
     def reconstruct(self, x_BCHW: Tensor) -> Tensor:

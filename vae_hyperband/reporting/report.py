@@ -6,7 +6,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vae_hyperband.common.config import Places, changed_options, in_effect, read_json
+from vae_hyperband.common.config import (
+    Places,
+    changed_options,
+    in_effect,
+    network_option,
+    read_json,
+)
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text
 from vae_hyperband.data.splits import as_trained
@@ -138,6 +144,7 @@ def _metrics(checkpoint: Checkpoint, place: Places) -> str:
     losses = checkpoint.own_losses
     words = ["vae-hyperband", "evaluate", str(checkpoint.path)]
     words += ["--json", str(place.log_folder / EVALUATIONS[0])]
+    words += network_option(checkpoint.config.network)
     if place.data_dir:
         words += ["--data-dir", str(place.data_dir)]
     note = (

@@ -86,10 +86,9 @@ def new_state(
     device: torch.device | str = "cpu",
 ) -> TrainState:
     """The state before the first step: weights sampled from the seed, AdamW without memory."""
-    channels, image_size, _ = image_shape
     model = initialized_vae(
-        image_size=image_size,
-        channels=channels,
+        image_size=image_shape[1:],
+        channels=image_shape[0],
         seed=config.seed,
         **model_settings(config),
     ).to(device)

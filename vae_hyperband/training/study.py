@@ -31,6 +31,7 @@ from vae_hyperband.data.splits import SplitName, split_for
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate_once
 from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.model.checkpoint import Metrics
+from vae_hyperband.model.networks import allow_network, allowed_networks
 from vae_hyperband.training.dry_run import a_line_each, busy, seconds_per_step, steps_and_done
 from vae_hyperband.training.loop import fit
 
@@ -122,6 +123,7 @@ def train_side_by_side(
                     RunOptions(**places.options(f"{places.run}-{name}"), num_threads=1),
                     stop_file,
                     os.getpid(),
+                    allowed_networks(),
                 )
                 for name, config in configs.items()
             }
@@ -151,13 +153,19 @@ def train_side_by_side(
 
 
 def _train(
-    config: TrainConfig, options: RunOptions, stop_file: Path, parent: int
+    config: TrainConfig,
+    options: RunOptions,
+    stop_file: Path,
+    parent: int,
+    networks: dict[str, str],
 ) -> Metrics | None:
     """Train one run in a worker process: its last losses, or None if it was stopped.
 
     Ctrl-C in a terminal reaches every process, other signals only the parent, which then creates
     the stop file. If the parent was killed, the worker saves and ends: nobody waits for it.
     """
+    for network, folder in networks.items():
+        allow_network(network, folder)
     with stop_flag() as signalled:
         trained = fit(
             config,

@@ -181,7 +181,9 @@ def _hyperparameters(
     config: Mapping[str, Any], metrics: Mapping[str, float], outcome: str
 ) -> list[Summary]:
     """What TensorBoard makes a row of its HParams table of; the outcome is one of its columns."""
-    *head, end = hparams({"outcome": outcome, **config}, dict(metrics))
+    # PyTorch's function takes no lists, which --widths is
+    plain = {name: str(v) if isinstance(v, list) else v for name, v in config.items()}
+    *head, end = hparams({"outcome": outcome, **plain}, dict(metrics))
     if outcome == "failed":  # PyTorch's function knows success only
         status = SessionEndInfo(status=Status.Value("STATUS_FAILURE"))
         data = HParamsPluginData(session_end_info=status)

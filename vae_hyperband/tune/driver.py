@@ -28,6 +28,7 @@ from vae_hyperband.common.config import (
     Places,
     differences,
     former_holdout,
+    model_settings,
     plural,
     read_json,
     same_images,
@@ -38,6 +39,7 @@ from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.common.process import only_writer, stop_flag
 from vae_hyperband.data.splits import Split, load_training_splits
 from vae_hyperband.model.checkpoint import BEST, LATEST, Checkpoint, copy_ckpt, load_ckpt
+from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.search.config import METRICS, SearchConfig, SearchOptions
 from vae_hyperband.search.console import Console
 from vae_hyperband.search.decisions import Board, Journal, TrialEvent, read_events
@@ -239,7 +241,15 @@ def load_splits(
         _check_same_data(options.ckpt_folder, train, held_out)
     if max(config.batch_sizes) > len(train):
         raise SearchError(f"--batch-sizes has more than the {len(train)} training images.")
+    _check_network(config, train)
     return train, held_out
+
+
+def _check_network(config: SearchConfig, train: Split) -> None:
+    """Raise :class:`ConfigError` if the trials' network does not fit their images."""
+    settings = model_settings(config.trial_config(suggest(config, 0, [])))
+    channels, height, width = train.image_shape
+    initialized_vae(image_size=(height, width), channels=channels, seed=config.seed, **settings)
 
 
 def _check_same_data(folder: Path, train: Split, held_out: Split) -> None:

@@ -24,6 +24,7 @@ from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import RayBrokeError, VAEHyperbandError
 from vae_hyperband.common.process import in_main_thread
 from vae_hyperband.data.splits import Split
+from vae_hyperband.model.networks import allowed_networks
 from vae_hyperband.search.config import SearchOptions
 from vae_hyperband.search.decisions import Board
 from vae_hyperband.search.trials import ValidationRow, trial_name
@@ -64,7 +65,14 @@ def run_trials(
     ``board.finished`` tells which it was. Raises :class:`RayBrokeError`, and what the board raises.
     """
     train, held_out = map(SharedSplit.of, splits)
-    job = TrialJob(board.config, options, store, (train, held_out), trial_device(options))
+    job = TrialJob(
+        board.config,
+        options,
+        store,
+        (train, held_out),
+        trial_device(options),
+        allowed_networks(),
+    )
     searcher = BoardSearcher(board, options, should_stop)
     folder = options.ckpt_folder / "ray"
     shutil.rmtree(folder, ignore_errors=True)  # of a killed search; nothing is ever read from it

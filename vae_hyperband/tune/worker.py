@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypedDict
 
@@ -36,6 +36,7 @@ from vae_hyperband.common.errors import (
 from vae_hyperband.common.files import make_folder
 from vae_hyperband.common.process import lacks_memory
 from vae_hyperband.data.splits import Split, read_only_tensor
+from vae_hyperband.model.networks import allow_network
 from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
 from vae_hyperband.search.trials import trial_name
 from vae_hyperband.training.keeper import newest_good
@@ -83,6 +84,9 @@ class TrialJob:
     store: TrialStore
     splits: SharedSplits
     device: str  # "cpu" or "cuda": the only GPU that Ray shows the process
+    #: Networks of the user's own that the command line names; see
+    #: :func:`~vae_hyperband.model.networks.allow_network`.
+    networks: dict[str, str] = field(default_factory=dict)
 
     def run_options(self, name: str, folder: Path) -> RunOptions:
         """How :func:`fit` computes the trial of that name, in that folder."""
@@ -115,6 +119,8 @@ def train_trial(trial: TrialSpec, *, job: TrialJob) -> None:
     """
     # Ray gives a process up that takes longer to leave a trial, as it may on a slow file system
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
+    for network, place in job.networks.items():
+        allow_network(network, place)
     name, failure = trial_name(trial["number"]), ""
     try:
         with Watchdog(hang_report(job.options, name), job.options.trial_timeout) as watchdog:
