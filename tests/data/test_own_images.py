@@ -20,9 +20,9 @@ from PIL import Image
 from vae_hyperband.common.config import Folders, RunOptions, TrainConfig, parse_size, with_data
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DataError, StoppedError
 from vae_hyperband.data import decoded
-from vae_hyperband.data.decoded import ImageSettings, decoded_set, verified
+from vae_hyperband.data.decoded import decoded_set, verified
 from vae_hyperband.data.pictures import PictureError, bombs_refused, decode, size_of
-from vae_hyperband.data.sources import assign_splits
+from vae_hyperband.data.sources import ImageSettings, assign_splits
 from vae_hyperband.data.splits import as_split, load_split
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.training.loop import fit

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from vae_hyperband.common.config import Holdout, plural
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.decoded import AS_THEY_ARE, ImageSettings
+from vae_hyperband.data.sources import AS_THEY_ARE, ImageSettings
 from vae_hyperband.data.splits import Split, SplitName, load_split
 
 

@@ -29,13 +29,22 @@ from typing import NamedTuple, cast
 import numpy as np
 from tqdm import tqdm
 
-from vae_hyperband.common.config import Fit, plural
+from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import DataError, RunFolderError, StoppedError
 from vae_hyperband.common.files import cache_folder, fsync_folder, make_folder, write_text
 from vae_hyperband.common.process import available_cpus, on_terminal
 from vae_hyperband.data.folders import find_source
 from vae_hyperband.data.pictures import PictureError, bombs_refused, decode, size_of
-from vae_hyperband.data.sources import SPLITS, Content, Source, SplitName, assign_splits
+from vae_hyperband.data.sources import (
+    AS_THEY_ARE,
+    SPLITS,
+    Content,
+    ImageSettings,
+    Source,
+    SplitName,
+    assign_splits,
+    repetitions,
+)
 
 #: Of the array and its facts. A new one when the same files are to give other pixels or splits.
 VERSION = 1
@@ -46,17 +55,6 @@ SETTLED_SECONDS = 2.0  # a file that is younger may change within the resolution
 COPY_ROWS = 1024  # images that are copied at a time
 
 Size = tuple[int, int]  # height, width
-
-
-class ImageSettings(NamedTuple):
-    """How images become an array."""
-
-    image_size: Size | None = None  # None: their own, if all have the same
-    fit: Fit = "crop"
-    channels: int | None = None  # None: 1 if every image is grey, else 3
-
-
-AS_THEY_ARE = ImageSettings()
 
 
 class Record(NamedTuple):
@@ -429,7 +427,7 @@ class _Decoding:
                 if not record.digest
             },
             "remarks": self.source.listing.remarks,
-            **_repetitions([(split_of[number], records[number].digest) for number in good]),
+            **repetitions([(split_of[number], records[number].digest) for number in good]),
         }
         (complete / FACTS).write_text(json.dumps(facts, indent=1))
         for path in complete.iterdir():
@@ -494,16 +492,3 @@ def _size_word(size: Size) -> str:
 
 def _counted(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
-
-
-def _repetitions(found: list[tuple[SplitName, str]]) -> dict[str, object]:
-    """Images that are in more than one split, and how many are there more than once."""
-    digests = {name: {digest for split, digest in found if split == name} for name in SPLITS}
-    return {
-        "twice": {
-            f"{one}, {other}": len(digests[one] & digests[other])
-            for one, other in itertools.combinations(SPLITS, 2)
-            if digests[one] & digests[other]
-        },
-        "repeated": len(found) - len(set().union(*digests.values())),
-    }

@@ -18,9 +18,10 @@ from pathlib import Path, PurePosixPath
 
 from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import DataError
-from vae_hyperband.data.pictures import ENDINGS, MAX_FILE_BYTES
 from vae_hyperband.data.sources import (
+    ENDINGS,
     IDX_NAMES,
+    MAX_FILE_BYTES,
     SPLIT_NAMES,
     Arrays,
     Content,

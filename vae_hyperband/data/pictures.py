@@ -20,11 +20,6 @@ from vae_hyperband.common.config import Fit
 
 #: Pillow's names of the formats that are decoded; whatever else its plugins read is refused.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-ENDINGS = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-)
-
-MAX_FILE_BYTES = 1 << 28  # of one picture; a header can promise more than any picture needs
 
 ORIENTATION = 0x0112  # the EXIF tag; 2 to 8 are mirrored or turned
 WHITE, BLACK = 255, 0

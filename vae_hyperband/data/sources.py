@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.config import Fit, plural
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.data.idx import read_idx
 
@@ -42,6 +42,25 @@ IDX_NAMES = {
 
 #: A file's content, or an image as an array of bytes (H, W) or (H, W, C); a reason, if it has none.
 Content = bytes | np.ndarray | str
+
+
+#: How the files of pictures end that are looked at.
+ENDINGS = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+)
+
+MAX_FILE_BYTES = 1 << 28  # of one picture; a header can promise more than any picture needs
+
+
+class ImageSettings(NamedTuple):
+    """How images become an array."""
+
+    image_size: tuple[int, int] | None = None  # None: their own, if all have the same
+    fit: Fit = "crop"
+    channels: int | None = None  # None: 1 if every image is grey, else 3
+
+
+AS_THEY_ARE = ImageSettings()
 
 
 class Item(NamedTuple):
@@ -382,3 +401,16 @@ def _fill_empty(split_of: dict[str, SplitName], own: list[SplitName], path: Path
                 f"{path} holds {plural(len(split_of), 'different image')}, too few for a training "
                 "and a validation split."
             )
+
+
+def repetitions(found: list[tuple[SplitName, str]]) -> dict[str, object]:
+    """Images that are in more than one split, and how many are there more than once."""
+    digests = {name: {digest for split, digest in found if split == name} for name in SPLITS}
+    return {
+        "twice": {
+            f"{one}, {other}": len(digests[one] & digests[other])
+            for one, other in itertools.combinations(SPLITS, 2)
+            if digests[one] & digests[other]
+        },
+        "repeated": len(found) - len(set().union(*digests.values())),
+    }

@@ -35,9 +35,14 @@ from vae_hyperband.common.config import (
 )
 from vae_hyperband.common.errors import ConfigError, DataError
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.decoded import AS_THEY_ARE, ImageSet, ImageSettings, decoded_set
 from vae_hyperband.data.fashion_mnist import FASHION_MNIST_CLASSES, check_test_files, read_part
-from vae_hyperband.data.sources import SPLITS, SplitName, images_as_bytes
+from vae_hyperband.data.sources import (
+    AS_THEY_ARE,
+    SPLITS,
+    ImageSettings,
+    SplitName,
+    images_as_bytes,
+)
 from vae_hyperband.data.synthetic import KINDS, NUM_SYNTHETIC, render_garments, sample_factors
 
 MOST_LABELS = 12  # that are listed by number
@@ -146,7 +151,7 @@ def load_split(
     if dataset == "drawn":
         return synthetic_split(split)
     if data is not None:
-        return split_of_set(decoded_set(Path(data), settings), split)
+        return _own_split(Path(data), settings, split)
     return idx_split(split, None if data_dir is None else Path(data_dir), config)
 
 
@@ -187,8 +192,7 @@ def split_for(
     config = with_data(config, folders.data)
     if folders.data is None:
         return load_split(name, folders.data_dir, config.dataset, config.holdout)
-    found = decoded_set(folders.data, image_settings(config), should_stop)
-    return split_of_set(found, name)
+    return _own_split(folders.data, image_settings(config), name, should_stop)
 
 
 #: What :func:`as_split` takes: images, images and their labels, or a data set of such pairs.
@@ -248,8 +252,16 @@ def image_settings(config: DataConfig) -> ImageSettings:
     return ImageSettings(size, config.fit, config.channels)
 
 
-def split_of_set(found: ImageSet, name: SplitName) -> Split:
-    """A split of a decoded set. Raises :class:`DataError` if it is empty."""
+def _own_split(
+    path: Path,
+    settings: ImageSettings,
+    name: SplitName,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Split:
+    """A split of the images at a path. Raises :class:`DataError` if it is empty."""
+    from vae_hyperband.data.decoded import decoded_set  # needs Pillow, which other data do not
+
+    found = decoded_set(path, settings, should_stop)
     rows = found.rows(name)
     if rows.start == rows.stop:
         raise DataError(f"The data have no image for the {name} split.")
