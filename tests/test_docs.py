@@ -322,7 +322,7 @@ def test_every_command_of_readme_and_guide_is_valid(line, monkeypatch):
         # what these commands name is made by the commands before them
         config = TrainConfig()
         monkeypatch.setattr(train, "load_ckpt", lambda path: SimpleNamespace(config=config))
-        monkeypatch.setattr(train, "read_json", lambda path: {"config": config.to_dict()})
+        monkeypatch.setattr(options, "read_settings", lambda path: {"config": config.to_dict()})
         train_vae.main(words[1:])
         assert len(parsed) == 1
     elif words[0] == "source":

@@ -12,7 +12,8 @@ from vae_hyperband.commands import run
 from vae_hyperband.commands.run import MainJob
 from vae_hyperband.common.config import in_effect, plural
 from vae_hyperband.common.errors import DataError
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.suggest import random_search
 from vae_hyperband.search.trials import (
     SearchResult,

@@ -141,7 +141,7 @@ def test_hyperband_runs_to_its_end(hyperband):
 def test_a_trial_that_diverges_ranks_last_and_harms_no_other(hyperband):
     folder, said = hyperband
     result = read_result(folder)
-    wild = [trial for trial in result.trials if trial.hyperparameters.beta > 1]
+    wild = [trial for trial in result.trials if trial.hyperparameters["beta"] > 1]
     assert 0 < len(wild) < 6
     for trial in result.trials:
         assert (trial.outcome == "failed") == (trial in wild)
@@ -150,7 +150,7 @@ def test_a_trial_that_diverges_ranks_last_and_harms_no_other(hyperband):
     # failing is not stopping early
     stopped = [trial for trial in result.trials if trial.outcome == "stopped"]
     assert result.epochs_saved == sum(4 - trial.num_epochs for trial in stopped)
-    assert result.winner.hyperparameters.beta == 1
+    assert result.winner.hyperparameters["beta"] == 1
     assert f"{len(wild)} failed" in said
 
 

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.common.config import Dataset, Holdout, plural
 from vae_hyperband.data.download import ensure_data
 from vae_hyperband.data.splits import SplitName, load_split, missing_classes
 
 
 @dataclass(frozen=True)
-class DataArgs:
+class DataArgs(ConfigFile):
     """Find or download Fashion-MNIST and verify it.
 
     vae-hyperband data

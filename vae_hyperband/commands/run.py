@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.commands.search import search_and_plot, train_winner
 from vae_hyperband.common.config import Dataset, Holdout, Places, RunOptions, TrainConfig, plural
 from vae_hyperband.common.errors import DataError
@@ -23,7 +23,8 @@ from vae_hyperband.reporting.summaries import (
 )
 from vae_hyperband.reporting.tables import evaluation_text
 from vae_hyperband.search.config import SearchConfig, SearchOptions
-from vae_hyperband.search.trials import SearchResult, describe
+from vae_hyperband.search.space import describe
+from vae_hyperband.search.trials import SearchResult
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult
 from vae_hyperband.tune.driver import STOPPING, begun_settings, move_aside
@@ -31,7 +32,7 @@ from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainJob(Places):
+class MainJob(ConfigFile, Places):
     """Run everything: data, search, training of the best configuration, evaluation, figures.
 
     vae-hyperband run
@@ -173,7 +174,7 @@ def run_main_job(job: MainJob) -> bool:
     reports = [write_report(place) for place in (options, job.winner())]
     for path in (figure, *pictures, *reports):
         print(path, flush=True)
-    _print_summary(found, trained, best, evaluation, reports, job)
+    _print_summary(found, trained, evaluation, reports, job)
     return True
 
 
@@ -212,14 +213,13 @@ def _test_bound(evaluation: Evaluation) -> dict[str, str]:
 def _print_summary(
     found: SearchResult,
     trained: FitResult,
-    best: TrainConfig,
     evaluation: Evaluation,
     reports: list[Path],
     job: MainJob,
 ) -> None:
     _heading("done")
     rows = {
-        "best configuration": describe(best),
+        "best configuration": describe(found.winner.hyperparameters),
         "validation bound": f"{trained.state.best['bound']:.2f} nats/image, beta = 1",
         **_test_bound(evaluation),
         "checkpoint": trained.best,
