@@ -96,9 +96,7 @@ def write_search(folder, **config):
             "failed",
             "<b>diverged</b> & died",
         ),
-        TrialRecord(
-            2, tried.replace(beta=4.0), [row(1, 99.25), row(2, 90.75)], "finished"
-        ),
+        TrialRecord(2, tried.replace(beta=4.0), [row(1, 99.25), row(2, 90.75)], "finished"),
     ]
     config = SearchConfig(num_trials=3, max_epochs=2, dataset="custom", **config)
     folder.mkdir(parents=True)

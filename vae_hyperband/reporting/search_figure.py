@@ -1,13 +1,14 @@
 """The figure of a search: the trials' curves, the winner, and the score by hyperparameter."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from vae_hyperband.common.config import plural
 from vae_hyperband.reporting.figures import BLUE, GREY, ORANGE, save_figure, styled
@@ -17,6 +18,9 @@ from vae_hyperband.search.trials import SearchResult, TrialRecord
 
 #: Of more trials, the figure of a search draws thin lines and small points.
 MANY_TRIALS = 100
+
+#: Letters of all choices of a panel that fit below it.
+MOST_LETTERS = 24
 
 #: Of more panels, the figure has two columns.
 MOST_IN_COLUMN = 4
@@ -112,7 +116,8 @@ def _write_winner(axes: Axes, result: SearchResult) -> None:
     config, best = result.config, result.winner.hyperparameters
     words = [*(f"{name} {shown(value)}" for name, value in best.items()), f"seed {config.seed}"]
     lines = [
-        *("    ".join(words[first : first + 5]) for first in range(0, len(words), 5)),
+        # a name stays with its value
+        *textwrap.wrap("    ".join(word.replace(" ", "\xa0") for word in words), width=78),
         f"{plural(result.epochs_spent, 'epoch')} trained, {result.epochs_saved:,} saved by "
         "stopping early",
     ]
@@ -162,17 +167,27 @@ def _draw_relation(axes: Axes, result: SearchResult, name: str) -> None:
 
     _mark(axes, result, place)
     if choices:
-        axes.set_xticks(range(len(choices)), list(map(shown, choices)))
+        names = list(map(shown, choices))
+        size = 9 if sum(map(len, names)) <= MOST_LETTERS else 6.5
+        axes.set_xticks(range(len(choices)), names, fontsize=size)
         axes.set_xlim(-0.5, len(choices) - 0.5)
     elif isinstance(domain, LogRange):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(FixedLocator(_log_ticks(*axes.get_xlim())))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=name, ylabel="nats/image")
     if result.importance and name in result.importance:
         axes.set_title(f"importance {result.importance[name]:.0%}", fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten; evenly spaced ones where fewer than two of those fit."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**exponent for exponent in exponents for step in (1, 2, 5)]
+    within = [tick for tick in ticks if low <= tick <= high]
+    return within if len(within) > 1 else list(MaxNLocator(3).tick_values(low, high))
 
 
 def _draw_rate_distortion(axes: Axes, result: SearchResult) -> None:
@@ -184,9 +199,10 @@ def _draw_rate_distortion(axes: Axes, result: SearchResult) -> None:
 
     _mark(axes, result, place)
     if len(result.trials) <= MANY_TRIALS:  # of more, numbers would hide the points
+        digits = "g" if isinstance(result.config.domains["beta"], Choice) else ".2g"
         for trial in _usable(result):
             axes.annotate(
-                shown(trial.hyperparameters["beta"]), place(trial), (4, 3),
+                f"{trial.hyperparameters['beta']:{digits}}", place(trial), (4, 3),
                 textcoords="offset points", fontsize=6, color="#606060",
             )  # fmt: skip
     axes.set(xlabel="rate: KL (nats/image)", ylabel="distortion (nats)")

@@ -17,6 +17,7 @@ from vae_hyperband.common.config import (
     CommonConfig,
     Places,
     TrainConfig,
+    check_types,
     flag,
     in_effect,
     require,
@@ -106,7 +107,10 @@ class SearchConfig(CommonConfig):
     """Seed of the suggested configurations, and of every trial's training."""
 
     def __post_init__(self) -> None:
-        if self.space is not None:
+        if isinstance(self.space, Mapping) and not isinstance(self.space, Space):  # JSON's
+            object.__setattr__(self, "space", Space.from_dict(self.space))
+        check_types(self)
+        if self.space:
             self._take_space(self.space)
         super().__post_init__()
         for name in ("num_trials", "max_epochs", "grace_period"):
@@ -129,12 +133,8 @@ class SearchConfig(CommonConfig):
         self._check_scheduler()
         self._check_trials()
 
-    def _take_space(self, space: Space | Mapping[str, object]) -> None:
-        """Take a space as :func:`read_space` or JSON has it, and from it what is not searched."""
-        if not isinstance(space, Space):
-            require(isinstance(space, Mapping), f"space is {space!r}, but must be a table.")
-            space = Space.from_dict(space)
-        object.__setattr__(self, "space", space)
+    def _take_space(self, space: Space) -> None:
+        """Check that no option sets what the space does, and take its single values."""
         for name, domain in space.items():
             several, option = len(domain.ends) > 1, DOMAIN_OPTIONS.get(name, name)
             require(
@@ -142,6 +142,8 @@ class SearchConfig(CommonConfig):
                 f"--space has several values of {name}, whose bounds cannot be compared: give one, "
                 "or --metric fid.",
             )
+            if not hasattr(self, option):  # a setting that only the space has
+                continue
             usual = getattr(SearchConfig, option)
             # one value is the search's own, as if its option had been given
             value = usual if several or option != name else domain.ends[0]
@@ -173,8 +175,9 @@ class SearchConfig(CommonConfig):
 
     def in_effect(self) -> Mapping[str, object]:
         """The settings that have an effect, as JSON has them."""
-        replaced = {DOMAIN_OPTIONS.get(name) for name in self.space or ()}
-        without = {"space"} if self.space is None else replaced
+        without = {"space"}
+        if self.space:
+            without = {DOMAIN_OPTIONS.get(n, n) for n in self.domains if n in self.space}
         return {k: v for k, v in in_effect(self.to_dict()).items() if k not in without}
 
     @property
@@ -195,7 +198,7 @@ class SearchConfig(CommonConfig):
             **{
                 name: domain
                 for name, domain in (self.space.items() if self.space else ())
-                if name in DOMAIN_OPTIONS or len(domain.ends) > 1
+                if name in DOMAIN_OPTIONS or len(domain.ends) > 1 or not hasattr(self, name)
             },
         }
 
