@@ -200,6 +200,8 @@ def test_log_ranges_are_log_uniform_and_ranges_uniform():
     # the middle of each: half of the samples, +- 5 standard deviations of 0.011
     below = sum(tried["latent_dim"] < 16 for tried in found) / len(found)
     assert below == pytest.approx(0.5 - math.log(16 / 15.5) / math.log(64.5 / 3.5), abs=0.056)
+    lowest = sum(tried["latent_dim"] == 4 for tried in found) / len(found)  # no rarer for its place
+    assert lowest == pytest.approx(math.log(4.5 / 3.5) / math.log(64.5 / 3.5), abs=0.032)
     assert sum(tried["free_bits"] < 0.275 for tried in found) / len(found) == pytest.approx(
         0.5, abs=0.056
     )
