@@ -17,7 +17,6 @@ Writes benchmarks/scheduler_worth.json and docs/scheduler_worth.png.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import platform
@@ -34,8 +33,9 @@ from matplotlib.figure import Figure
 from other_schedulers import RAY, Promotion, RayRule, Rule, run
 
 from vae_hyperband.reporting.figures import save_figure, styled
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.decisions import Board
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.suggest import num_random, suggest_tpe
 from vae_hyperband.search.trials import TrialRecord
 
@@ -102,8 +102,7 @@ class Table:
         self.curves = [r for r in self.curves if r["drawn"]["learning_rate"] in self.rates]
         self.best = min(min(row["bounds"]) for row in self.curves)
         self.by_configuration = {
-            Hyperparameters.from_dict(row["drawn"]): Curve(row["bounds"], row["kls"])
-            for row in self.curves
+            Hyperparameters(**row["drawn"]): Curve(row["bounds"], row["kls"]) for row in self.curves
         }
         self.max_trials = len(self.curves)
 
@@ -116,8 +115,8 @@ class Table:
         return [all_of_them[p] for p in np.random.default_rng(seed).permutation(len(all_of_them))]
 
     def nearest(self, suggested: Hyperparameters) -> Hyperparameters:
-        rate = min(self.rates, key=lambda r: abs(math.log(r / suggested.learning_rate)))
-        return dataclasses.replace(suggested, learning_rate=rate)
+        rate = min(self.rates, key=lambda r: abs(math.log(r / suggested["learning_rate"])))
+        return suggested.replace(learning_rate=rate)
 
     def curve(self, hyperparameters: Hyperparameters) -> Curve:
         return self.by_configuration[hyperparameters]
@@ -161,10 +160,10 @@ class ContinuousTable(Table):
     def curve(self, hyperparameters: Hyperparameters) -> Curve:
         if hyperparameters not in self._interpolated:
             at_rates = [
-                self.by_configuration[dataclasses.replace(hyperparameters, learning_rate=rate)]
+                self.by_configuration[hyperparameters.replace(learning_rate=rate)]
                 for rate in self.rates
             ]
-            place, known = np.log(hyperparameters.learning_rate), np.log(self.rates)
+            place, known = np.log(hyperparameters["learning_rate"]), np.log(self.rates)
             bounds, kls = (
                 [float(np.interp(place, known, values)) for values in zip(*column, strict=True)]
                 for column in zip(*at_rates, strict=True)

@@ -29,9 +29,10 @@ from alternation import write
 from ray import tune
 
 from vae_hyperband.data.splits import Split
-from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
+from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.console import Console
 from vae_hyperband.search.decisions import Board, Journal, TrialEvent
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.suggest import suggest
 from vae_hyperband.search.trials import TrialRecord, ValidationRow
 from vae_hyperband.tune import tuner

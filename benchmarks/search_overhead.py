@@ -43,7 +43,7 @@ def measure(folder: Path, *more: str) -> dict[str, Any]:
     result = read_result(folder / "checkpoints" / "search")
     trials = {
         trial.name: training_seconds(
-            folder / "logs/search" / trial.name, trial.hyperparameters.batch_size
+            folder / "logs/search" / trial.name, trial.hyperparameters["batch_size"]
         )
         for trial in result.trials
     }

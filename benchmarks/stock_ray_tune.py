@@ -29,7 +29,7 @@ from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
 
 from vae_hyperband import RunOptions, SearchConfig, TrainConfig, fit
 from vae_hyperband.model.checkpoint import BEST, LATEST, copy_ckpt
-from vae_hyperband.search.config import Hyperparameters
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.suggest import random_search
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -59,7 +59,7 @@ def train_trial(trial: dict[str, Any], data: str) -> None:
         def report(state: Any) -> None:
             tune.report(dict(state.metrics), checkpoint=tune.Checkpoint(str(options.ckpt_folder)))
 
-        config: TrainConfig = CONFIG.trial_config(Hyperparameters.from_dict(trial["drawn"]))
+        config: TrainConfig = CONFIG.trial_config(Hyperparameters(**trial["drawn"]))
         fit(config, options, on_validation=report, quiet=True)
 
 

@@ -309,7 +309,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_of_readme_and_guide_is_valid(line, monkeypatch):
+def test_every_command_of_readme_and_guide_is_valid(line, monkeypatch, tmp_path):
     """The options are read by the real parser; what they start is tested elsewhere."""
     words = shlex.split(line)
     if words[0] == "make":
@@ -328,7 +328,15 @@ def test_every_command_of_readme_and_guide_is_valid(line, monkeypatch):
         # what these commands name is made by the commands before them
         config = TrainConfig()
         monkeypatch.setattr(train, "load_ckpt", lambda path: SimpleNamespace(config=config))
-        monkeypatch.setattr(train, "read_json", lambda path: {"config": config.to_dict()})
+        files = dict(re.findall(r"```toml\n# (\S+)\n(.*?)```", GUIDE, flags=re.DOTALL))
+        files["best_config.json"] = json.dumps({"config": config.to_dict()})
+        read = options.read_settings
+
+        def written(path):
+            (tmp_path / path.name).write_text(files[path.name])
+            return read(tmp_path / path.name)
+
+        monkeypatch.setattr(options, "read_settings", written)
         train_vae.main(words[1:])
         assert len(parsed) == 1
     elif words[0] == "source":

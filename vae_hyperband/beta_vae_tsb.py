@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.common.config import DataConfig, Places, TrainConfig, with_data
 from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.common.process import EXIT_STOPPED, available_cpus, pick_device, stop_flag
@@ -26,7 +26,7 @@ from vae_hyperband.training.study import train_side_by_side
 
 
 @dataclass(frozen=True, kw_only=True)
-class BetaArgs(DataConfig, Places):
+class BetaArgs(ConfigFile, DataConfig, Places):
     """Train a few betas side by side and watch them in TensorBoard.
 
     python -m vae_hyperband.beta_vae_tsb --betas 0.5 1 4 --epochs 3

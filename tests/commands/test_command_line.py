@@ -16,9 +16,9 @@ from conftest import NAMES, command_line, write_idx_folder, written
 from PIL import Image
 
 from vae_hyperband import train_vae
+from vae_hyperband.commands.options import option_value
 from vae_hyperband.commands.run import MainJob
 from vae_hyperband.commands.sample import label_number
-from vae_hyperband.commands.train import option_value
 from vae_hyperband.common.config import RunOptions, TrainConfig, check_run_name
 from vae_hyperband.common.errors import ConfigError, DeviceError, VAEHyperbandError
 from vae_hyperband.common.process import pick_device
@@ -370,8 +370,11 @@ MISTAKES = {
         "latent_dim: 4 -> 9",
     ),
     "config and checkpoint": ("train --resume_ckpt {ckpt} --config x.json", "give only one"),
-    "missing config": ("train --config missing.json", "cannot be read as JSON"),
-    "config with unknown setting": ("train --config {config}", "this version lacks: latent_dims"),
+    "missing config": ("train --config missing.json", "missing.json cannot be read: No such file"),
+    "config with unknown setting": (
+        "train --config {config}",
+        "has latent_dims, which is no option of vae-hyperband train (perhaps you meant latent_dim)",
+    ),
     "unwritable output": (
         "train {base} --data-dir {data} --checkpoints-dir /proc/nowhere",
         "cannot be created",

@@ -17,7 +17,7 @@ from vae_hyperband.common.config import TrainConfig
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch
 from vae_hyperband.model.checkpoint import load_ckpt, load_model
-from vae_hyperband.search.config import Hyperparameters
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import SearchResult, TrialRecord, read_result, write_result
 from vae_hyperband.training.loop import fit
 

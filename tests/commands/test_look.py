@@ -19,7 +19,8 @@ from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.reporting import figures, report
 from vae_hyperband.reporting.animations import Walk, latent_walk, logged_pictures, logged_samples
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import SearchResult, TrialRecord, write_result
 from vae_hyperband.train_vae import main
 from vae_hyperband.training.loop import fit
@@ -90,14 +91,12 @@ def write_search(folder, **config):
         TrialRecord(0, tried, [row(1, 200.0), row(2, 110.5)], "finished"),
         TrialRecord(
             1,
-            dataclasses.replace(tried, learning_rate=9e-3),
+            tried.replace(learning_rate=9e-3),
             [],
             "failed",
             "<b>diverged</b> & died",
         ),
-        TrialRecord(
-            2, dataclasses.replace(tried, beta=4.0), [row(1, 99.25), row(2, 90.75)], "finished"
-        ),
+        TrialRecord(2, tried.replace(beta=4.0), [row(1, 99.25), row(2, 90.75)], "finished"),
     ]
     config = SearchConfig(num_trials=3, max_epochs=2, dataset="custom", **config)
     folder.mkdir(parents=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vae_hyperband.common.errors import RunFolderError, SearchError
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.decisions import (
     COLLAPSED_NATS,
     Board,
@@ -15,6 +15,7 @@ from vae_hyperband.search.decisions import (
     SuggestEvent,
     read_events,
 )
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import TrialRecord
 
 CONFIGS = {

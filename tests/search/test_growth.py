@@ -9,9 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from vae_hyperband.reporting import search_figure
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.console import Console
 from vae_hyperband.search.decisions import Board, Journal
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import SearchResult, TrialRecord
 
 

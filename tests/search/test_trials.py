@@ -5,7 +5,8 @@ import json
 import pytest
 
 from vae_hyperband.common.errors import ConfigError
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import RESULT, read_result, write_result
 
 ROW = {
@@ -49,7 +50,9 @@ def written_by_0_1(tmp_path):
 def test_a_result_of_0_1_is_read_and_written_again_byte_for_byte(written_by_0_1):
     before = (written_by_0_1 / RESULT).read_bytes()
     result = read_result(written_by_0_1)
-    assert result.winner.hyperparameters == Hyperparameters(32, 0.008, 128, 1.0)
+    assert result.winner.hyperparameters == Hyperparameters(
+        latent_dim=32, learning_rate=0.008, batch_size=128, beta=1.0
+    )
     assert result.best_score == 29.5
     write_result(result)
     assert (written_by_0_1 / RESULT).read_bytes() == before

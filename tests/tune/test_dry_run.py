@@ -10,9 +10,10 @@ from conftest import written
 from vae_hyperband import train_vae
 from vae_hyperband.commands import run
 from vae_hyperband.commands.run import MainJob
-from vae_hyperband.common.config import in_effect, plural
+from vae_hyperband.common.config import plural
 from vae_hyperband.common.errors import DataError
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.suggest import random_search
 from vae_hyperband.search.trials import (
     SearchResult,
@@ -46,7 +47,7 @@ def test_a_new_search_is_foretold_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
     there = json.loads(said[: said.index("}") + 1])
     result = read_result(searched[0] / "checkpoints/s")
-    assert there == json.loads(json.dumps(in_effect(result.config.to_dict())))
+    assert there == json.loads(json.dumps(result.config.in_effect()))
     for trial in result.trials:  # which the real search tried
         assert f"{trial.number:>3}        {describe(trial.hyperparameters)}\n" in said
     assert "scheduler    asha: at most 81 epochs, fewer with early stopping\n" in said
@@ -101,7 +102,7 @@ def test_the_training_of_the_winner_is_foretold_too(
     assert train_vae.main([*command, "--final-epochs", "2"]) == 0
     said = capsys.readouterr().out
     _, _, rest = said.partition("== then train the winner; if it is trial 0, as s-best\n")
-    batch = random_search(read_result(searched[0] / "checkpoints/s").config)[0].batch_size
+    batch = random_search(read_result(searched[0] / "checkpoints/s").config)[0]["batch_size"]
     assert f"steps        {2 * -(-300 // batch)} in 2 epochs\n" in rest
     assert list(tmp_path.iterdir()) == []
 

@@ -13,8 +13,9 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
+from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.decisions import Board, Journal
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import read_result
 from vae_hyperband.tune.logs import PARAMS, PROGRESS, RESULTS, SearchLogs
 
@@ -163,7 +164,7 @@ def test_tensorboard_s_table_has_every_trial_of_a_search_and_its_outcome(searche
     for trial in result.trials:
         settings, status, values = hparams_row(searched[0] / "logs/s" / trial.name)
         assert settings["outcome"] == trial.outcome
-        assert settings["learning_rate"] == trial.hyperparameters.learning_rate
+        assert settings["learning_rate"] == trial.hyperparameters["learning_rate"]
         assert status == "STATUS_SUCCESS"
         assert values["final_bound"] == pytest.approx(trial.curve("bound")[-1], rel=1e-6)
         assert values["best_bound"] == pytest.approx(min(trial.curve("bound")), rel=1e-6)

@@ -1,5 +1,6 @@
 """A real Ray, real trials on small data. Each search is a process, as a user would start it."""
 
+import dataclasses
 import json
 import signal
 import socket
@@ -7,13 +8,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import NAMES, search_command
+from conftest import NAMES, command_line, search_command
 
-from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.errors import ConfigError, SearchError
 from vae_hyperband.common.process import EXIT_STOPPED
 from vae_hyperband.model.checkpoint import load_ckpt, load_model
-from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.config import SearchConfig, SearchOptions
+from vae_hyperband.search.decisions import Journal
+from vae_hyperband.search.space import Choice, Space, read_space, shown
 from vae_hyperband.search.trials import read_result
+from vae_hyperband.tune.driver import existing_search
 
 
 def test_every_listening_socket_of_a_search_is_on_loopback(searched):
@@ -141,7 +145,7 @@ def test_hyperband_runs_to_its_end(hyperband):
 def test_a_trial_that_diverges_ranks_last_and_harms_no_other(hyperband):
     folder, said = hyperband
     result = read_result(folder)
-    wild = [trial for trial in result.trials if trial.hyperparameters.beta > 1]
+    wild = [trial for trial in result.trials if trial.hyperparameters["beta"] > 1]
     assert 0 < len(wild) < 6
     for trial in result.trials:
         assert (trial.outcome == "failed") == (trial in wild)
@@ -150,7 +154,7 @@ def test_a_trial_that_diverges_ranks_last_and_harms_no_other(hyperband):
     # failing is not stopping early
     stopped = [trial for trial in result.trials if trial.outcome == "stopped"]
     assert result.epochs_saved == sum(4 - trial.num_epochs for trial in stopped)
-    assert result.winner.hyperparameters.beta == 1
+    assert result.winner.hyperparameters["beta"] == 1
     assert f"{len(wild)} failed" in said
 
 
@@ -266,3 +270,59 @@ def test_an_address_without_a_ray_is_one_sentence(tmp_path, small_data, listenin
     assert done.returncode == 2
     assert f"No Ray cluster answers at 127.0.0.1:{port}" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_space_is_searched_and_a_changed_one_is_refused_by_name(tmp_path, small_data):
+    space = tmp_path / "space.toml"
+    space.write_text(
+        "latent_dim = {range = [2, 4]}\nfree_bits = {log_range = [0.01, 0.2]}\nbatch_size = 32\n"
+        'objective = "free-bits"\nschedule = {choice = ["one-cycle", "constant"]}\n'
+    )
+    command = command_line(
+        "search", "--run", "p", "--dataset", "custom", "--data-dir", small_data, "--device", "cpu",
+        "--num-trials", 3, "--max-epochs", 2, "--space", space,
+    )  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "checkpoints/p"
+    result = read_result(folder)
+    for trial in result.trials:
+        trained = load_ckpt(folder / "trials" / trial.name / "latest.pt").config
+        assert trained.to_dict().items() >= trial.hyperparameters.to_dict().items()
+        assert (trained.objective, trained.batch_size) == ("free-bits", 32)
+        assert 2 <= trained.latent_dim <= 4
+    assert f"free_bits {shown(result.winner.hyperparameters['free_bits'])}" in done.stdout
+    best = json.loads((folder / "best_config.json").read_text())
+    assert best["config"] == result.best_config.to_dict()
+    assert json.loads((folder / "search.json").read_text())["space"]["batch_size"] == {
+        "choice": [32]
+    }
+    config = SearchConfig(dataset="custom", num_trials=3, max_epochs=2, space=read_space(space))
+    options = SearchOptions(run="p", checkpoints_dir=tmp_path / "checkpoints")
+    assert existing_search(config, options.absolute())  # the same resumes
+    for text, changed in (
+        (space.read_text().replace("0.2", "0.3"), r"free_bits in --space: .*0\.2.* -> .*0\.3"),
+        (space.read_text().replace("batch_size = 32\n", ""), "batch_size in --space: .* -> None"),
+    ):
+        space.write_text(text)
+        with pytest.raises(SearchError, match=rf"other settings \({changed}.*: give the same ones"):
+            existing_search(
+                dataclasses.replace(config, space=read_space(space)), options.absolute()
+            )
+
+
+def test_a_search_that_was_begun_without_a_space_resumes(tmp_path):
+    """As version 0.2 began it: its settings have no such name."""
+    folder = tmp_path / "checkpoints/old"
+    folder.mkdir(parents=True)
+    config, options = SearchConfig(), SearchOptions(run="old", checkpoints_dir=folder.parent)
+    settings = {**config.to_dict(), "id": "0", "storage": None}
+    del settings["space"]
+    (folder / "search.json").write_text(json.dumps(settings))
+    start = {"event": "start", "host": "h", "process": 1, "ray": "2", "python": "3", "data": {}}
+    with Journal(folder / "decisions.jsonl") as journal:
+        journal.append(start)
+    assert existing_search(config, options.absolute()) == "0"
+    wide = SearchConfig(space=Space({"latent_dim": Choice((2, 4))}))
+    with pytest.raises(SearchError, match=r"latent_dim in --space: None -> \{'choice': \[2, 4\]\}"):
+        existing_search(wide, options.absolute())

@@ -142,7 +142,7 @@ def test_a_trial_that_hangs_is_ended_and_named_and_the_search_goes_on(tmp_path):
         tmp_path,
     )  # fmt: skip
     result = read_result(tmp_path / "checkpoints/s")
-    slow = [trial for trial in result.trials if trial.hyperparameters.batch_size == 1]
+    slow = [trial for trial in result.trials if trial.hyperparameters["batch_size"] == 1]
     assert len(slow) == 1
     for trial in result.trials:
         assert trial.outcome == ("failed" if trial in slow else "finished")
@@ -264,7 +264,7 @@ def test_a_full_disk_costs_the_trials_that_do_not_fit(tmp_path, small_data):
     finally:
         subprocess.run(["umount", str(small)], check=True)
     result = read_result(tmp_path / "checkpoints/s")
-    large = [trial for trial in result.trials if trial.hyperparameters.latent_dim == 1000]
+    large = [trial for trial in result.trials if trial.hyperparameters["latent_dim"] == 1000]
     assert 0 < len(large) < 4
     for trial in result.trials:
         assert trial.outcome == ("failed" if trial in large else "finished")

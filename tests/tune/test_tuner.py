@@ -4,8 +4,9 @@ import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
+from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.decisions import Board, Journal
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.tune import tuner
 from vae_hyperband.tune.tuner import BoardScheduler, BoardSearcher
 

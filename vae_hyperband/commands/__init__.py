@@ -51,11 +51,12 @@ def completion(argv: list[str]) -> int:
     """The command ``completion``: print a shell-completion script."""
     import tyro
 
-    from vae_hyperband.commands.options import CompletionArgs, parse_options
+    from vae_hyperband.commands.options import REGISTRY, CompletionArgs, parse_options
 
     shell = parse_options(CompletionArgs, argv, "vae-hyperband completion").shell
     # this option of tyro prints the script and exits
-    tyro.cli(_all_commands(), prog="vae-hyperband", args=["--tyro-print-completion", shell])
+    words = ["--tyro-print-completion", shell]
+    tyro.cli(_all_commands(), prog="vae-hyperband", args=words, registry=REGISTRY)
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.common.config import DataConfig, Folders, plural, with_data
 from vae_hyperband.common.files import check_place
 from vae_hyperband.data.decoded import ImageSet, decoded_set, verified
@@ -18,7 +18,7 @@ NUM_IN_ROW = 12  # of the contact sheet
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataArgs(DataConfig):
+class DataArgs(ConfigFile, DataConfig):
     """Find or download Fashion-MNIST and verify it, or decode your own images and show them.
 
     vae-hyperband data --data path/to/folder --image-size 64

@@ -6,7 +6,13 @@ from typing import Literal
 
 import tyro
 
-from vae_hyperband.commands.options import NetworkOption, RunArg, find_ckpt, parse_options
+from vae_hyperband.commands.options import (
+    ConfigFile,
+    NetworkOption,
+    RunArg,
+    find_ckpt,
+    parse_options,
+)
 from vae_hyperband.common.config import Folders, RunOptions
 from vae_hyperband.common.files import check_place, write_text
 from vae_hyperband.common.process import cpu_threads
@@ -16,7 +22,7 @@ from vae_hyperband.reporting.tables import evaluation_text
 
 
 @dataclass(frozen=True)
-class EvaluateArgs:
+class EvaluateArgs(ConfigFile):
     """Measure a trained model: bounds, latent space, generated images, with standard errors.
 
     vae-hyperband evaluate mine --split test --json mine.json

@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 import tyro
 
-from vae_hyperband.commands.options import NetworkOption, RunArg, find_ckpt, parse_options
+from vae_hyperband.commands.options import (
+    ConfigFile,
+    NetworkOption,
+    RunArg,
+    find_ckpt,
+    parse_options,
+)
 from vae_hyperband.commands.sample import sampler_for
 from vae_hyperband.common.config import Folders, flag, read_json, require, require_number
 from vae_hyperband.common.errors import ConfigError
@@ -33,7 +39,7 @@ from vae_hyperband.reporting.summaries import print_progress
 
 
 @dataclass(frozen=True)
-class ExportArgs:
+class ExportArgs(ConfigFile):
     """Write a trained model for other programs, or as an interactive web page. Nothing is uploaded.
 
     vae-hyperband export mine --format web --out explorer

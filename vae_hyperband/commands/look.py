@@ -7,7 +7,14 @@ from typing import Literal
 
 import tyro
 
-from vae_hyperband.commands.options import NetworkOption, RunArg, RunArgs, find_run, parse_options
+from vae_hyperband.commands.options import (
+    ConfigFile,
+    NetworkOption,
+    RunArg,
+    RunArgs,
+    find_run,
+    parse_options,
+)
 from vae_hyperband.common.config import Folders, require
 from vae_hyperband.common.files import check_place
 from vae_hyperband.data.splits import as_trained
@@ -21,7 +28,7 @@ from vae_hyperband.reporting.summaries import print_progress
 
 
 @dataclass(frozen=True)
-class CompareArgs:
+class CompareArgs(ConfigFile):
     """Compare runs: what differs in their configurations, and their results.
 
     vae-hyperband compare betas-beta-1 betas-beta-4 --out compare.png
@@ -36,7 +43,7 @@ class CompareArgs:
 
 
 @dataclass(frozen=True)
-class AnimateArgs:
+class AnimateArgs(ConfigFile):
     """Write an animation of a run, as .gif or .webp.
 
     vae-hyperband animate mine --kind walk --out walk.gif
@@ -54,7 +61,7 @@ class AnimateArgs:
 
 
 @dataclass(frozen=True)
-class ReportArgs:
+class ReportArgs(ConfigFile):
     """Write a report of a run or a search: one HTML file that needs no network.
 
     vae-hyperband report mine

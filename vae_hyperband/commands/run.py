@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.commands.search import search_and_plot, train_winner
 from vae_hyperband.common.config import (
     DataConfig,
@@ -30,7 +30,8 @@ from vae_hyperband.reporting.summaries import (
 )
 from vae_hyperband.reporting.tables import evaluation_text
 from vae_hyperband.search.config import SearchConfig, SearchOptions
-from vae_hyperband.search.trials import SearchResult, describe
+from vae_hyperband.search.space import describe
+from vae_hyperband.search.trials import SearchResult
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult
 from vae_hyperband.tune.driver import STOPPING, begun_settings, move_aside
@@ -38,7 +39,7 @@ from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainJob(DataConfig, Places):
+class MainJob(ConfigFile, DataConfig, Places):
     """Run everything: data, search, training of the best configuration, evaluation, figures.
 
     vae-hyperband run
@@ -156,7 +157,6 @@ def run_main_job(job: MainJob) -> bool:
 
         _heading(f"3/5  train the best configuration for {plural(job.epochs, 'epoch')}")
         trained = train_winner(found, job.epochs, job.winner(), should_stop)
-    best = trained.state.config
     if not trained.finished:
         return False
 
@@ -176,7 +176,7 @@ def run_main_job(job: MainJob) -> bool:
     reports = [write_report(place) for place in (options, job.winner())]
     for path in (figure, *pictures, *reports):
         print(path, flush=True)
-    _print_summary(found, trained, best, evaluation, reports, job)
+    _print_summary(found, trained, evaluation, reports, job)
     return True
 
 
@@ -215,14 +215,13 @@ def _test_bound(evaluation: Evaluation) -> dict[str, str]:
 def _print_summary(
     found: SearchResult,
     trained: FitResult,
-    best: TrainConfig,
     evaluation: Evaluation,
     reports: list[Path],
     job: MainJob,
 ) -> None:
     _heading("done")
     rows = {
-        "best configuration": describe(best),
+        "best configuration": describe(found.winner.hyperparameters),
         "validation bound": f"{trained.state.best['bound']:.2f} nats/image, beta = 1",
         **_test_bound(evaluation),
         "checkpoint": trained.best,

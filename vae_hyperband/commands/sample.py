@@ -9,7 +9,13 @@ import numpy as np
 import tyro
 from torch import Tensor
 
-from vae_hyperband.commands.options import NetworkOption, RunArg, find_ckpt, parse_options
+from vae_hyperband.commands.options import (
+    ConfigFile,
+    NetworkOption,
+    RunArg,
+    find_ckpt,
+    parse_options,
+)
 from vae_hyperband.common.config import Folders, plural, require_number
 from vae_hyperband.common.errors import ConfigError, RunFolderError
 from vae_hyperband.common.files import check_place, fsync_folder, make_folder, replacing
@@ -29,7 +35,7 @@ MOST_IN_GRID = 4096  # images: a larger picture takes gigabytes, and nobody can 
 
 
 @dataclass(frozen=True)
-class SampleArgs:
+class SampleArgs(ConfigFile):
     """Generate images with a trained model.
 
     vae-hyperband sample mine --sampler flow --label sneaker --out samples.png

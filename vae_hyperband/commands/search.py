@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.common.config import (
     Folders,
     RunOptions,
@@ -33,7 +33,7 @@ from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
 @dataclass(frozen=True)
-class SearchArgs:
+class SearchArgs(ConfigFile):
     """Search hyperparameters with Ray Tune; stop the worse trials early.
 
     vae-hyperband search --run sweep --num-trials 20 --max-epochs 9

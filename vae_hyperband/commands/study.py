@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from vae_hyperband.commands.options import parse_options
+from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.common.config import (
     CommonConfig,
     Places,
@@ -33,7 +33,7 @@ from vae_hyperband.training.study import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyArgs(Places):
+class StudyArgs(ConfigFile, Places):
     """Train and evaluate a grid of betas, latent sizes and seeds; plot rate against distortion.
 
     vae-hyperband study --run rd --betas 0.03 0.1 0.3 1 2 4 8 --epochs 10

@@ -6,12 +6,16 @@ says where and how a run is computed, which changes rounding (and on a GPU the n
 """
 
 import dataclasses
+import difflib
+import functools
 import json
 import math
 import numbers
 import os
+import tomllib
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
@@ -461,6 +465,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_settings(path: Path) -> dict[str, object]:
+    """The settings in a TOML or JSON file. Raises :class:`ConfigError` if there are none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} cannot be read: {why}.") from error
+    # by its content where its name does not say: a JSON object begins with a brace, no TOML does
+    is_json = path.suffix == ".json" or (path.suffix != ".toml" and text.lstrip().startswith("{"))
+    try:
+        content = json.loads(text) if is_json else tomllib.loads(text)
+    except ValueError as error:  # both say the line
+        raise ConfigError(
+            f"{path} is not valid {'JSON' if is_json else 'TOML'}: {error}."
+        ) from error
+    require(isinstance(content, dict), f"{path} does not hold a JSON object of settings.")
+    return content
+
+
+def perhaps(name: str, names: Iterable[str]) -> str:
+    """ " (perhaps you meant ...)" with the nearest of some names; empty if none is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (perhaps you meant {near[0]})" if near else ""
+
+
 # ---- Checks of single settings
 
 
@@ -498,10 +527,20 @@ def require_number(name: str, value: float, lowest: float, highest: float = math
 
 def check_types(config: Any) -> None:
     """Require values of the declared types: no parser has checked those from JSON or Python."""
-    hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = _of_type(field.name, getattr(config, field.name), hints[field.name])
+        value = typed(type(config), field.name, getattr(config, field.name))
         object.__setattr__(config, field.name, value)
+
+
+def typed(kind: type, name: str, value: object) -> Any:
+    """``value`` as a field of the dataclass ``kind`` has it. Raises :class:`ConfigError`."""
+    return _of_type(name, value, _hints(kind)[name])
+
+
+@functools.cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    """The types of a dataclass's fields: finding them takes longer than checking the values."""
+    return typing.get_type_hints(kind)
 
 
 def _of_type(name: str, value: Any, hint: Any) -> Any:

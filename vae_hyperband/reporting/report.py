@@ -36,6 +36,7 @@ from vae_hyperband.reporting.runs import best_ckpt
 from vae_hyperband.reporting.summaries import summary_of
 from vae_hyperband.reporting.tables import LOSS_NAMES, evaluation_tables, headline
 from vae_hyperband.search.config import METRICS, SearchConfig
+from vae_hyperband.search.space import shown
 from vae_hyperband.search.trials import (
     RESULT,
     WINNER,
@@ -197,7 +198,7 @@ def search_report(found: SearchResult, name: str) -> str:
         section("Table of trials", _trials(found)),
         facts_section(
             "Settings",
-            {"command": _search_command(config, name), **in_effect(config.to_dict())},
+            {"command": _search_command(config, name), **config.in_effect()},
         ),
     ]
     if (found.folder / WINNER).exists():
@@ -208,8 +209,15 @@ def search_report(found: SearchResult, name: str) -> str:
 
 def _search_command(config: SearchConfig, name: str) -> str:
     """The command that repeats the search, without its data and folders."""
-    changed = changed_options(config.to_dict(), SearchConfig().to_dict())
+    # the row "space" below the command is what the file has to hold
+    space = {"space": "space.json"} if config.space else {}
+    settings = {k: v for k, v in config.to_dict().items() if k not in (config.space or ())}
+    changed = changed_options(settings | space, SearchConfig().to_dict())
     return shlex.join(["vae-hyperband", "search", "--run", name, *changed])
+
+
+def _chosen(name: str) -> Callable[[TrialRecord], Any]:
+    return lambda trial: trial.hyperparameters[name]
 
 
 def _best(loss: Column) -> Callable[[TrialRecord], Any]:
@@ -220,10 +228,8 @@ _COLUMNS: dict[str, Callable[[TrialRecord], Any]] = {
     "trial": lambda trial: trial.number,
     "outcome": lambda trial: trial.outcome or "",
     "epochs": lambda trial: trial.num_epochs,
-    "latent_dim": lambda trial: trial.hyperparameters.latent_dim,
-    "learning_rate": lambda trial: trial.hyperparameters.learning_rate,
-    "batch_size": lambda trial: trial.hyperparameters.batch_size,
-    "beta": lambda trial: trial.hyperparameters.beta,
+}
+_RESULTS: dict[str, Callable[[TrialRecord], Any]] = {
     "bound": _best("bound"),
     "recon_loss": _best("recon_loss"),
     "KL_divergence": _best("KL_divergence"),
@@ -232,7 +238,8 @@ _COLUMNS: dict[str, Callable[[TrialRecord], Any]] = {
 
 
 def _trials(found: SearchResult) -> str:
-    columns = dict(_COLUMNS)
+    chosen = {name: _chosen(name) for name in found.config.domains}
+    columns = _COLUMNS | chosen | _RESULTS
     metric = found.config.metric
     if metric not in columns:
         columns[metric] = _best(metric)
@@ -257,8 +264,8 @@ def _trials(found: SearchResult) -> str:
 
 
 def _number(value: Any) -> str:
-    return "" if isinstance(value, str) else ' class="number"'
+    return ' class="number"' if isinstance(value, int | float) else ""
 
 
 def _short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:.5g}" if isinstance(value, float) else shown(value)

@@ -1,21 +1,29 @@
 """The figure of a search: the trials' curves, the winner, and the score by hyperparameter."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from vae_hyperband.common.config import plural
 from vae_hyperband.reporting.figures import BLUE, GREY, ORANGE, save_figure, styled
 from vae_hyperband.search.config import METRICS
+from vae_hyperband.search.space import Choice, LogRange, Value, shown
 from vae_hyperband.search.trials import SearchResult, TrialRecord
 
 #: Of more trials, the figure of a search draws thin lines and small points.
 MANY_TRIALS = 100
+
+#: Letters of all choices of a panel that fit below it.
+MOST_LETTERS = 24
+
+#: Of more panels, the figure has two columns.
+MOST_IN_COLUMN = 4
 
 
 @styled
@@ -24,31 +32,33 @@ def best_config(result: SearchResult, path: Path) -> Path:
 
     Rate (KL) against distortion (reconstruction) is drawn if the space has several betas.
     """
-    names = [name for name, values in _choices(result).items() if len(values) > 1]
+    names = [name for name, domain in result.config.domains.items() if len(domain.ends) > 1]
     num_panels = len(names) + ("beta" in names)
-    figure = Figure(figsize=(10, 2 + 1.6 * max(num_panels, 2)))
-    left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1), squeeze=False)[0]
+    columns = 1 if num_panels <= MOST_IN_COLUMN else 2
+    rows = math.ceil(num_panels / columns)
+    figure = Figure(figsize=(7 + 3 * columns, 2 + 1.6 * max(rows, 2)))
+    ratios = (1.7, 1 if columns == 1 else 1.9)
+    left, right = figure.subfigures(1, 2, width_ratios=ratios, squeeze=False)[0]
     above, below = left.subplots(2, 1, height_ratios=(4, 1))
     _draw_trials(above, result)
     _write_winner(below, result)
     if names:
-        panels = list(right.subplots(num_panels, 1, squeeze=False)[:, 0])
+        panels = list(right.subplots(rows, columns, squeeze=False).T.flat)
         for axes, name in zip(panels, names, strict=False):
             _draw_relation(axes, result, name)
         if "beta" in names:
-            _draw_rate_distortion(panels[-1], result)
+            _draw_rate_distortion(panels[len(names)], result)
+        for empty in panels[num_panels:]:
+            empty.axis("off")
         panels[0].set_title("open: stopped early", fontsize=8, color="#606060", loc="right")
     return save_figure(figure, path)
 
 
-def _choices(result: SearchResult) -> dict[str, tuple[Any, ...]]:
-    config = result.config
-    return {
-        "latent_dim": config.latent_dims,
-        "learning_rate": config.learning_rates,
-        "batch_size": config.batch_sizes,
-        "beta": config.betas,
-    }
+def _tried(values: tuple[Value, ...], name: str, result: SearchResult) -> list[Value]:
+    """The values of a choice that a trial has, numbers in their order."""
+    tried = {trial.hyperparameters[name] for trial in result.trials}
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return [v for v in (sorted(numbers) if len(numbers) == len(values) else values) if v in tried]
 
 
 def _usable(result: SearchResult) -> list[TrialRecord]:
@@ -104,9 +114,10 @@ def _draw_trials(axes: Axes, result: SearchResult) -> None:
 
 def _write_winner(axes: Axes, result: SearchResult) -> None:
     config, best = result.config, result.winner.hyperparameters
+    words = [*(f"{name} {shown(value)}" for name, value in best.items()), f"seed {config.seed}"]
     lines = [
-        f"latent_dim {best.latent_dim}    learning_rate {best.learning_rate:.3g}    "
-        f"batch_size {best.batch_size}    beta {best.beta:g}    seed {config.seed}",
+        # a name stays with its value
+        *textwrap.wrap("    ".join(word.replace(" ", "\xa0") for word in words), width=78),
         f"{plural(result.epochs_spent, 'epoch')} trained, {result.epochs_saved:,} saved by "
         "stopping early",
     ]
@@ -147,27 +158,36 @@ def _mark(
 
 def _draw_relation(axes: Axes, result: SearchResult, name: str) -> None:
     """The trials' scores against one hyperparameter."""
-    values = sorted({getattr(trial.hyperparameters, name) for trial in result.trials})
-    categorical = name != "learning_rate"
+    domain = result.config.domains[name]
+    choices = _tried(domain.values, name, result) if isinstance(domain, Choice) else []
 
     def place(trial: TrialRecord) -> tuple[float, float]:
-        value = getattr(trial.hyperparameters, name)
-        x = values.index(value) if categorical else value
-        return x, trial.score(result.config.metric)
+        value: Any = trial.hyperparameters[name]
+        return choices.index(value) if choices else value, trial.score(result.config.metric)
 
     _mark(axes, result, place)
-    if categorical:
-        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        axes.set_xlim(-0.5, len(values) - 0.5)
-    else:
+    if choices:
+        names = list(map(shown, choices))
+        size = 9 if sum(map(len, names)) <= MOST_LETTERS else 6.5
+        axes.set_xticks(range(len(choices)), names, fontsize=size)
+        axes.set_xlim(-0.5, len(choices) - 0.5)
+    elif isinstance(domain, LogRange):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(FixedLocator(_log_ticks(*axes.get_xlim())))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=name, ylabel="nats/image")
     if result.importance and name in result.importance:
         axes.set_title(f"importance {result.importance[name]:.0%}", fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten; evenly spaced ones where fewer than two of those fit."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**exponent for exponent in exponents for step in (1, 2, 5)]
+    within = [tick for tick in ticks if low <= tick <= high]
+    return within if len(within) > 1 else list(MaxNLocator(3).tick_values(low, high))
 
 
 def _draw_rate_distortion(axes: Axes, result: SearchResult) -> None:
@@ -179,9 +199,10 @@ def _draw_rate_distortion(axes: Axes, result: SearchResult) -> None:
 
     _mark(axes, result, place)
     if len(result.trials) <= MANY_TRIALS:  # of more, numbers would hide the points
+        digits = "g" if isinstance(result.config.domains["beta"], Choice) else ".2g"
         for trial in _usable(result):
             axes.annotate(
-                f"{trial.hyperparameters.beta:g}", place(trial), (4, 3),
+                f"{trial.hyperparameters['beta']:{digits}}", place(trial), (4, 3),
                 textcoords="offset points", fontsize=6, color="#606060",
             )  # fmt: skip
     axes.set(xlabel="rate: KL (nats/image)", ylabel="distortion (nats)")

@@ -13,7 +13,8 @@ from vae_hyperband.data.splits import as_trained
 from vae_hyperband.evaluation.latents import encode_images
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.search.config import METRICS
-from vae_hyperband.search.trials import SearchResult, describe
+from vae_hyperband.search.space import describe
+from vae_hyperband.search.trials import SearchResult
 from vae_hyperband.training.loop import FitResult
 from vae_hyperband.training.tracker import most_in_sprite, write_projector
 

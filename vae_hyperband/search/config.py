@@ -5,22 +5,36 @@ on which hardware they are computed, and never changes the result.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal
 
 from vae_hyperband.common.config import (
     CommonConfig,
     Places,
     TrainConfig,
+    check_types,
+    flag,
+    in_effect,
     require,
     require_number,
     require_values,
+    typed,
 )
+from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import real
+from vae_hyperband.search.space import (
+    Choice,
+    Domain,
+    Hyperparameters,
+    LogRange,
+    Space,
+    describe,
+)
 
 #: Importance samples per image of a trial's IWAE bound, if that is the metric. Each one costs a
 #: pass through the decoder at every validation; ``evaluate`` takes 100 of the winner.
@@ -40,28 +54,19 @@ METRICS: dict[Metric, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What a search chooses for each trial; all other settings are the same in all of them."""
+#: Trials of a grid: more would take minutes to write down, and years to train.
+MAX_GRID = 100_000
 
-    latent_dim: int
-    learning_rate: float
-    batch_size: int
-    beta: float
+#: The options of a search that have the domain of a setting, unless --space has one.
+DOMAIN_OPTIONS = {
+    "latent_dim": "latent_dims",
+    "learning_rate": "learning_rates",
+    "batch_size": "batch_sizes",
+    "beta": "betas",
+}
 
-    def to_dict(self) -> dict[str, float]:
-        """By name, in the order of the fields: as JSON files and Optuna have them."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, float]) -> Self:
-        """The inverse of :meth:`to_dict`. Raises :class:`KeyError` if a value is missing."""
-        return cls(
-            latent_dim=int(values["latent_dim"]),
-            learning_rate=float(values["learning_rate"]),
-            batch_size=int(values["batch_size"]),
-            beta=float(values["beta"]),
-        )
+#: Settings of which trials must have the same one: their bounds cannot be compared otherwise.
+COMPARED_BY_FID_ONLY = ("likelihood", "binarize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +96,22 @@ class SearchConfig(CommonConfig):
     learning_rates: tuple[float, float] = (5e-4, 1e-2)
     """Lowest and highest peak learning rate; sampled log-uniformly."""
     grid_points: int = 4
-    """grid: number of learning rates, evenly spaced on the log scale."""
+    """grid: number of learning rates, evenly spaced on the log scale, and of any other range."""
     batch_sizes: tuple[int, ...] = (64, 128, 256)
     """Batch sizes to choose from."""
     betas: tuple[float, ...] = (1.0,)
     """KL weights to choose from; trials are always compared at beta = 1."""
+    space: Space | None = None
+    """TOML file of what to choose from, for any setting of a run (docs/search.md)."""
     seed: int = 0
     """Seed of the suggested configurations, and of every trial's training."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.space, Mapping) and not isinstance(self.space, Space):  # JSON's
+            object.__setattr__(self, "space", Space.from_dict(self.space))
+        check_types(self)
+        if self.space:
+            self._take_space(self.space)
         super().__post_init__()
         for name in ("num_trials", "max_epochs", "grace_period"):
             require_number(name, getattr(self, name), 1)
@@ -113,11 +125,33 @@ class SearchConfig(CommonConfig):
             0 < low < high < math.inf,
             f"--learning-rates is {low!r} {high!r}, but must be two numbers, 0 < lowest < highest.",
         )
+        require(
+            self.algorithm != "grid" or self.total_trials <= MAX_GRID,
+            f"A grid of this space has {self.total_trials:,} trials, more than {MAX_GRID:,}: give "
+            "fewer values, fewer --grid-points, or --algorithm random.",
+        )
         self._check_scheduler()
-        # TrainConfig knows what each value must be, and what does not go together: let it say so
-        # here, in one line, instead of once per trial on a worker
-        for hyperparameters in self._extremes():
-            self.trial_config(hyperparameters)
+        self._check_trials()
+
+    def _take_space(self, space: Space) -> None:
+        """Check that no option sets what the space does, and take its single values."""
+        for name, domain in space.items():
+            several, option = len(domain.ends) > 1, DOMAIN_OPTIONS.get(name, name)
+            require(
+                not several or name not in COMPARED_BY_FID_ONLY or self.metric == "fid",
+                f"--space has several values of {name}, whose bounds cannot be compared: give one, "
+                "or --metric fid.",
+            )
+            if not hasattr(self, option):  # a setting that only the space has
+                continue
+            usual = getattr(SearchConfig, option)
+            # one value is the search's own, as if its option had been given
+            value = usual if several or option != name else domain.ends[0]
+            require(
+                getattr(self, option) in (usual, value),
+                f"{flag(option)} and --space both set {name}: give only one.",
+            )
+            object.__setattr__(self, option, value)
 
     def _check_scheduler(self) -> None:
         """Refuse settings with which the scheduler would never stop a trial."""
@@ -139,13 +173,57 @@ class SearchConfig(CommonConfig):
             f"--num-trials {instead}.",
         )
 
+    def in_effect(self) -> Mapping[str, object]:
+        """The settings that have an effect, as JSON has them."""
+        without = {"space"}
+        if self.space:
+            without = {DOMAIN_OPTIONS.get(n, n) for n in self.domains if n in self.space}
+        return {k: v for k, v in in_effect(self.to_dict()).items() if k not in without}
+
     @property
     def total_trials(self) -> int:
         """Number of trials of a search that runs to its end."""
         if self.algorithm != "grid":
             return self.num_trials
-        lists = (self.latent_dims, self.batch_sizes, self.betas)
-        return math.prod(map(len, lists)) * self.grid_points
+        return math.prod(len(domain.grid(self.grid_points)) for domain in self.domains.values())
+
+    @functools.cached_property
+    def domains(self) -> Mapping[str, Domain]:
+        """What is chosen for each trial: the four that have options, then others in --space."""
+        return {
+            "latent_dim": Choice(self.latent_dims),
+            "learning_rate": LogRange(*self.learning_rates),
+            "batch_size": Choice(self.batch_sizes),
+            "beta": Choice(self.betas),
+            **{
+                name: domain
+                for name, domain in (self.space.items() if self.space else ())
+                if name in DOMAIN_OPTIONS or len(domain.ends) > 1 or not hasattr(self, name)
+            },
+        }
+
+    @property
+    def batch_sizes_tried(self) -> list[int]:
+        """The batch sizes to choose from; of a range, its ends."""
+        return [size for size in self.domains["batch_size"].ends if isinstance(size, int)]
+
+    def hyperparameters(self, values: Mapping[str, object]) -> Hyperparameters:
+        """The hyperparameters in a JSON file, whose types they need not have.
+
+        Raises :class:`ValueError` for values that are not those of a trial of this search.
+        """
+        if set(values) != set(self.domains):
+            raise ValueError(f"not the names of this search: {', '.join(values)}")
+        try:
+            return Hyperparameters(
+                **{name: typed(TrainConfig, name, values[name]) for name in self.domains}
+            )
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return super().to_dict() | {"space": self.space.to_dict() if self.space else None}
 
     @property
     def rungs(self) -> list[int]:
@@ -160,26 +238,50 @@ class SearchConfig(CommonConfig):
         )
         return list(counts)
 
-    def _extremes(self) -> list[Hyperparameters]:
-        """Each listed value once, the others at their first: enough to check every value."""
-        # no combination of these four settings is refused, so the full grid would find no more
-        first = Hyperparameters(
-            self.latent_dims[0], self.learning_rates[0], self.batch_sizes[0], self.betas[0]
-        )
-        return [
-            *(dataclasses.replace(first, latent_dim=value) for value in self.latent_dims),
-            *(dataclasses.replace(first, batch_size=value) for value in self.batch_sizes),
-            *(dataclasses.replace(first, beta=value) for value in self.betas),
+    def _check_trials(self) -> None:
+        """Refuse values, and pairs of values, that no trial can have.
+
+        TrainConfig knows what each value must be, and what does not go together: let it say so
+        here, in one line, instead of once per trial on a worker. It refuses single values and
+        pairs; so each value of a choice, both ends of a range, what trial 0 has and what a grid has
+        are tried with each of another setting.
+        """
+        default = TrainConfig()
+        tried = {
+            name: [domain.nearest(getattr(default, name)), *domain.ends]
+            + ([*domain.grid(self.grid_points)] if self.algorithm == "grid" else [])
+            for name, domain in self.domains.items()
+        }
+        first = Hyperparameters(**{name: values[0] for name, values in tried.items()})
+        single = [
+            (name, value) for name, values in tried.items() for value in dict.fromkeys(values)
         ]
+        # no combination of the four settings that have options is refused
+        pairs = itertools.combinations(single, 2) if self.space else ((one, one) for one in single)
+        for one, other in pairs:
+            if one[0] != other[0] or one == other:
+                self._check_trial(first.replace(**dict([one, other])))
+
+    def _check_trial(self, hyperparameters: Hyperparameters) -> None:
+        try:
+            self.trial_config(hyperparameters)
+        except ConfigError as error:
+            if not self.space:
+                raise
+            # the message has the options that do not go together; of these, which are searched
+            named = [name for name in hyperparameters if flag(name) in str(error)]
+            trial = describe(
+                Hyperparameters(**{name: hyperparameters[name] for name in named})
+                if named
+                else hyperparameters
+            )
+            raise ConfigError(f"--space has trials that are refused ({trial}): {error}") from None
 
     def trial_config(self, hyperparameters: Hyperparameters) -> TrainConfig:
         """The full configuration of a trial. Raises :class:`ConfigError` if it is impossible."""
+        settings = {**self.common(), **hyperparameters}
         return TrainConfig(
-            **self.common(),
-            latent_dim=hyperparameters.latent_dim,
-            learning_rate=hyperparameters.learning_rate,
-            batch_size=hyperparameters.batch_size,
-            beta=hyperparameters.beta,
+            **settings,
             # the schedule of a trial that is stopped early is that of the full training: what it
             # has reached at a rung is what the winner had reached there
             epochs=self.max_epochs,

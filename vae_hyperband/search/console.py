@@ -8,7 +8,8 @@ import time
 from vae_hyperband.common.config import plural
 from vae_hyperband.common.process import TimeShare
 from vae_hyperband.search.decisions import Board, TrialEvent
-from vae_hyperband.search.trials import TrialRecord, describe
+from vae_hyperband.search.space import describe
+from vae_hyperband.search.trials import TrialRecord
 
 NUM_ROWS = 12  # of the table: it has to fit on a small terminal, or redrawing it would scroll
 TABLE_SHARE = 0.02  # of the time, for drawing the table: it ranks all trials

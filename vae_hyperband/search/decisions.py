@@ -12,15 +12,16 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, TypedDict
 
 from vae_hyperband.common.errors import RunFolderError, SearchError
 from vae_hyperband.common.files import fsync_folder, no_link
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.schedulers import Verdict, scheduler_for
+from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import Outcome, TrialRecord, ValidationRow
 
 # The lines of the log. Keys and their order are those of version 0.1, whose searches can resume.
@@ -42,7 +43,7 @@ class SuggestEvent(TypedDict):
 
     event: Literal["draw"]
     trial: int
-    drawn: dict[str, float]
+    drawn: Mapping[str, object]
 
 
 class ResultEvent(TypedDict):
@@ -342,7 +343,7 @@ class Board:
         """Change the state as an event says, whether it is new or read from the log."""
         match event["event"]:
             case "draw":
-                hyperparameters = Hyperparameters.from_dict(event["drawn"])
+                hyperparameters = self.config.hyperparameters(event["drawn"])
                 self.trials.append(TrialRecord(event["trial"], hyperparameters))
                 self.under_way.add(event["trial"])
                 self._changed({event["trial"]})

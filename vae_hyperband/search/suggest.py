@@ -7,15 +7,22 @@ it had not been.
 
 import functools
 import itertools
-from typing import TypeVar
+import json
+from collections.abc import Mapping
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import TrialState, create_trial
 
 from vae_hyperband.common.config import TrainConfig
-from vae_hyperband.search.config import Hyperparameters, SearchConfig
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.space import Choice, Domain, Hyperparameters, LogRange, Value
 from vae_hyperband.search.trials import TrialRecord
 
 # its log lines, one per trial, would come between those of the console
@@ -23,8 +30,6 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 #: Importances of fewer comparable trials are not computed: they would be mostly noise.
 MIN_FOR_IMPORTANCE = 8
-
-Value = TypeVar("Value")
 
 
 def suggest(config: SearchConfig, number: int, trials: list[TrialRecord]) -> Hyperparameters:
@@ -45,47 +50,30 @@ def random_search(config: SearchConfig) -> list[Hyperparameters]:
     """
     # RandomState's streams are frozen by numpy's policy (NEP 19), those of default_rng are not:
     # a new numpy must not change the trials of a search that is half done
-    random = np.random.RandomState(config.seed)
-    low, high = config.learning_rates
-    default = TrainConfig()
-
-    def choice(values: tuple[Value, ...]) -> Value:
-        return values[int(random.choice(len(values), size=1)[0])]
-
-    def configuration() -> Hyperparameters:
-        # the order of these lines is part of the result; Ray's search domains, from which 0.1 took
-        # its values, sample the same numbers (tests/golden/suggestions.json)
-        return Hyperparameters(
-            latent_dim=choice(config.latent_dims),
-            # log-uniform: from 1e-3 to 2e-3 is as far as from 2e-3 to 4e-3
-            learning_rate=float(np.exp(random.uniform(np.log(low), np.log(high), size=1))[0]),
-            batch_size=choice(config.batch_sizes),
-            beta=choice(config.betas),
-        )
-
-    first = Hyperparameters(
-        latent_dim=_default_or_first(default.latent_dim, config.latent_dims),
-        learning_rate=min(max(default.learning_rate, low), high),
-        batch_size=_default_or_first(default.batch_size, config.batch_sizes),
-        beta=_default_or_first(default.beta, config.betas),
-    )
-    return [first, *(configuration() for _ in range(config.num_trials - 1))]
-
-
-def _default_or_first(default: Value, choices: tuple[Value, ...]) -> Value:
-    return default if default in choices else choices[0]
+    random, default = np.random.RandomState(config.seed), TrainConfig()
+    first = {
+        name: domain.nearest(getattr(default, name)) for name, domain in config.domains.items()
+    }
+    # the order of settings and trials is part of the result; Ray's search domains, from which 0.1
+    # took its values, sample the same numbers (tests/golden/suggestions.json)
+    others = [
+        {name: domain.sample(random) for name, domain in config.domains.items()}
+        for _ in range(config.num_trials - 1)
+    ]
+    return [Hyperparameters(**values) for values in (first, *others)]
 
 
 @functools.lru_cache
 def grid(config: SearchConfig) -> list[Hyperparameters]:
     """Every combination of the listed values, in a random order that the seed decides.
 
-    Learning rates are evenly spaced on the log scale, both ends included.
+    Of ranges, ``grid_points`` values are evenly spaced (of learning rates and other log ranges on
+    the log scale), both ends included.
     """
-    rates = np.geomspace(*config.learning_rates, config.grid_points).tolist()
+    values = [domain.grid(config.grid_points) for domain in config.domains.values()]
     cells = [
-        Hyperparameters(*values)
-        for values in itertools.product(config.latent_dims, rates, config.batch_sizes, config.betas)
+        Hyperparameters(**dict(zip(config.domains, cell, strict=True)))
+        for cell in itertools.product(*values)
     ]
     # without the shuffle the first trials, which ASHA compares the others with, would be alike
     order = np.random.RandomState(config.seed).permutation(len(cells))
@@ -100,13 +88,41 @@ def num_random(config: SearchConfig) -> int:
 
 def distributions(config: SearchConfig) -> dict[str, BaseDistribution]:
     """The search space in Optuna's terms."""
-    # categorical, although they are numbers: the space lists a few values, not a range
-    return {
-        "latent_dim": CategoricalDistribution(config.latent_dims),
-        "learning_rate": FloatDistribution(*config.learning_rates, log=True),
-        "batch_size": CategoricalDistribution(config.batch_sizes),
-        "beta": CategoricalDistribution(config.betas),
-    }
+    return {name: _distribution(domain) for name, domain in config.domains.items()}
+
+
+def _distribution(domain: Domain) -> BaseDistribution:
+    if isinstance(domain, Choice):
+        # also of numbers: the space lists a few values, not a range
+        return CategoricalDistribution([_category(value) for value in domain.values])
+    log = isinstance(domain, LogRange)
+    if domain.integer:
+        return IntDistribution(int(domain.low), int(domain.high), log=log)
+    return FloatDistribution(domain.low, domain.high, log=log)
+
+
+Category = str | int | float | bool
+
+
+def _category(value: Value) -> Category:
+    """A value as Optuna takes it: it has no lists, so those are a text."""
+    return json.dumps(value) if isinstance(value, tuple) else value
+
+
+def _params(hyperparameters: Hyperparameters) -> dict[str, Category]:
+    return {name: _category(value) for name, value in hyperparameters.items()}
+
+
+def _from_params(config: SearchConfig, params: Mapping[str, Category]) -> Hyperparameters:
+    """The inverse of :func:`_params`."""
+
+    def value(domain: Domain, param: Category) -> Value:
+        lists = domain.values if isinstance(domain, Choice) else ()
+        return next((each for each in lists if _category(each) == param), param)
+
+    return Hyperparameters(
+        **{name: value(domain, params[name]) for name, domain in config.domains.items()}
+    )
 
 
 def suggest_tpe(config: SearchConfig, number: int, trials: list[TrialRecord]) -> Hyperparameters:
@@ -129,12 +145,12 @@ def suggest_tpe(config: SearchConfig, number: int, trials: list[TrialRecord]) ->
                 create_trial(
                     state=TrialState.PRUNED if trial.outcome == "stopped" else TrialState.COMPLETE,
                     value=trial.score(config.metric),
-                    params=trial.hyperparameters.to_dict(),
+                    params=_params(trial.hyperparameters),
                     distributions=space,
                     intermediate_values=dict(enumerate(trial.curve(config.metric))),
                 )
             )
-    return Hyperparameters.from_dict(study.ask(fixed_distributions=space).params)
+    return _from_params(config, study.ask(fixed_distributions=space).params)
 
 
 def importance(config: SearchConfig, trials: list[TrialRecord]) -> dict[str, float] | None:
@@ -151,7 +167,7 @@ def importance(config: SearchConfig, trials: list[TrialRecord]) -> dict[str, flo
     if len(usable) < MIN_FOR_IMPORTANCE:
         return None
     epoch = min(trial.num_epochs for trial in usable)
-    tried = [trial.hyperparameters.to_dict() for trial in usable]
+    tried = [_params(trial.hyperparameters) for trial in usable]
     space = {
         name: domain
         for name, domain in distributions(config).items()

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NotRequired, Self, TypedDict
@@ -10,7 +11,8 @@ from typing import Literal, NotRequired, Self, TypedDict
 from vae_hyperband.common.config import TrainConfig, former_holdout, read_json
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import write_text
-from vae_hyperband.search.config import Hyperparameters, Metric, SearchConfig
+from vae_hyperband.search.config import Metric, SearchConfig
+from vae_hyperband.search.space import Hyperparameters, describe
 
 # Files of a search's folder: its settings, its result, and the best trial's best checkpoint.
 SETTINGS_FILE, RESULT, WINNER = "search.json", "trials.json", "winner.pt"
@@ -39,7 +41,7 @@ class TrialDict(TypedDict):
     """A trial in ``trials.json``. The keys are those of version 0.1, "drawn" among them."""
 
     number: int
-    drawn: dict[str, float]
+    drawn: Mapping[str, object]
     rows: list[ValidationRow]
     outcome: Outcome | None
     why: str
@@ -105,11 +107,15 @@ class TrialRecord:
         }
 
     @classmethod
-    def from_dict(cls, record: TrialDict) -> Self:
-        """The inverse of :meth:`to_dict`. Raises :class:`KeyError` if something is missing."""
+    def from_dict(cls, record: TrialDict, config: SearchConfig) -> Self:
+        """The inverse of :meth:`to_dict`.
+
+        Raises :class:`KeyError` if something is missing, :class:`ValueError` for hyperparameters of
+        another search.
+        """
         return cls(
             record["number"],
-            Hyperparameters.from_dict(record["drawn"]),
+            config.hyperparameters(record["drawn"]),
             record["rows"],
             record["outcome"],
             record["why"],
@@ -169,19 +175,11 @@ def read_result(folder: Path) -> SearchResult:
     """The result of a finished search. Raises :class:`ConfigError` if there is none."""
     content = read_json(folder / RESULT)
     try:
-        trials = [TrialRecord.from_dict(record) for record in content["trials"]]
         settings = content["search"]
         config = SearchConfig(**{"holdout": former_holdout(settings.get("dataset")), **settings})
+        trials = [TrialRecord.from_dict(record, config) for record in content["trials"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder / RESULT} is damaged: it holds no result of a search."
         ) from error
     return SearchResult(config, trials, folder, content.get("importance"))
-
-
-def describe(settings: Hyperparameters | TrainConfig) -> str:
-    """The hyperparameters in a few words."""
-    return (
-        f"latent {settings.latent_dim}, lr {settings.learning_rate:.4g}, "
-        f"batch {settings.batch_size}, beta {settings.beta:g}"
-    )

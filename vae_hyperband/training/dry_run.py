@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import time
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
@@ -93,7 +93,7 @@ def busy(advise: bool = False) -> list[str]:
     return [note]
 
 
-def a_line_each(settings: dict[str, Any]) -> str:
+def a_line_each(settings: Mapping[str, object]) -> str:
     """JSON with one line for each setting."""
     lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in settings.items())
     return "{\n" + ",\n".join(lines) + "\n}"

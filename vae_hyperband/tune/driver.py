@@ -17,7 +17,7 @@ import platform
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ray
@@ -194,7 +194,7 @@ def existing_search(config: SearchConfig, options: SearchOptions) -> str | None:
     if there is not None:
         search_id = there.pop("id", "")
         there.pop("data", "")  # it may have moved: its digest is in the decision log
-        if changed := differences(there, _settings(config, options)):
+        if changed := differences(_flat(there), _flat(_settings(config, options))):
             raise SearchError(
                 f"{folder} holds a search with other settings ({'; '.join(changed)}): give the "
                 "same ones to resume it, --fresh to start over, or choose another --run."
@@ -218,6 +218,14 @@ def _settings(config: SearchConfig, options: SearchOptions) -> dict[str, object]
     return {**json.loads(json.dumps(config.to_dict())), "storage": options.storage}
 
 
+def _flat(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings with one entry for each that --space has, so that a difference names it."""
+    space = settings.get("space")
+    named = space.items() if isinstance(space, Mapping) else ()
+    flat = {**settings, **{f"{name} in --space": domain for name, domain in named}}
+    return {name: value for name, value in flat.items() if name != "space"}
+
+
 def _begin(config: SearchConfig, options: SearchOptions) -> str:
     """Write the settings of a new search into its folder; its id."""
     folder = options.ckpt_folder
@@ -239,8 +247,11 @@ def load_splits(
     # a search that has its result trains nothing more
     if not (options.ckpt_folder / RESULT).exists() and not options.fresh:
         _check_same_data(options.ckpt_folder, train, held_out)
-    if max(config.batch_sizes) > len(train):
-        raise SearchError(f"--batch-sizes has more than the {len(train)} training images.")
+    if max(config.batch_sizes_tried) > len(train):
+        option = (
+            "batch_size in --space" if "batch_size" in (config.space or ()) else "--batch-sizes"
+        )
+        raise SearchError(f"{option} has more than the {len(train)} training images.")
     _check_network(config, train)
     return train, held_out
 

@@ -7,14 +7,15 @@ import statistics
 
 import torch
 
-from vae_hyperband.common.config import RunOptions, in_effect, plural
+from vae_hyperband.common.config import RunOptions, plural
 from vae_hyperband.common.files import refuse_foreign
 from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.splits import Split
 from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.decisions import read_events
+from vae_hyperband.search.space import describe
 from vae_hyperband.search.suggest import num_random, suggest
-from vae_hyperband.search.trials import RESULT, describe, read_result
+from vae_hyperband.search.trials import RESULT, read_result
 from vae_hyperband.training.dry_run import a_line_each, busy, dry_run, seconds_per_step
 from vae_hyperband.tune.driver import DECISIONS, existing_search, load_splits, with_known_data
 from vae_hyperband.tune.session import (
@@ -45,7 +46,7 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     train, _ = load_splits(config, options)
     most = config.total_trials * config.max_epochs
     lines = [
-        a_line_each(in_effect(config.to_dict())),
+        a_line_each(config.in_effect()),
         *_trials(config),
         f"scheduler    {config.scheduler}: at most {plural(most, 'epoch')}, fewer with early "
         "stopping",
@@ -123,14 +124,12 @@ def _time(config: SearchConfig, options: SearchOptions, train: Split) -> list[st
     trials = plural(parallel, "trial")
     where = f"device       {device}, {trials} in parallel, CPU threads of each: {threads}"
     first, before = suggest(config, 0, []), busy()
-    # the mean over batch sizes, which decide how many steps an epoch has
+    # the mean over batch sizes, which decide how many steps an epoch has; of a range, its ends
     with cpu_threads(threads):
         an_epoch = statistics.mean(
-            math.ceil(len(train) / size)
-            * seconds_per_step(
-                config.trial_config(dataclasses.replace(first, batch_size=size)), train, device
-            )
-            for size in config.batch_sizes
+            math.ceil(len(train) / trial.batch_size) * seconds_per_step(trial, train, device)
+            for size in config.batch_sizes_tried
+            for trial in [config.trial_config(first.replace(batch_size=size))]
         )
     return [
         where,

@@ -37,7 +37,7 @@ from vae_hyperband.common.files import make_folder
 from vae_hyperband.common.process import lacks_memory
 from vae_hyperband.data.splits import Split, read_only_tensor
 from vae_hyperband.model.networks import allow_network
-from vae_hyperband.search.config import Hyperparameters, SearchConfig, SearchOptions
+from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import trial_name
 from vae_hyperband.training.keeper import newest_good
 from vae_hyperband.training.loop import fit
@@ -109,7 +109,7 @@ class TrialSpec(TypedDict):
     """What Ray calls the config of a trial."""
 
     number: int
-    hyperparameters: dict[str, float]  # a dictionary, since Ray makes its own copies of it
+    hyperparameters: dict[str, object]  # a dictionary, since Ray makes its own copies of it
 
 
 def train_trial(trial: TrialSpec, *, job: TrialJob) -> None:
@@ -143,7 +143,7 @@ def _train(trial: TrialSpec, job: TrialJob, run: RunOptions, watchdog: "Watchdog
     After an error it is tried again from the last checkpoint, up to ``max_failures`` times in a row
     without progress.
     """
-    config = job.config.trial_config(Hyperparameters.from_dict(trial["hyperparameters"]))
+    config = job.config.trial_config(job.config.hyperparameters(trial["hyperparameters"]))
     train, held_out = (split.split() for split in job.splits)
 
     def report(row: Mapping[str, float]) -> None:
