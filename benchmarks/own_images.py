@@ -106,7 +106,7 @@ def speeds(folder: Path, rounds: int) -> dict[str, object]:
 LARGE = """
 import resource, sys
 from pathlib import Path
-from vae_hyperband.common.config import RunOptions, TrainConfig
+from vae_hyperband.common.config import (RunOptions, TrainConfig)
 from vae_hyperband.training import loop
 
 def anonymous() -> int:

@@ -12,7 +12,8 @@ import torch
 
 from vae_hyperband import train_vae
 from vae_hyperband.common import process
-from vae_hyperband.common.config import RunOptions, check_run_name
+from vae_hyperband.common.checks import check_run_name
+from vae_hyperband.common.config import RunOptions
 from vae_hyperband.common.errors import ConfigError, RunFolderError
 from vae_hyperband.common.files import check_place, write_bytes
 from vae_hyperband.common.process import only_writer

@@ -19,7 +19,8 @@ from vae_hyperband import train_vae
 from vae_hyperband.commands.options import option_value
 from vae_hyperband.commands.run import MainJob
 from vae_hyperband.commands.sample import label_number
-from vae_hyperband.common.config import RunOptions, TrainConfig, check_run_name
+from vae_hyperband.common.checks import check_run_name
+from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import ConfigError, DeviceError, VAEHyperbandError
 from vae_hyperband.common.process import pick_device
 from vae_hyperband.data.splits import CLASS_NAMES, load_split

@@ -17,7 +17,8 @@ import torch
 from conftest import NAMES, idx_bytes, write_idx_folder
 from PIL import Image
 
-from vae_hyperband.common.config import Folders, RunOptions, TrainConfig, parse_size, with_data
+from vae_hyperband.common.checks import parse_size
+from vae_hyperband.common.config import Folders, RunOptions, TrainConfig, with_data
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DataError, StoppedError
 from vae_hyperband.data import decoded
 from vae_hyperband.data.decoded import decoded_set, verified

@@ -10,7 +10,7 @@ from conftest import written
 from vae_hyperband import train_vae
 from vae_hyperband.commands import run
 from vae_hyperband.commands.run import MainJob
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.space import Hyperparameters

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from vae_hyperband.commands.options import ConfigFile, parse_options
-from vae_hyperband.common.config import DataConfig, Folders, plural, with_data
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import DataConfig, Folders, with_data
 from vae_hyperband.common.files import check_place
 from vae_hyperband.data.decoded import ImageSet, decoded_set, verified
 from vae_hyperband.data.download import ensure_data

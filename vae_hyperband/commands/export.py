@@ -19,7 +19,8 @@ from vae_hyperband.commands.options import (
     parse_options,
 )
 from vae_hyperband.commands.sample import sampler_for
-from vae_hyperband.common.config import Folders, flag, read_json, require, require_number
+from vae_hyperband.common.checks import flag, read_json, require, require_number
+from vae_hyperband.common.config import Folders
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text, write_together
 from vae_hyperband.data.splits import Split, as_trained

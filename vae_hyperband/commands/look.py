@@ -15,7 +15,8 @@ from vae_hyperband.commands.options import (
     find_run,
     parse_options,
 )
-from vae_hyperband.common.config import Folders, require
+from vae_hyperband.common.checks import require
+from vae_hyperband.common.config import Folders
 from vae_hyperband.common.files import check_place
 from vae_hyperband.data.splits import as_trained
 from vae_hyperband.evaluation.bounds import eval_dataloader

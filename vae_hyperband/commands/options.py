@@ -15,17 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from vae_hyperband.commands import wrapped
-from vae_hyperband.common.config import (
-    NETWORKS,
-    Folders,
-    Places,
-    former_holdout,
-    in_effect,
-    perhaps,
-    read_settings,
-    require,
-    typed,
-)
+from vae_hyperband.common.checks import perhaps, read_settings, require, typed
+from vae_hyperband.common.config import NETWORKS, Folders, Places, former_holdout, in_effect
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.model.checkpoint import BEST
 from vae_hyperband.model.networks import allow_network

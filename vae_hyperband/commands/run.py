@@ -7,14 +7,8 @@ from typing import Literal
 
 from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.commands.search import search_and_plot, train_winner
-from vae_hyperband.common.config import (
-    DataConfig,
-    Places,
-    RunOptions,
-    TrainConfig,
-    plural,
-    with_data,
-)
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import DataConfig, Places, RunOptions, TrainConfig, with_data
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.common.process import only_writer, pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data

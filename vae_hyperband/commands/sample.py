@@ -16,7 +16,8 @@ from vae_hyperband.commands.options import (
     find_ckpt,
     parse_options,
 )
-from vae_hyperband.common.config import Folders, plural, require_number
+from vae_hyperband.common.checks import plural, require_number
+from vae_hyperband.common.config import Folders
 from vae_hyperband.common.errors import ConfigError, RunFolderError
 from vae_hyperband.common.files import check_place, fsync_folder, make_folder, replacing
 from vae_hyperband.common.process import pick_device

@@ -9,13 +9,8 @@ from pathlib import Path
 import tyro
 
 from vae_hyperband.commands.options import ConfigFile, parse_options
-from vae_hyperband.common.config import (
-    Folders,
-    RunOptions,
-    changed_options,
-    network_option,
-    require_number,
-)
+from vae_hyperband.common.checks import require_number
+from vae_hyperband.common.config import Folders, RunOptions, changed_options, network_option
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting.summaries import (

@@ -7,14 +7,8 @@ from typing import Literal
 import tyro
 
 from vae_hyperband.commands.options import ConfigFile, parse_options
-from vae_hyperband.common.config import (
-    CommonConfig,
-    Places,
-    TrainConfig,
-    require,
-    require_number,
-    require_values,
-)
+from vae_hyperband.common.checks import require, require_number, require_values
+from vae_hyperband.common.config import CommonConfig, Places, TrainConfig
 from vae_hyperband.common.process import stop_flag
 from vae_hyperband.evaluation.evaluate import EvaluateOptions
 from vae_hyperband.reporting import figures

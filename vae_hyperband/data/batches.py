@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from vae_hyperband.common.config import Holdout, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import Holdout
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.sources import AS_THEY_ARE, ImageSettings

@@ -29,7 +29,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from tqdm import tqdm
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import DataError, RunFolderError, StoppedError
 from vae_hyperband.common.files import cache_folder, fsync_folder, make_folder, write_text
 from vae_hyperband.common.process import available_cpus, on_terminal

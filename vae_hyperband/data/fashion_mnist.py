@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.common.files import cache_folder
 from vae_hyperband.data.idx import idx_sizes, read_idx_once

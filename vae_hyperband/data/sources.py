@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
-from vae_hyperband.common.config import Fit, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import Fit
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.data.idx import read_idx
 

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from vae_hyperband.common.checks import parse_size, plural
 from vae_hyperband.common.config import (
     CommonConfig,
     DataConfig,
     Dataset,
     Folders,
     Holdout,
-    parse_size,
-    plural,
     with_data,
 )
 from vae_hyperband.common.errors import ConfigError, DataError

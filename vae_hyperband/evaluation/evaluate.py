@@ -20,15 +20,8 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import (
-    Folders,
-    Places,
-    TrainConfig,
-    check_types,
-    read_json,
-    require,
-    require_number,
-)
+from vae_hyperband.common.checks import check_types, read_json, require, require_number
+from vae_hyperband.common.config import Folders, Places, TrainConfig
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import write_text
 from vae_hyperband.common.process import environment, own_modes, pick_device

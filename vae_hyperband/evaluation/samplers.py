@@ -19,7 +19,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import check_types, require, require_number
+from vae_hyperband.common.checks import check_types, require, require_number
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, as_trained

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.data.splits import Split
 from vae_hyperband.evaluation.bounds import eval_dataloader

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import safetensors.torch
 
-from vae_hyperband.common.config import CommonConfig, in_effect, is_own_network, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import CommonConfig, in_effect, is_own_network
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import make_folder, write_together
 from vae_hyperband.evaluation.results import Evaluation

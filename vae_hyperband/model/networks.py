@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_hyperband.common.config import is_own_network, require
+from vae_hyperband.common.checks import require
+from vae_hyperband.common.config import is_own_network
 from vae_hyperband.common.errors import ConfigError, NetworkError
 
 ImageShape = tuple[int, int, int]  # channels, height, width

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.files import make_folder, write_bytes
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.latents import aggregate, encode_images, information_per_dimension

@@ -6,13 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vae_hyperband.common.config import (
-    Places,
-    changed_options,
-    in_effect,
-    network_option,
-    read_json,
-)
+from vae_hyperband.common.checks import read_json
+from vae_hyperband.common.config import Places, changed_options, in_effect, network_option
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import check_place, make_folder, write_text
 from vae_hyperband.data.splits import as_trained

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.reporting.figures import BLUE, GREY, ORANGE, save_figure, styled
 from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.space import Choice, LogRange, Value, shown

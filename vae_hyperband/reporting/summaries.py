@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vae_hyperband.common.config import Folders, RunOptions, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import Folders, RunOptions
 from vae_hyperband.common.process import EXIT_STOPPED
 from vae_hyperband.data.splits import as_trained
 from vae_hyperband.evaluation.latents import encode_images

@@ -13,18 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vae_hyperband.common.config import (
-    CommonConfig,
-    Places,
-    TrainConfig,
+from vae_hyperband.common.checks import (
     check_types,
     flag,
-    in_effect,
     require,
     require_number,
     require_values,
     typed,
 )
+from vae_hyperband.common.config import CommonConfig, Places, TrainConfig, in_effect
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import real
 from vae_hyperband.search.space import (

@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.process import TimeShare
 from vae_hyperband.search.decisions import Board, TrialEvent
 from vae_hyperband.search.space import describe

@@ -15,14 +15,8 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from vae_hyperband.common.config import (
-    TrainConfig,
-    flag,
-    perhaps,
-    read_settings,
-    require,
-    typed,
-)
+from vae_hyperband.common.checks import flag, perhaps, read_settings, require, typed
+from vae_hyperband.common.config import TrainConfig
 from vae_hyperband.common.errors import ConfigError
 
 #: What a setting of a run can be.

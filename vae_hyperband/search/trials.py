@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NotRequired, Self, TypedDict
 
-from vae_hyperband.common.config import TrainConfig, former_holdout, read_json
+from vae_hyperband.common.checks import read_json
+from vae_hyperband.common.config import TrainConfig, former_holdout
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import write_text
 from vae_hyperband.search.config import Metric, SearchConfig

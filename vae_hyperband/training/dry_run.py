@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
-from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect
 from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import Split, split_for

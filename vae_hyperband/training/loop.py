@@ -21,9 +21,11 @@ from typing import Any, Self, cast
 
 import torch
 
-from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options, in_effect
 from vae_hyperband.common.errors import (
     ConfigError,
+    DataError,
     DivergedError,
     OutOfMemoryError,
     RunFolderError,
@@ -190,19 +192,12 @@ def fit(
     options = options or RunOptions()
     device = pick_device(options.device)
     keep_freed_memory()
-    if splits is None:
-        config, options = with_known_data(config, options)
-    elif not all(isinstance(split, Split) for split in splits):
-        config = dataclasses.replace(config, dataset="images")
     with (
         cpu_threads(options.num_threads),
         only_writer(options.ckpt_folder),
         only_writer(options.log_folder),
     ):
-        if splits is None:
-            train, held_out = load_training_splits(config, options, should_stop)
-        else:
-            train, held_out = map(as_split, splits)
+        config, options, train, held_out = _with_images(config, options, splits, should_stop)
         held_out = as_trained(held_out, config)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
         train_loader = get_dataloader(
@@ -236,6 +231,27 @@ def fit(
                     trainer.save(required=True)
                     break
     return trainer.result()
+
+
+def _with_images(
+    config: TrainConfig,
+    options: RunOptions,
+    splits: tuple[Images, Images] | None,
+    should_stop: Callable[[], bool],
+) -> tuple[TrainConfig, RunOptions, Split, Split]:
+    """The settings of a run with its images, and these: the training and the validation split."""
+    if splits is None:
+        config, options = with_known_data(config, options)
+        return config, options, *load_training_splits(config, options, should_stop)
+    if not all(isinstance(split, Split) for split in splits):
+        config = dataclasses.replace(config, dataset="images")
+    train, held_out = map(as_split, splits)
+    if train.image_shape != held_out.image_shape:
+        raise DataError(
+            f"The training images have the shape {train.image_shape}, but those for validation "
+            f"{held_out.image_shape}."
+        )
+    return config, options, train, held_out
 
 
 class Trainer:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from vae_hyperband.common.config import Places, RunOptions, TrainConfig, in_effect, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import Places, RunOptions, TrainConfig, in_effect
 from vae_hyperband.common.errors import OutOfMemoryError
 from vae_hyperband.common.files import make_folder, write_text
 from vae_hyperband.common.process import (

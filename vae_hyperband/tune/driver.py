@@ -23,14 +23,13 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from vae_hyperband.common.checks import plural, read_json
 from vae_hyperband.common.config import (
     DataConfig,
     Places,
     differences,
     former_holdout,
     model_settings,
-    plural,
-    read_json,
     same_images,
     with_data,
 )
@@ -258,8 +257,12 @@ def load_splits(
 
 def _check_network(config: SearchConfig, train: Split) -> None:
     """Raise :class:`ConfigError` if the trials' network does not fit their images."""
-    settings = model_settings(config.trial_config(suggest(config, 0, [])))
+    first = suggest(config, 0, [])
     channels, height, width = train.image_shape
+    for widths in config.domains["widths"].ends if "widths" in config.domains else ():
+        settings = model_settings(config.trial_config(first.replace(widths=widths)))
+        initialized_vae(image_size=(height, width), channels=channels, seed=config.seed, **settings)
+    settings = model_settings(config.trial_config(first))
     initialized_vae(image_size=(height, width), channels=channels, seed=config.seed, **settings)
 
 

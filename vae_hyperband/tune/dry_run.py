@@ -7,7 +7,8 @@ import statistics
 
 import torch
 
-from vae_hyperband.common.config import RunOptions, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import RunOptions
 from vae_hyperband.common.files import refuse_foreign
 from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.splits import Split

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import ray
 from ray._private import ray_constants
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import SearchError
 from vae_hyperband.common.process import available_cpus, in_main_thread
 from vae_hyperband.search.config import SearchOptions

@@ -20,7 +20,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import RayBrokeError, VAEHyperbandError
 from vae_hyperband.common.process import in_main_thread
 from vae_hyperband.data.splits import Split

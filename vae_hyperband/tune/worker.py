@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from ray import tune
 
-from vae_hyperband.common.config import RunOptions, plural
+from vae_hyperband.common.checks import plural
+from vae_hyperband.common.config import RunOptions
 from vae_hyperband.common.errors import (
     CheckpointError,
     ConfigError,
