@@ -208,7 +208,6 @@ def fit(
         # a checkpoint tells on what it was computed: elsewhere the last bits may differ
         where = environment(device) | ({"compiled": True} if options.compile else {})
         state = first_state(config, options, train, device, where, quiet)
-
         with Trainer(state, options, train, where, quiet) as trainer:
             trainer.begin(held_out)
             while state.step < state.num_steps:
