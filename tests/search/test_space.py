@@ -241,7 +241,7 @@ def test_a_search_without_the_option_has_what_it_always_had():
     assert "space" not in config.in_effect()
     shown = SearchConfig(space=space(TEXT)).in_effect()
     assert not {"latent_dims", "learning_rates", "free_bits", "schedule"} & set(shown)
-    assert shown["batch_sizes"] == (64, 128, 256)
+    assert tuple(shown["batch_sizes"]) == (64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
