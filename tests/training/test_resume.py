@@ -48,6 +48,9 @@ OTHER_VALUES = {
     "binarize": "dynamic",
     "dataset": "fashion-mnist",
     "holdout": "last",
+    "image_size": "6",
+    "fit": "pad",
+    "channels": 3,
 }
 
 
@@ -283,16 +286,21 @@ def test_resume_ckpt_takes_its_configuration_along_and_goes_on_elsewhere(
 
 
 @pytest.mark.parametrize("name", [n for n in OTHER_VALUES if n != "dataset"])
-def test_other_settings_are_refused_with_old_and_new_value(options, small_config, name):
-    config = small_config
+def test_other_settings_are_refused_with_old_and_new_value(
+    options, small_config, small_data, name, tmp_path, monkeypatch
+):
+    config, images = small_config, {}
     if name in ONLY_WITH:
         chooser, choice = ONLY_WITH[name]
         config = dataclasses.replace(small_config, **{chooser: choice})
-    fit(config, options(), should_stop=stop_after(5), quiet=True)
+        if choice == "images":
+            monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(tmp_path / "cache"))
+            images = {"data": small_data}
+    fit(config, options(**images), should_stop=stop_after(5), quiet=True)
     before = (options().ckpt_folder / "latest.pt").read_bytes()
     old, new = config.to_dict()[name], OTHER_VALUES[name]
     with pytest.raises(ResumeError, match=re.escape(f"{name}: {old!r} -> {new!r}")):
-        fit(dataclasses.replace(config, **{name: new}), options(), quiet=True)
+        fit(dataclasses.replace(config, **{name: new}), options(**images), quiet=True)
     assert (options().ckpt_folder / "latest.pt").read_bytes() == before
 
 

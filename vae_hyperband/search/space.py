@@ -27,6 +27,9 @@ _SAME_IMAGES = "all trials have the same images, those of {flag}"
 NOT_SEARCHED = {
     "dataset": _SAME_IMAGES,
     "holdout": _SAME_IMAGES,
+    "image_size": _SAME_IMAGES,
+    "fit": _SAME_IMAGES,
+    "channels": _SAME_IMAGES,
     "epochs": "--max-epochs has the epochs of a trial",
     "seed": "all trials have the seed of the search, --seed",
     "val_interval": "trials validate after every epoch",
