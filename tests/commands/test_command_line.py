@@ -23,7 +23,8 @@ from vae_hyperband.common.checks import check_run_name
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import ConfigError, DeviceError, VAEHyperbandError
 from vae_hyperband.common.process import pick_device
-from vae_hyperband.data.splits import CLASS_NAMES, load_split
+from vae_hyperband.data.fashion_mnist import FASHION_MNIST_CLASSES
+from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
 from vae_hyperband.evaluation.samplers import sampler_file
 from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt
@@ -266,13 +267,13 @@ def test_only_a_file_that_the_program_wrote_has_the_holdout_of_0_1(
      ("shirt", 6), ("", None)],
 )  # fmt: skip
 def test_a_label_is_known_by_its_name_or_number(asked, number):
-    assert label_number(asked, CLASS_NAMES) == number
+    assert label_number(asked, FASHION_MNIST_CLASSES) == number
 
 
 @pytest.mark.parametrize("asked", ["s", "boots", "hat", "10"])
 def test_a_label_that_is_none_or_several_is_refused(asked):
     with pytest.raises(ConfigError, match="must be one of T-shirt/top, Trouser"):
-        label_number(asked, CLASS_NAMES)
+        label_number(asked, FASHION_MNIST_CLASSES)
 
 
 def test_labels_without_names_are_numbers():

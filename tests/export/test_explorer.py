@@ -11,7 +11,8 @@ from chromium import Watched, barriers, until
 
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import ConfigError
-from vae_hyperband.data.splits import CLASS_NAMES, Split, load_split
+from vae_hyperband.data.fashion_mnist import FASHION_MNIST_CLASSES
+from vae_hyperband.data.splits import Split, load_split
 from vae_hyperband.evaluation.bounds import eval_dataloader
 from vae_hyperband.evaluation.flow import Flow
 from vae_hyperband.evaluation.latents import encode_split
@@ -466,7 +467,7 @@ def _numbers(colour):
 def test_a_page_is_made_without_a_browser(split, tmp_path):
     """In make test: the parts that need none."""
     model = initialized_vae(1, 28, 1, seed=0).eval().requires_grad_(False)
-    html = page(model, split, CLASS_NAMES, "</title><script>", {"a": "<&"})
+    html = page(model, split, FASHION_MNIST_CLASSES, "</title><script>", {"a": "<&"})
     assert html.count("<script") == 2
     assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in html
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
