@@ -21,6 +21,7 @@ from vae_hyperband.common.config import (
     require_values,
 )
 from vae_hyperband.common.files import real
+from vae_hyperband.evaluation.features import features_name
 
 #: Importance samples per image of a trial's IWAE bound, if that is the metric. Each one costs a
 #: pass through the decoder at every validation; ``evaluate`` takes 100 of the winner.
@@ -36,7 +37,7 @@ Metric = Literal["bound", "iwae", "fid"]
 METRICS: dict[Metric, str] = {
     "bound": "validation bound at beta = 1, nats/image",
     "iwae": "validation IWAE bound, nats/image",
-    "fid": "validation FID, z from the prior",
+    "fid": "validation FID ({features}), z from the prior",
 }
 
 
@@ -146,6 +147,11 @@ class SearchConfig(CommonConfig):
             return self.num_trials
         lists = (self.latent_dims, self.batch_sizes, self.betas)
         return math.prod(map(len, lists)) * self.grid_points
+
+    @property
+    def metric_name(self) -> str:
+        """What trials are compared by, in words."""
+        return METRICS[self.metric].format(features=features_name(self.dataset))
 
     @property
     def rungs(self) -> list[int]:
