@@ -150,7 +150,7 @@ class EvaluationContext:
 
     @classmethod
     def load(
-        cls, ckpt: Path | Checkpoint, split: SplitName, folders: Folders | None, device: str
+        cls, ckpt: Path | Checkpoint, split: SplitName, folders: Folders | Path | None, device: str
     ) -> Self:
         target = pick_device(device)
         checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_ckpt(ckpt)
@@ -350,14 +350,15 @@ def _image_protocol(
 def evaluate(
     ckpt: Path | Checkpoint,
     split: SplitName = "validation",
-    folders: Folders | None = None,
+    folders: Folders | Path | None = None,
     device: str = "auto",
     options: EvaluateOptions | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Measure a checkpoint on a split: the parts that :class:`EvaluateOptions` names.
 
-    ``folders`` say where the images are, if not where the run found them (``Folders(data=...)``).
+    ``folders`` say where the images are, if not where the run found them; a path is a folder of
+    IDX files.
     ``say`` is called with a line of progress at each step. Raises the errors of :func:`load_ckpt`,
     :meth:`Checkpoint.split` and, for a sampler, :func:`get_sampler`.
     """

@@ -139,14 +139,16 @@ class Checkpoint:
         """Of the labels 0, 1 ...; empty if they have no names."""
         return self.data.class_names or CLASS_NAMES.get(self.config.dataset, ())
 
-    def split(self, name: SplitName, folders: Folders | None = None) -> Split:
+    def split(self, name: SplitName, folders: Folders | Path | None = None) -> Split:
         """A split of the data that the run was trained on.
 
         Images of ``--data`` are looked for where they were, if ``folders`` do not say. Test images
         may be others of the same size; the training and validation images have to be the same.
         Raises :class:`CheckpointError` if they are not, and what :func:`split_for` raises.
         """
-        folders, is_images = folders or Folders(), self.config.dataset == "images"
+        if not isinstance(folders, Folders):  # in 0.1 a folder of IDX files
+            folders = Folders(data_dir=folders)
+        is_images = self.config.dataset == "images"
         option = "--data" if is_images else "--data-dir"
         if is_images and folders.data is None:
             if self.data.path is None or not os.path.exists(self.data.path):
