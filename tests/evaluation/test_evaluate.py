@@ -163,9 +163,9 @@ def test_a_file_that_is_no_inception_is_named(trained, small_data, tmp_path):
         with pytest.raises(ConfigError, match=f"--{option} is .*none.pt', but there is no such"):
             EvaluateOptions(**{option: tmp_path / "none.pt"})
     (tmp_path / "text.pt").write_text("no network")
-    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
-        torch.jit.script(torch.nn.ReLU()).save(tmp_path / "relu.pt")
-        torch.jit.script(torch.nn.Conv2d(5, 2, 3)).save(tmp_path / "five.pt")
+    for name, net in {"relu.pt": torch.nn.ReLU(), "five.pt": torch.nn.Conv2d(5, 2, 3)}.items():
+        with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+            torch.jit.script(net).save(tmp_path / name)
     for name, message in {
         "text.pt": "is not a TorchScript file",
         "relu.pt": r"gives \(60, 3, 8, 8\) for 60 images, expected features of shape \(60, F\)",
@@ -490,9 +490,7 @@ def test_validation_measures_the_prior_s_fid_if_asked(trained, small_data):
         eval_epoch(model, loader, seed=3, fid_samples=50)
     assert "fid" not in eval_epoch(model, loader, seed=3)
     images_NCHW = model.sample(50, generator(3, "fid"))
-    by_hand = frechet(
-        moments(features(split.images_NCHW)), moments(features(images_NCHW))
-    )
+    by_hand = frechet(moments(features(split.images_NCHW)), moments(features(images_NCHW)))
     assert found == pytest.approx(by_hand, rel=1e-3)
     assert found == prior_fid(model, loader, 3, 50, features)  # the real images' moments are kept
 

@@ -145,6 +145,8 @@ def train_feature_net(
         loss.backward()
         optimizer.step()
     net.eval().requires_grad_(False)
+    # as a network that is read from a file: the other layout rounds differently
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     features_NF = torch.cat([net.features(part / 255) for part in train.images_NCHW.split(1000)])
     net.scale.copy_(features_NF.var(dim=0).mean().clamp(min=1e-12).rsqrt())
     return net

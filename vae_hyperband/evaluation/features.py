@@ -265,7 +265,7 @@ def file_features(path: Path, device: torch.device | str = "cpu", name: str = ""
             try:
                 found: Any = net(images_BCHW.contiguous(), **options)
                 break
-            except RuntimeError as error:
+            except (RuntimeError, torch.jit.Error) as error:
                 if number == len(kinds):
                     raise CheckpointError(
                         f"{path} cannot be called with bytes {tuple(images_BCHW.shape)}: "
