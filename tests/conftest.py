@@ -5,6 +5,7 @@ import os
 # before PyTorch is imported: threads of several processes on few cores wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -26,6 +27,7 @@ from killing import descendants, listening, sigkill, started_after
 
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import DataError
+from vae_hyperband.common.files import cache_folder
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.model.checkpoint import FORMAT, KEYS, load_pt, save_pt
 from vae_hyperband.training.loop import FitResult, fit
@@ -112,6 +114,19 @@ def write_idx_folder(
             else:
                 path.write_bytes(content)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the tests' own, which has what the user's has at first: Fashion-MNIST."""
+    folder = tmp_path_factory.mktemp("cache")
+    with contextlib.suppress(DataError, OSError):  # no home directory, no cache
+        for path in cache_folder().iterdir():
+            if path.is_file():
+                (folder / path.name).symlink_to(path.resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VAE_HYPERBAND_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ ONLY_IN = {
     "pyarrow": {"tune/storage", "data/sources"},
     "sklearn": {"evaluation/latents", "evaluation/samplers"},
     "scipy": {"training/study"},
-    "safetensors": {"evaluation/image_quality", "model/checkpoint", "export/hub"},
+    "safetensors": {"evaluation/features", "model/checkpoint", "export/hub"},
     "onnx": {"export/onnx_export"},
     "onnxruntime": {"export/onnx_export"},
     "matplotlib": {"reporting/figures", "reporting/search_figure"},

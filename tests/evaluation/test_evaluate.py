@@ -16,7 +16,7 @@ from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, binarized, load_split
 from vae_hyperband.data.synthetic import sample_factors
-from vae_hyperband.evaluation import image_quality
+from vae_hyperband.evaluation import features as features_module
 from vae_hyperband.evaluation.bounds import (
     entropy_floor,
     eval_dataloader,
@@ -30,12 +30,18 @@ from vae_hyperband.evaluation.evaluate import (
     evaluate_once,
     of_whole_split,
 )
+from vae_hyperband.evaluation.feature_net import NUM_FEATURES, accuracy
+from vae_hyperband.evaluation.features import (
+    WEIGHTS,
+    WEIGHTS_SHA256,
+    features_for,
+    shipped_features,
+)
 from vae_hyperband.evaluation.image_quality import (
     copying,
     frechet,
     frechet_distance,
-    image_features,
-    load_feature_net,
+    kernel_distance,
     manifold_measures,
     moments,
     nearest,
@@ -153,15 +159,22 @@ def images_of(report):
 
 
 def test_a_file_that_is_no_inception_is_named(trained, small_data, tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
-        EvaluateOptions(inception=tmp_path / "none.pt")
+    for option in ("inception", "features"):
+        with pytest.raises(ConfigError, match=f"--{option} is .*none.pt', but there is no such"):
+            EvaluateOptions(**{option: tmp_path / "none.pt"})
     (tmp_path / "text.pt").write_text("no network")
-    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
-        torch.jit.script(torch.nn.ReLU()).save(tmp_path / "relu.pt")
-    for name, message in (("text.pt", "not a TorchScript file"), ("relu.pt", "cannot be called")):
-        options = EvaluateOptions(parts=("images",), inception=tmp_path / name)
-        with pytest.raises(CheckpointError, match=rf"{name}.*{message}"):
-            evaluate(trained.best, "test", small_data, "cpu", options)
+    for name, net in {"relu.pt": torch.nn.ReLU(), "five.pt": torch.nn.Conv2d(5, 2, 3)}.items():
+        with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+            torch.jit.script(net).save(tmp_path / name)
+    for name, message in {
+        "text.pt": "is not a TorchScript file",
+        "relu.pt": r"gives \(60, 3, 8, 8\) for 60 images, expected features of shape \(60, F\)",
+        "five.pt": r"cannot be called with bytes \(60, 1, 8, 8\)",
+    }.items():
+        for option in ("inception", "features"):
+            options = EvaluateOptions(parts=("images",), **{option: tmp_path / name})
+            with pytest.raises(CheckpointError, match=rf"{name} {message}"):
+                evaluate(trained.best, "test", small_data, "cpu", options)
 
 
 def test_the_iwae_bound_of_a_split_from_what_some_images_gain():
@@ -192,7 +205,8 @@ def test_every_row_of_images_is_what_its_name_says(trained, small_data):
     report = evaluate(trained.best, "test", small_data, "cpu", options)
     train, test = (load_split(name, small_data, "custom") for name in ("train", "test"))
     model, seed = load_model(trained.best), trained.state.config.seed
-    train_PF, real_NF = (image_features(split.images_NCHW) for split in (train, test))
+    of = features_for("custom", train)
+    train_PF, real_NF = (of(split.images_NCHW) for split in (train, test))
     mu_NZ = encode_split(model, eval_dataloader(test)).mu_NZ
 
     def drawn(name):
@@ -203,10 +217,11 @@ def test_every_row_of_images_is_what_its_name_says(trained, small_data):
         "reconstructions": decode_bytes(model, mu_NZ[:40]),
         **{name: drawn(name) for name in ("prior", "mixture", "flow")},
     }.items():
-        features = image_features(images)
+        features = of(images)
         near = [nearest(x, train_PF, 1)[0][:, 0] for x in (features, real_NF)]
         expected = {
             "fid": frechet_distance(real_NF, features, seed),
+            "kid": kernel_distance(real_NF, features),
             **manifold_measures(real_NF, features),
             **copying(*near),
         }
@@ -343,7 +358,7 @@ def test_a_split_of_one_image_keeps_what_one_image_can_say(tmp_path, options, sm
 
 @pytest.mark.parametrize("level", [0, 128])
 def test_images_that_do_not_differ_have_defined_values_or_a_reason(
-    level, tmp_path, options, small_config
+    level, tmp_path, options, small_config, inception
 ):
     data = write_idx_folder(tmp_path / "data")
     for name, num in (("train", 360), ("t10k", 60)):
@@ -352,6 +367,11 @@ def test_images_that_do_not_differ_have_defined_values_or_a_reason(
     config = dataclasses.replace(small_config, epochs=1, holdout="last")
     trained = fit(config, options(run="equal", data_dir=data), quiet=True)
     asked = EvaluateOptions(iwae_samples=2, samplers=("prior", "mixture"), sampler=QUICK)
+    said = []
+    found = evaluate(trained.best, "validation", data, "cpu", asked, said.append)
+    assert found.images is None
+    assert "a classifier of equal images has learned nothing: give --features" in said[0]
+    asked = dataclasses.replace(asked, features=inception[1])
     found = evaluate(trained.best, "validation", data, "cpu", asked)
     values = numbers(found.to_dict())
     assert all(math.isfinite(value) and abs(value) < 1e4 for value in values)
@@ -429,52 +449,50 @@ def test_the_published_anchors_of_fashion_mnist(fashion_mnist):
 
 def test_the_shipped_features_classify_fashion_mnist(fashion_mnist):
     split = load_split("test")
-    found_N = load_feature_net().classify(
-        image_features(split.images_NCHW) / load_feature_net().scale
-    )
-    accuracy = (found_N.argmax(dim=1) == split.labels_N).double().mean().item()
-    assert accuracy >= 0.925
+    right = accuracy(shipped_features().net, split)
+    assert right >= 0.925
     root = Path(__file__).parents[2]
     said = json.loads((root / "benchmarks/feature_net.json").read_text())
-    assert accuracy == pytest.approx(said["test_accuracy"], abs=3e-4)
-    assert said["sha256"] == image_quality.WEIGHTS_SHA256
-    assert image_quality.WEIGHTS.stat().st_size < 2_000_000
+    assert right == pytest.approx(said["test_accuracy"], abs=3e-4)
+    assert said["sha256"] == WEIGHTS_SHA256
+    assert WEIGHTS.stat().st_size < 2_000_000
 
 
 def test_features_of_training_images_have_variance_one(fashion_mnist):
-    features_NF = image_features(load_split("train").subset(torch.arange(5000)).images_NCHW)
-    assert features_NF.shape == (5000, image_quality.NUM_FEATURES)
+    features_NF = shipped_features()(load_split("train").subset(torch.arange(5000)).images_NCHW)
+    assert features_NF.shape == (5000, NUM_FEATURES)
     assert features_NF.var(dim=0).mean().item() == pytest.approx(1, abs=0.05)
 
 
 def test_features_of_bytes_are_those_of_floats(small_data):
     split = load_split("validation", small_data, "custom")
-    floats = image_features(split.pixels(slice(None)))
-    assert torch.allclose(image_features(split.images_NCHW), floats, atol=1e-4)
-    with pytest.raises(ConfigError, match="takes grey images, these have 3 channels"):
-        image_features(torch.zeros(2, 3, 8, 8))
+    floats = shipped_features()(split.pixels(slice(None)))
+    assert torch.allclose(shipped_features()(split.images_NCHW), floats, atol=1e-4)
+    with pytest.raises(ConfigError, match="are of images with 1 channel, these have 3"):
+        shipped_features()(torch.zeros(2, 3, 8, 8))
 
 
 def test_other_weights_are_refused(tmp_path, monkeypatch):
     other = tmp_path / "weights.safetensors"
-    other.write_bytes(image_quality.WEIGHTS.read_bytes()[:-1] + b"x")
+    other.write_bytes(WEIGHTS.read_bytes()[:-1] + b"x")
     for path in (other, tmp_path / "none"):
-        monkeypatch.setattr(image_quality, "WEIGHTS", path)
+        monkeypatch.setattr(features_module, "WEIGHTS", path)
         with pytest.raises(CheckpointError, match="install the package again"):
-            load_feature_net.__wrapped__()
+            shipped_features.__wrapped__()
 
 
 def test_validation_measures_the_prior_s_fid_if_asked(trained, small_data):
     split = load_split("validation", small_data, "custom")
     model, loader = load_model(trained.best), eval_dataloader(split)
-    found = eval_epoch(model, loader, seed=3, fid_samples=50)["fid"]
+    features = features_for("custom", load_split("train", small_data, "custom"))
+    found = eval_epoch(model, loader, seed=3, fid_samples=50, features=features)["fid"]
+    with pytest.raises(ConfigError, match="not the features to compare images in"):
+        eval_epoch(model, loader, seed=3, fid_samples=50)
     assert "fid" not in eval_epoch(model, loader, seed=3)
     images_NCHW = model.sample(50, generator(3, "fid"))
-    by_hand = frechet(
-        moments(image_features(split.images_NCHW)), moments(image_features(images_NCHW))
-    )
+    by_hand = frechet(moments(features(split.images_NCHW)), moments(features(images_NCHW)))
     assert found == pytest.approx(by_hand, rel=1e-3)
-    assert found == prior_fid(model, loader, 3, 50)  # the real images' moments are kept
+    assert found == prior_fid(model, loader, 3, 50, features)  # the real images' moments are kept
 
 
 def test_bits_are_drawn_once_and_with_the_grey_value_as_probability():

@@ -9,11 +9,13 @@ import scipy.linalg
 import torch
 
 from vae_hyperband.common.randomness import generator
+from vae_hyperband.evaluation import image_quality
 from vae_hyperband.evaluation.image_quality import (
     Moments,
     copying,
     frechet,
     frechet_distance,
+    kernel_distance,
     manifold_measures,
     moments,
     nearest,
@@ -193,3 +195,66 @@ def test_the_error_of_copying_is_the_spread_over_independent_draws():
 def test_mean_and_error_of_one_value_has_no_error():
     assert mean_and_error(torch.tensor([1.0, 3.0])) == Estimate(2.0, 1.0)
     assert math.isnan(mean_and_error(torch.tensor([1.0])).standard_error)
+
+
+def kernel_distance_by_loops(real, fake):
+    """Binkowski et al. 2018, equation 4: every pair of different vectors."""
+
+    def kernel(x, y):
+        return (float(x @ y) / len(x) + 1) ** 3
+
+    def within(points):
+        num = len(points)
+        pairs = [(i, j) for i in range(num) for j in range(num) if i != j]
+        return sum(kernel(points[i], points[j]) for i, j in pairs) / (num * (num - 1))
+
+    between = sum(kernel(x, y) for x in real for y in fake) / (len(real) * len(fake))
+    return within(real) + within(fake) - 2 * between
+
+
+def test_kid_and_its_error_are_what_loops_find():
+    real, fake = normal(43, 3, 1).double(), normal(65, 3, 2, 0.5).double()
+    found = kernel_distance(real, fake)
+    assert found.mean == pytest.approx(kernel_distance_by_loops(real, fake), rel=1e-9)
+    again = []
+    for block in range(20):
+        sets = (x[torch.arange(len(x)) % 20 != block] for x in (real, fake))
+        again.append(kernel_distance_by_loops(*sets))
+    expected = math.sqrt(19 * statistics.pvariance(again))
+    assert found.standard_error == pytest.approx(expected, rel=1e-6)
+    assert kernel_distance(real, fake[:3]) is None
+
+
+def test_kid_is_unbiased_and_its_error_is_the_spread_over_independent_draws():
+    """Of equal distributions its mean is 0, from 30 vectors as from 3,000; the FID's is not."""
+
+    def draw(seed, shift):
+        return kernel_distance(normal(30, 4, 2 * seed), normal(40, 4, 2 * seed + 1, shift))
+
+    same = [draw(seed, 0) for seed in range(200)]
+    spread = statistics.stdev(value.mean for value in same)
+    assert abs(statistics.fmean(value.mean for value in same)) < 3 * spread / math.sqrt(200)
+    assert min(value.mean for value in same) < 0
+    said = statistics.fmean(value.standard_error for value in same)
+    assert 0.9 < said / spread < 1.8  # conservative where the kernels are degenerate
+    fids = [
+        frechet(moments(normal(30, 4, 2 * seed)), moments(normal(40, 4, 2 * seed + 1)))
+        for seed in range(20)
+    ]
+    assert statistics.fmean(fids) > 5 * statistics.stdev(fids) / math.sqrt(20)
+    apart = [draw(seed, 1.0) for seed in range(200)]
+    spread = statistics.stdev(value.mean for value in apart)
+    said = statistics.fmean(value.standard_error for value in apart)
+    assert 0.75 < said / spread < 1.35
+    truth = kernel_distance(normal(4000, 4, 1), normal(4000, 4, 2, 1.0))
+    error = math.hypot(spread / math.sqrt(200), truth.standard_error)
+    assert abs(statistics.fmean(value.mean for value in apart) - truth.mean) < 4 * error
+
+
+def test_blocks_of_rows_do_not_change_kid(monkeypatch):
+    real, fake = normal(300, 5, 1), normal(200, 5, 2, 0.3)
+    whole = kernel_distance(real, fake)
+    monkeypatch.setattr(image_quality, "KERNEL_ROWS", 7)
+    parts = kernel_distance(real, fake)
+    assert parts.mean == pytest.approx(whole.mean, rel=1e-9)
+    assert parts.standard_error == pytest.approx(whole.standard_error, rel=1e-9)

@@ -14,6 +14,7 @@ from vae_hyperband.common.process import environment
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import Split, load_split
 from vae_hyperband.evaluation.bounds import eval_dataloader, eval_epoch, split_nats
+from vae_hyperband.evaluation.features import shipped_features
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.model.schedules import learning_rate_at
 from vae_hyperband.training.loop import fit, train_epoch
@@ -292,7 +293,7 @@ def test_a_loader_without_a_length_trains_and_evaluates_as_ours(
     other = new_state(small_config, (1, 8, 8), 300)
     for _ in range(2):
         assert train_epoch(other, streamed) == train_epoch(state, ours)
-    measured = {"iwae_samples": 2, "fid_samples": 20}
+    measured = {"iwae_samples": 2, "fid_samples": 20, "features": shipped_features()}
     expected = eval_epoch(state.model, ours, **measured)
     once = iter(list(ours))  # whose batches are needed for several measures
     whole = DataLoader(list(ours), batch_size=None)  # whose data set has a length of 10

@@ -122,7 +122,7 @@ def table(rows: list[Row]) -> str:
         cells = [_cell(group, name, digits) for name, digits in shown.items()]
         lines.append([str(config["latent_dim"]), f"{config['beta']:g}", str(len(group)), *cells])
     head = ["latent", "beta", "n", *map(_column_name, shown)]
-    about = ["n: seeds", "FID: Fashion-MNIST features"]
+    about = ["n: seeds", *sorted({row["fid_name"] for row in rows if "fid_name" in row})]
     if len(rows) > len(lines):
         about.append("+-: half of the 95% interval over seeds")
     return "\n".join([Table("study", lines, head).text(), "; ".join(about)])

@@ -21,7 +21,8 @@ from vae_hyperband.common.process import own_modes
 from vae_hyperband.common.randomness import generator, standard_normal
 from vae_hyperband.data.batches import EpochOrder, SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Split
-from vae_hyperband.evaluation.image_quality import frechet, image_features, moments, split_features
+from vae_hyperband.evaluation.features import Features, split_features
+from vae_hyperband.evaluation.image_quality import frechet, moments
 from vae_hyperband.evaluation.results import Estimate
 from vae_hyperband.model.likelihoods import LEVELS, Likelihood
 from vae_hyperband.model.objective import Nats, log_weights, nats_per_image
@@ -135,18 +136,19 @@ def _with_noise(
         start += len(x_BCHW)
 
 
-def prior_fid(model: VAE, loader: Iterable[Any], seed: int, num_samples: int) -> float:
-    """FID (Fashion-MNIST features) of images decoded from samples of the prior.
+def prior_fid(
+    model: VAE, loader: Iterable[Any], seed: int, num_samples: int, features: Features
+) -> float:
+    """FID, in these features, of images decoded from samples of the prior.
 
     Against the loader's images.
     """
-    device, split = next(model.parameters()).device, _split_of(loader)
-    if split:
-        real_NF = split_features(split, device)
+    if split := _split_of(loader):
+        real_NF = split_features(split, features)
     else:
-        real_NF = image_features(torch.cat([x_BCHW for x_BCHW, _ in loader]), device)
+        real_NF = features(torch.cat([x_BCHW for x_BCHW, _ in loader]))
     generated_NCHW = model.sample(num_samples, generator(seed, "fid"))
-    return frechet(moments(real_NF), moments(image_features(generated_NCHW, device)))
+    return frechet(moments(real_NF), moments(features(generated_NCHW)))
 
 
 @own_modes()
@@ -158,6 +160,7 @@ def eval_epoch(
     iwae_samples: int = 0,
     fid_samples: int = 0,
     capacity: float = 0.0,
+    features: Features | None = None,
 ) -> Losses:
     """Average losses of a split in nats per image, exact per image whatever the batch size.
 
@@ -166,9 +169,16 @@ def eval_epoch(
     any other iterable of batches, whose images are then held in memory. "bound" is reconstruction +
     KL, which models are compared by; "total_loss" weighs the KL's distance from ``capacity`` by
     ``beta``; "iwae" and "fid" (of samples of the prior) are added if ``iwae_samples`` and
-    ``fid_samples`` are above 0.
-    Raises :class:`ConfigError` for a loader without batches, or with images of another shape.
+    ``fid_samples`` are above 0; "fid" is in ``features``
+    (:func:`~vae_hyperband.evaluation.features.features_for`).
+    Raises :class:`ConfigError` for a loader without batches, or with images of another shape, and
+    for ``fid_samples`` without features.
     """
+    if fid_samples and features is None:
+        raise ConfigError(
+            "eval_epoch was given fid_samples, but not the features to compare images in: give "
+            "features=, such as evaluation.features.features_for(config.dataset, training_split)."
+        )
     loader = _again_and_again(model, loader)
     nats = split_nats(model, loader, seed)
     recon, kl = nats.recon_B.mean().item(), nats.kl_B.mean().item()
@@ -180,8 +190,8 @@ def eval_epoch(
     }
     if iwae_samples:
         losses["iwae"] = iwae_nats(model, loader, seed, iwae_samples).mean().item()
-    if fid_samples:
-        losses["fid"] = prior_fid(model, loader, seed, fid_samples)
+    if features and fid_samples:
+        losses["fid"] = prior_fid(model, loader, seed, fid_samples, features)
     return losses
 
 

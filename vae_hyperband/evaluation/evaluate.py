@@ -39,16 +39,13 @@ from vae_hyperband.evaluation.bounds import (
     of_whole_split,
     split_nats,
 )
-from vae_hyperband.evaluation.image_quality import (
-    WEIGHTS_SHA256,
-    copying,
-    frechet_distance,
-    image_features,
-    inception_features,
-    manifold_measures,
-    nearest,
-    split_features,
+from vae_hyperband.evaluation.features import (
+    Features,
+    features_for,
+    file_features,
+    why_no_features,
 )
+from vae_hyperband.evaluation.image_quality import ImageMetrics
 from vae_hyperband.evaluation.latents import (
     ACTIVE_VARIANCE,
     Posteriors,
@@ -63,11 +60,9 @@ from vae_hyperband.evaluation.latents import (
 )
 from vae_hyperband.evaluation.results import (
     VERSION,
-    Estimate,
     Evaluation,
     Factors,
     GeneratedImages,
-    ImageQuality,
     ImportanceBound,
     Json,
     LatentSpace,
@@ -107,9 +102,12 @@ class EvaluateOptions:
     """Where z comes from for generated images; a mixture or flow is fitted first if needed."""
     num_generated: int | None = None
     """Images to generate per sampler (default: as many as the split has); FID depends on it."""
+    features: Path | None = None
+    """Compare images in the features of a network that you supply, a TorchScript file: bytes (B,
+    3, H, W) -> (B, F) (default: of a classifier; docs/evaluation.md)."""
     inception: Path | None = None
-    """Also measure FID in Inception's features: a TorchScript file that you supply
-    (inception-2015-12-05.pt of StyleGAN2-ADA; docs/evaluation.md)."""
+    """Also measure FID in Inception's features: such a file (inception-2015-12-05.pt of
+    StyleGAN2-ADA)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
@@ -117,10 +115,11 @@ class EvaluateOptions:
         require(len(self.parts) > 0, "--parts needs at least one part.")
         require_number("iwae_samples", self.iwae_samples, 0)
         require_number("iwae_images", self.iwae_images, 2)
-        require(
-            self.inception is None or self.inception.is_file(),
-            f"--inception is {str(self.inception)!r}, but there is no such file.",
-        )
+        for name, path in (("features", self.features), ("inception", self.inception)):
+            require(
+                path is None or path.is_file(),
+                f"--{name} is {str(path)!r}, but there is no such file.",
+            )
         if self.num_generated is not None:
             require_number("num_generated", self.num_generated, 10)
 
@@ -289,53 +288,6 @@ def _factors(context: EvaluationContext, mu_NZ: Tensor) -> Factors:
     )
 
 
-class ImageMetrics:
-    """Measures sets of images against a split, in the features of a classifier of Fashion-MNIST."""
-
-    def __init__(self, context: EvaluationContext, options: EvaluateOptions) -> None:
-        self.device, self.seed = context.device, context.seed
-        self.real_NF, self.train_PF = (
-            split_features(split, self.device) for split in (context.held_out, context.train)
-        )
-        self.nearest_N = self._nearest_training_image(self.real_NF)
-        self.inception = options.inception
-        if self.inception:
-            self.inception_NF = self._inception_features(context.held_out.images_NCHW)
-
-    def of_training_images(self, images_MCHW: Tensor, index_M: Tensor) -> ImageQuality:
-        """The quality of some of the training images, as the best that a model could do."""
-        return self._quality(images_MCHW, self.train_PF[index_M], {})
-
-    def of_generated(self, images_MCHW: Tensor) -> ImageQuality:
-        """The quality of generated images, as bytes; with it, whether they are copies."""
-        features_MF = image_features(images_MCHW, self.device)
-        copies = copying(self._nearest_training_image(features_MF), self.nearest_N)
-        return self._quality(images_MCHW, features_MF, copies)
-
-    def _quality(
-        self, images_MCHW: Tensor, features_MF: Tensor, copies: dict[str, Estimate]
-    ) -> ImageQuality:
-        inception_fid = None
-        if self.inception:
-            found_MF = self._inception_features(images_MCHW)
-            inception_fid = frechet_distance(self.inception_NF, found_MF, self.seed)
-        return ImageQuality(
-            num_images=len(images_MCHW),
-            fid=frechet_distance(self.real_NF, features_MF, self.seed),
-            **manifold_measures(self.real_NF, features_MF),
-            inception_fid=inception_fid,
-            **copies,
-        )
-
-    def _nearest_training_image(self, features_MF: Tensor) -> Tensor:
-        """Distance to it, shape (M,)."""
-        return nearest(features_MF, self.train_PF, 1)[0][:, 0]
-
-    def _inception_features(self, images_MCHW: Tensor) -> Tensor:
-        assert self.inception
-        return inception_features(images_MCHW, self.inception, self.device)
-
-
 def generated_images(
     context: EvaluationContext,
     options: EvaluateOptions,
@@ -350,7 +302,11 @@ def generated_images(
     model, held_out, train = context.model, context.held_out, context.train
     num = options.num_generated or len(held_out)
     step("features of the real images")
-    metrics = ImageMetrics(context, options)
+    features = features_for(
+        context.config.dataset, train, context.device, say, given=options.features
+    )
+    inception = file_features(options.inception, context.device) if options.inception else None
+    metrics = ImageMetrics(features, inception, train, held_out, context.seed)
     chosen = torch.randperm(len(train), generator=generator(context.seed, "real"))[:num]
     kinds = {"real": metrics.of_training_images(train.images_NCHW[chosen], chosen)}
     step("reconstructions")
@@ -360,21 +316,22 @@ def generated_images(
         step(f"images from the {name}")
         sampler = get_sampler(name, context.checkpoint, lambda: train, options.sampler, say)
         kinds[name] = metrics.of_generated(generate(model, sampler, num, context.seed))
-    return GeneratedImages(_image_protocol(context, options), kinds)
+    protocol = _image_protocol(context, features, inception)
+    return GeneratedImages(protocol, kinds, features.name)
 
 
-def _image_protocol(context: EvaluationContext, options: EvaluateOptions) -> str:
-    bits = inception = ""
+def _image_protocol(
+    context: EvaluationContext, features: Features, inception: Features | None
+) -> str:
+    bits = ""
     if context.config.binarize != "none":
         bits = ", grey ones, although the model was trained on bits"
-    if options.inception:
-        digest = hashlib.sha256(options.inception.read_bytes()).hexdigest()
-        inception = f"; inception_fid: in the features of {options.inception.name} ({digest[:12]})"
+    also = f"; inception_fid: {inception.protocol()}" if inception else ""
     return (
-        f"features of a Fashion-MNIST classifier (SHA-256 {WEIGHTS_SHA256[:12]}), images as bytes "
-        f"against all {len(context.held_out):,} images of the split{bits}; reconstructions of the "
-        "split's first images from posterior means; real: images of the training split; 5 nearest "
-        f"neighbours; errors of FID by bootstrap{inception}"
+        f"{features.protocol(context.held_out, context.split)}, images as bytes against all "
+        f"{len(context.held_out):,} images of the split{bits}; reconstructions of the split's "
+        "first images from posterior means; real: images of the training split; 5 nearest "
+        f"neighbours; errors of FID by bootstrap, of KID by jackknife of 20 blocks{also}"
     )
 
 
@@ -408,6 +365,10 @@ def evaluate(
         if part in parts and num_images < least:
             say(f"{part} left out: they need {least} images, and the split has {num_images}")
             parts.remove(part)
+    why = "" if options.features else why_no_features(context.config.dataset, context.train)
+    if "images" in parts and why:
+        say(f"images left out: {why}: give --features, a TorchScript file of a network")
+        parts.remove("images")
     steps = {"likelihood": 1, "latents": 1, "images": 2 + len(options.samplers)}
     total = sum(steps[part] for part in parts)
     numbers = itertools.count(1)

@@ -1,149 +1,25 @@
-"""Quality of generated images: FID, precision, recall and more, in features of a small classifier.
+"""Quality of generated images: FID, KID, precision, recall and more, in any space of features.
 
-Inception, which papers on natural images use, was trained on 299x299 photographs; a 28x28 garment
-blown up to that size lies far from anything it has seen. So the features here are those of a small
-classifier of Fashion-MNIST itself, trained on the training split alone and shipped with its digest.
-These FIDs can be compared with each other, never with FIDs in Inception's features. With a file of
-Inception's weights those can be measured as well (:func:`inception_features`).
+Which features, :mod:`~vae_hyperband.evaluation.features` says: distances in different ones cannot
+be compared.
 
-Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, F features.
+Shape suffixes: B images of a batch, N images of a split, M generated images, P training images, C
+channels, H height, W width, F features, G blocks of images.
 """
 
-import functools
-import hashlib
 import math
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.splits import Split, per_split
-from vae_hyperband.evaluation.results import Estimate, mean_and_error
+from vae_hyperband.data.splits import Split
+from vae_hyperband.evaluation.features import Features, split_features
+from vae_hyperband.evaluation.results import Estimate, ImageQuality, mean_and_error
 
-WEIGHTS = Path(__file__).with_name("feature_net.safetensors")
-
-#: SHA-256 of :data:`WEIGHTS`; benchmarks/RECORDS.md says how they were made.
-WEIGHTS_SHA256 = "a63a061b13e6b955be60f2566cd7dd3da4f13a0f2d65b71736f76568245d8bef"
-
-NUM_FEATURES = 128
-BATCH_SIZE = 100  # on a CPU twice as fast as 1000: activations stay in the cache
-
-# about the mean and standard deviation of the training split's pixels, 0.2855 and 0.3528
-PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3527
-
-
-class FeatureNet(nn.Module):
-    """Five 3x3 convolutions, each with batch normalisation and ReLU; mean over places; ten logits.
-
-    Takes any image size from 4x4 on: the features are means over places.
-    """
-
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (1, 32, 64, 128, 128, NUM_FEATURES)
-        strides = (1, 2, 2, 1, 1)  # 28x28, 14x14, 7x7, 7x7, 7x7
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(widths[i], widths[i + 1], 3, stride, padding=1, bias=False),
-                    nn.BatchNorm2d(widths[i + 1]),
-                    nn.ReLU(),
-                )
-                for i, stride in enumerate(strides)
-            )
-        )
-        self.classify = nn.Linear(NUM_FEATURES, 10)
-        #: Makes the variance of the training images' features 1 on average over features.
-        self.register_buffer("scale", torch.ones(()))
-
-    def features(self, x_BCHW: Tensor) -> Tensor:
-        """Images in [0, 1] -> what the last layer classifies by, scaled, shape (B, F)."""
-        return self._pooled(x_BCHW) * self.scale
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.classify(self._pooled(x_BCHW))
-
-    def _pooled(self, x_BCHW: Tensor) -> Tensor:
-        return self.blocks((x_BCHW - PIXEL_MEAN) / PIXEL_STD).mean(dim=(2, 3))
-
-
-@functools.cache
-def load_feature_net(device: torch.device | str = "cpu") -> FeatureNet:
-    """The shipped network, in eval mode. Raises :class:`CheckpointError` if its file differs."""
-    from safetensors.torch import load_file  # training does not need it
-
-    found = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if WEIGHTS.is_file() else "no file"
-    if found != WEIGHTS_SHA256:
-        raise CheckpointError(
-            f"{WEIGHTS} has SHA-256 {found}, expected {WEIGHTS_SHA256}: install the package again."
-        )
-    net = FeatureNet()
-    net.load_state_dict(load_file(WEIGHTS))
-    return net.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def image_features(x_NCHW: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Features of images, as bytes or as floats in [0, 1]: float32 on the CPU, shape (N, F)."""
-    if x_NCHW.shape[1] != 1:
-        raise ConfigError(
-            f"The feature network takes grey images, these have {x_NCHW.shape[1]} channels."
-        )
-    net = load_feature_net(device)
-    parts = []
-    for x_BCHW in x_NCHW.split(BATCH_SIZE):
-        x_BCHW = x_BCHW.to(device)
-        parts.append(net.features(x_BCHW / 255 if x_BCHW.dtype == torch.uint8 else x_BCHW).cpu())
-    return torch.cat(parts)
-
-
-@per_split
-def split_features(split: Split, device: torch.device | str = "cpu") -> Tensor:
-    """Features of a whole split, kept for the next evaluation."""
-    return image_features(split.images_NCHW, device)
-
-
-@torch.no_grad()
-def inception_features(
-    images_NCHW: Tensor, weights: Path, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Inception's 2048 features of images as bytes: float32 on the CPU, shape (N, F).
-
-    ``weights`` is the TorchScript translation of the network of Heusel et al. 2017 that
-    StyleGAN2-ADA published as inception-2015-12-05.pt and clean-fid uses: called with bytes
-    (B, 3, H, W) and ``return_features=True``, it resizes to 299x299 itself. Any other
-    network with this interface works. Raises :class:`CheckpointError` for any other file.
-    """
-    with warnings.catch_warnings():
-        # torch.jit is deprecated, but the file that everyone compares with is in its format
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            net = torch.jit.load(weights, map_location=device).eval()
-        except (OSError, RuntimeError, ValueError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{weights} is not a TorchScript file: {why}") from error
-    parts = []
-    for x_BCHW in images_NCHW.split(BATCH_SIZE):
-        rgb_BCHW = x_BCHW.expand(-1, 3, -1, -1).contiguous().to(device)
-        try:
-            features_BF = net(rgb_BCHW, return_features=True)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{weights} cannot be called with bytes (B, 3, H, W) and return_features=True, as "
-                "inception-2015-12-05.pt can."
-            ) from error
-        parts.append(features_BF.float().cpu())
-    return torch.cat(parts)
-
-
-# ---- Distances between sets of images, in any space of features.
+# ---- Distances between sets of vectors
 
 NUM_BOOTSTRAPS = 50
 NEAREST = 5  # neighbours that span a set's manifold, as in Naeem et al. 2020
@@ -193,6 +69,58 @@ def frechet_distance(reference_NF: Tensor, generated_MF: Tensor, seed: int = 0) 
         )
         again.append(frechet(*sets))
     return Estimate(mean, torch.tensor(again).std().item())
+
+
+NUM_BLOCKS = 20  # of images, for the jackknife
+KERNEL_ROWS = 1000  # of a matrix of kernels at a time
+
+
+def kernel_distance(reference_NF: Tensor, generated_MF: Tensor) -> Estimate | None:
+    """KID of the two sets (Binkowski et al. 2018): the squared maximum mean discrepancy with the
+    kernel (x.y / F + 1)^3, estimated without bias, which FID is not.
+
+    So its mean does not depend on the number of images, and around 0 it may be negative. All pairs
+    of images count, not those of the paper's random subsets. The error is a jackknife's: both sets
+    are cut into 20 blocks, and each block is left out once. Where the sets have one distribution it
+    is too large, by up to the root of 2 (Efron & Stein 1981). None for sets of fewer than 4 images.
+    """
+    num_blocks = min(NUM_BLOCKS, len(reference_NF) // 2, len(generated_MF) // 2)
+    if num_blocks < 2:
+        return None
+    sets = [  # every 20th image: files are often sorted, and the blocks should be alike
+        [x[start::num_blocks].double() for start in range(num_blocks)]
+        for x in (reference_NF, generated_MF)
+    ]
+    sizes = [torch.tensor([len(block) for block in blocks]) for blocks in sets]
+    real, fake = sets
+    sums = [_kernel_sums(one, other) for one, other in ((real, real), (fake, fake), (real, fake))]
+
+    def without(block: int | None) -> float:
+        keep_G = torch.arange(num_blocks) != (-1 if block is None else block)
+        n, m = (int(size_G[keep_G].sum()) for size_G in sizes)
+        same_N, same_M, between = (float(sums_GG[keep_G][:, keep_G].sum()) for sums_GG in sums)
+        return same_N / (n * (n - 1)) + same_M / (m * (m - 1)) - 2 * between / (n * m)
+
+    again_G = torch.tensor([without(block) for block in range(num_blocks)], dtype=torch.float64)
+    spread = (again_G - again_G.mean()).square().sum() * (num_blocks - 1) / num_blocks
+    return Estimate(without(None), spread.sqrt().item())
+
+
+def _kernel_sums(one: list[Tensor], other: list[Tensor]) -> Tensor:
+    """Sums of kernels between blocks of vectors, shape (G, G); no vector is paired with itself."""
+    every_MF, num_features = torch.cat(other), one[0].shape[1]
+    ends_G = torch.tensor([len(block) for block in other]).cumsum(0)
+    sums_GG = torch.zeros(len(one), len(other), dtype=torch.float64)
+    for number, block_BF in enumerate(one):
+        for rows_BF in block_BF.split(KERNEL_ROWS):
+            column_M = ((rows_BF @ every_MF.T / num_features + 1) ** 3).sum(dim=0)
+            parts = column_M.tensor_split(ends_G[:-1])
+            sums_GG[number] += torch.stack([part.sum() for part in parts])
+        if one is other:
+            sums_GG[number, number] -= (
+                (block_BF.square().sum(dim=1) / num_features + 1) ** 3
+            ).sum()
+    return sums_GG
 
 
 def _on_one_grid(one_NF: Tensor, other_MF: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,3 +229,54 @@ def _probability_less(one_M: Tensor, other_N: Tensor) -> Estimate:
     above_M, below_N = share_above(one_M, other_N), 1 - share_above(other_N, one_M)
     variance = above_M.var() / len(one_M) + below_N.var() / len(other_N)
     return Estimate(above_M.mean().item(), variance.sqrt().item())
+
+
+# ---- A kind of images against a split
+
+
+class ImageMetrics:
+    """Measures sets of images, as bytes, against the real ones of a split."""
+
+    def __init__(
+        self,
+        features: Features,
+        inception: Features | None,
+        train: Split,
+        held_out: Split,
+        seed: int,
+    ) -> None:
+        self.features, self.inception, self.held_out, self.seed = (
+            features, inception, held_out, seed,
+        )  # fmt: skip
+        self.real_NF, self.train_PF = (split_features(x, features) for x in (held_out, train))
+        self.nearest_N = self._nearest_training_image(self.real_NF)
+
+    def of_training_images(self, images_MCHW: Tensor, index_M: Tensor) -> ImageQuality:
+        """The quality of some of the training images, as the best that a model could do."""
+        return self._quality(images_MCHW, self.train_PF[index_M], {})
+
+    def of_generated(self, images_MCHW: Tensor) -> ImageQuality:
+        """The quality of generated images; with it, whether they are copies."""
+        features_MF = self.features(images_MCHW)
+        copies = copying(self._nearest_training_image(features_MF), self.nearest_N)
+        return self._quality(images_MCHW, features_MF, copies)
+
+    def _quality(
+        self, images_MCHW: Tensor, features_MF: Tensor, copies: dict[str, Estimate]
+    ) -> ImageQuality:
+        inception_fid = None
+        if self.inception:
+            sets = split_features(self.held_out, self.inception), self.inception(images_MCHW)
+            inception_fid = frechet_distance(*sets, self.seed)
+        return ImageQuality(
+            num_images=len(images_MCHW),
+            fid=frechet_distance(self.real_NF, features_MF, self.seed),
+            kid=kernel_distance(self.real_NF, features_MF),
+            **manifold_measures(self.real_NF, features_MF),
+            inception_fid=inception_fid,
+            **copies,
+        )
+
+    def _nearest_training_image(self, features_MF: Tensor) -> Tensor:
+        """Distance to it, shape (M,)."""
+        return nearest(features_MF, self.train_PF, 1)[0][:, 0]

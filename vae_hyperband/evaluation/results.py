@@ -19,6 +19,10 @@ from vae_hyperband.data.splits import SplitName
 #: Of the layout of evaluation.json and of the protocols that its numbers follow.
 VERSION = 6
 
+#: What tables call the features of the shipped classifier; evaluations before version 6 had these
+#: alone, for all data sets.
+FASHION_MNIST_FEATURES = "Fashion-MNIST features"
+
 Json = dict[str, Any]  # an object of a JSON file
 
 
@@ -112,6 +116,7 @@ class ImageQuality:
 
     num_images: int
     fid: Estimate
+    kid: Estimate | None = None  # None in files before version 6
     # the next four are None for images that do not differ
     precision: Estimate | None = None
     recall: Estimate | None = None
@@ -129,6 +134,12 @@ class GeneratedImages:
 
     protocol: str
     kinds: dict[str, ImageQuality]
+    features: str | None = None  # what tables call them; None in files before version 6
+
+    @property
+    def fid_name(self) -> str:
+        """With the features, without which no two can be compared: ``FID (own classifier)``."""
+        return f"FID ({self.features or FASHION_MNIST_FEATURES})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +171,8 @@ class Evaluation:
         if latents:
             content["latents"] = latents
         if images:
-            content["images"] = {"protocol": images["protocol"], **images["kinds"]}
+            kinds = images.pop("kinds")
+            content["images"] = {**images, **kinds}
         return content
 
     def to_json(self) -> str:
@@ -174,8 +186,9 @@ class Evaluation:
         try:
             parts: Json = {"likelihood": content if "bound" in content else None}
             if images := content.get("images"):
-                kinds = {kind: row for kind, row in images.items() if kind != "protocol"}
-                parts["images"] = {"protocol": images["protocol"], "kinds": kinds}
+                about = {name: images[name] for name in ("protocol", "features") if name in images}
+                kinds = {kind: row for kind, row in images.items() if kind not in about}
+                parts["images"] = {"protocol": images["protocol"], **about, "kinds": kinds}
             found = _read(cls, content | parts)
         except (AttributeError, KeyError, TypeError) as error:
             raise ConfigError(

@@ -5,6 +5,7 @@ Nothing is uploaded.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from vae_hyperband.common.checks import plural
 from vae_hyperband.common.config import CommonConfig, in_effect, is_own_network
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import make_folder, write_together
-from vae_hyperband.evaluation.results import Evaluation
+from vae_hyperband.evaluation.results import Evaluation, GeneratedImages
 from vae_hyperband.model.checkpoint import (
     SHARED_CONFIG,
     SHARED_FORMAT,
@@ -221,14 +222,16 @@ def _hub_metrics(evaluation: Evaluation, likelihood: str) -> list[HubMetric]:
         if iwae := part.iwae:
             name = f"IWAE-{iwae.num_samples} bound, {unit}"
             found.append(HubMetric("iwae_bound", name, iwae.mean))
-    for kind, images in (evaluation.images.kinds if evaluation.images else {}).items():
+    generated = evaluation.images or GeneratedImages("", {})
+    for kind, images in generated.kinds.items():
         if kind == "real":  # says nothing of the model
             continue
         # hubs take "fid" to be in Inception's features, with which this one cannot be compared
-        name = f"FID (Fashion-MNIST features), {kind}, {plural(images.num_images, 'image')}"
-        found.append(HubMetric("fid_fashion_mnist_features", name, images.fid.mean))
+        fid, of = generated.fid_name, f"{kind}, {plural(images.num_images, 'image')}"
+        metric = re.sub("[^a-z0-9]+", "_", fid.lower()).strip("_")
+        found.append(HubMetric(metric, f"{fid}, {of}", images.fid.mean))
         if images.inception_fid:
-            name = name.replace("Fashion-MNIST", "Inception")
+            name = f"FID (Inception features), {of}"
             found.append(HubMetric("fid", name, images.inception_fid.mean))
     return [metric for metric in found if math.isfinite(metric.value)]
 

@@ -259,7 +259,8 @@ def _beta_axis(axes: Axes, betas: list[float]) -> None:
 def _images(axes: Axes, families: list[Family]) -> None:
     for source, (color, label) in SOURCES.items():
         _against_beta(axes, families, f"fid_{source}", color, label)
-    axes.set(title="FID of images (lower is better)", yscale="log")
+    row = families[0][1][0][0]  # the rows of a study that 0.1 made do not name the features
+    axes.set(title=f"{row.get('fid_name', 'FID')} of images (lower is better)", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())

@@ -30,7 +30,7 @@ from vae_hyperband.reporting.page import (
 from vae_hyperband.reporting.runs import best_ckpt
 from vae_hyperband.reporting.summaries import summary_of
 from vae_hyperband.reporting.tables import LOSS_NAMES, evaluation_tables, headline
-from vae_hyperband.search.config import METRICS, SearchConfig
+from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.space import shown
 from vae_hyperband.search.trials import (
     RESULT,
@@ -253,7 +253,8 @@ def _trials(found: SearchResult) -> str:
         )
         kind = ' class="winner"' if trial is found.winner else ""
         rows.append(f"<tr{kind}>{cells}</tr>")
-    note = f"Losses in nats per image, of each trial's best epoch. Ranked by {METRICS[metric]}."
+    ranked = f"Ranked by {found.config.metric_name}."
+    note = f"Losses in nats per image, of each trial's best epoch. {ranked}"
     trials = wide("Trials", f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>")
     return quiet(note) + trials
 

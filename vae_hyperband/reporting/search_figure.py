@@ -12,7 +12,6 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from vae_hyperband.common.checks import plural
 from vae_hyperband.reporting.figures import BLUE, GREY, ORANGE, save_figure, styled
-from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.space import Choice, LogRange, Value, shown
 from vae_hyperband.search.trials import SearchResult, TrialRecord
 
@@ -104,7 +103,7 @@ def _draw_trials(axes: Axes, result: SearchResult) -> None:
         axes.plot([], [], color=color, marker="o", markersize=4, label=label)
     axes.set(
         xlabel="epoch",
-        ylabel=METRICS[config.metric],
+        ylabel=config.metric_name,
         title=f"{plural(len(result.trials), 'trial')}, {config.algorithm}, "
         f"{config.scheduler.upper()}; lower is better",
     )
@@ -127,7 +126,7 @@ def _write_winner(axes: Axes, result: SearchResult) -> None:
     axes.text(
         0,
         0.9,
-        f"Best configuration: {result.best_score:.2f} ({METRICS[config.metric]})",
+        f"Best configuration: {result.best_score:.2f} ({config.metric_name})",
         color=ORANGE,
         weight="bold",
         va="top",

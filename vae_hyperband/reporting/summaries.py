@@ -13,7 +13,6 @@ from vae_hyperband.common.process import EXIT_STOPPED
 from vae_hyperband.data.splits import as_trained
 from vae_hyperband.evaluation.latents import encode_images
 from vae_hyperband.model.checkpoint import load_ckpt
-from vae_hyperband.search.config import METRICS
 from vae_hyperband.search.space import describe
 from vae_hyperband.search.trials import SearchResult
 from vae_hyperband.training.loop import FitResult
@@ -68,7 +67,7 @@ def summary_of(found: SearchResult) -> str:
     config, failed = found.config, found.with_outcome("failed")
     full = config.total_trials * config.max_epochs
     lines = [
-        f"{found.winner.name} won with {found.best_score:.2f} ({METRICS[config.metric]}): "
+        f"{found.winner.name} won with {found.best_score:.2f} ({config.metric_name}): "
         f"{describe(found.winner.hyperparameters)}.",
         f"{len(found.with_outcome('stopped'))} of {plural(len(found.trials), 'trial')} stopped "
         f"early, {len(failed)} failed; {plural(found.epochs_spent, 'epoch')} trained, "

@@ -26,6 +26,7 @@ MEASURE_NAMES = {
     "knn_probe": "kNN probe",
     "mig": "MIG",
     "fid": "FID",
+    "kid": "KID",
     "precision": "precision",
     "recall": "recall",
     "density": "density",
@@ -141,14 +142,14 @@ def _image_table(images: GeneratedImages) -> Table:
     """A column for each kind of images; a dash where a measure does not apply."""
     kinds = images.kinds.values()
     rows = [["images", *(f"{kind.num_images:,}" for kind in kinds)]]
-    for measure in ("fid", "precision", "recall", "density", "coverage", "closer_than_held_out",
-                    "inception_fid"):  # fmt: skip
-        digits = 2 if "fid" in measure else 3
+    for measure in ("fid", "kid", "precision", "recall", "density", "coverage",
+                    "closer_than_held_out", "inception_fid"):  # fmt: skip
+        digits = 2 if "fid" in measure else 4 if measure == "kid" else 3
         found: list[Estimate | None] = [getattr(kind, measure) for kind in kinds]
         if any(found):
             cells = [f"{value:.{digits}f}" if value else "-" for value in found]
             rows.append([MEASURE_NAMES[measure], *cells])
-    title = "images against the split's: FID (Fashion-MNIST features) and nearest neighbours"
+    title = f"images against the split's: {images.fid_name} and nearest neighbours"
     if not any(kind.precision for kind in kinds):
         title += " (no precision to coverage: each image of the split equals its 5 nearest ones)"
     return Table(title, rows, head=["", *images.kinds])

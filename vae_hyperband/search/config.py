@@ -24,6 +24,7 @@ from vae_hyperband.common.checks import (
 from vae_hyperband.common.config import CommonConfig, Places, TrainConfig, in_effect
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import real
+from vae_hyperband.evaluation.features import features_name
 from vae_hyperband.search.space import (
     Choice,
     Domain,
@@ -47,7 +48,7 @@ Metric = Literal["bound", "iwae", "fid"]
 METRICS: dict[Metric, str] = {
     "bound": "validation bound at beta = 1, nats/image",
     "iwae": "validation IWAE bound, nats/image",
-    "fid": "validation FID, z from the prior",
+    "fid": "validation FID ({features}), z from the prior",
 }
 
 
@@ -221,6 +222,11 @@ class SearchConfig(CommonConfig):
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return super().to_dict() | {"space": self.space.to_dict() if self.space else None}
+
+    @property
+    def metric_name(self) -> str:
+        """What trials are compared by, in words."""
+        return METRICS[self.metric].format(features=features_name(self.dataset))
 
     @property
     def rungs(self) -> list[int]:

@@ -15,6 +15,7 @@ from vae_hyperband.common.config import RunOptions, TrainConfig, changed_options
 from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import Split, split_for
+from vae_hyperband.evaluation.features import check_features
 from vae_hyperband.training.loop import train_command, train_epoch
 from vae_hyperband.training.state import (
     TrainState,
@@ -41,6 +42,8 @@ def dry_run(config: TrainConfig, options: RunOptions, advise: bool = True) -> st
     before = busy(advise and options.num_threads is None)
     with cpu_threads(options.num_threads):
         train = split_for(config, options, "train")
+        if config.fid_samples:
+            check_features(config.dataset, train)
         num_steps, done = steps_and_done(config, options, train)
         seconds = seconds_per_step(config, train, device)
         lines = [

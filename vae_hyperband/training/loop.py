@@ -44,6 +44,7 @@ from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.batches import Batches, EpochOrder, SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Images, Split, as_split, as_trained, load_training_splits
 from vae_hyperband.evaluation.bounds import Losses, batch_images, eval_dataloader, eval_epoch
+from vae_hyperband.evaluation.features import Features, features_for
 from vae_hyperband.evaluation.latents import Posteriors, information_per_dimension
 from vae_hyperband.model.checkpoint import DataFacts, tree_digest
 from vae_hyperband.model.objective import batch_losses, held_out_weights
@@ -199,6 +200,7 @@ def fit(
     ):
         config, options, train, held_out = _with_images(config, options, splits, should_stop)
         held_out = as_trained(held_out, config)
+        features = _features(config, train, device, quiet)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
         train_loader = get_dataloader(
             train, config.batch_size, seed=config.seed, shuffle=True, device=device
@@ -208,7 +210,7 @@ def fit(
         # a checkpoint tells on what it was computed: elsewhere the last bits may differ
         where = environment(device) | ({"compiled": True} if options.compile else {})
         state = first_state(config, options, train, device, where, quiet)
-        with Trainer(state, options, train, where, quiet) as trainer:
+        with Trainer(state, options, train, where, quiet, features) as trainer:
             trainer.begin(held_out)
             while state.step < state.num_steps:
                 train_losses = train_epoch(
@@ -253,6 +255,18 @@ def _with_images(
     return config, options, train, held_out
 
 
+def _features(
+    config: TrainConfig, train: Split, device: torch.device, quiet: bool
+) -> Features | None:
+    """What validations measure FID in, if they do. Raises :class:`ConfigError` if nothing is."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    return features_for(config.dataset, train, device, say) if config.fid_samples else None
+
+
 class Trainer:
     """What :func:`fit` does beside the steps: saving, validating, logging, showing progress."""
 
@@ -263,9 +277,10 @@ class Trainer:
         train: Split,
         environment: Environment,
         quiet: bool,
+        features: Features | None = None,
     ) -> None:
         self.state, self._options, self._train = state, options, train
-        self._environment, self._quiet = environment, quiet
+        self._environment, self._quiet, self._features = environment, quiet, features
 
     def __enter__(self) -> Self:
         state, options = self.state, self._options
@@ -300,6 +315,8 @@ class Trainer:
         if self.state.step == 0:
             self.tracker.pictures(0, input=held_out.pixels(slice(NUM_PICTURES)))
             settings = in_effect(config.to_dict())
+            if self._features:
+                settings["FID"] = f"{self._features.name}: {self._features.protocol()}"
             self.tracker.configuration(train_command(config, options.run, options.data), settings)
 
     def after_step(self, should_stop: Callable[[], bool]) -> bool:
@@ -347,6 +364,7 @@ class Trainer:
             config.iwae_samples,
             config.fid_samples,
             capacity,
+            self._features,
         )
         # finite steps do not imply it: validation sees images on which the weights may overflow
         if not math.isfinite(losses["bound"]):

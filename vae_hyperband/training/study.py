@@ -54,7 +54,15 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "dci": ("latents", "factors", "dci", "disentanglement"),
     **{
         f"{measure}_{source}": ("images", source, measure)
-        for measure in ("fid", "precision", "recall", "density", "coverage", "closer_than_held_out")
+        for measure in (
+            "fid",
+            "kid",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "closer_than_held_out",
+        )
         for source in ("real", "reconstructions", "prior", "mixture", "flow")
     },
 }
@@ -228,6 +236,8 @@ def row_of(name: str, evaluation: Evaluation) -> Row:
     """The measures of an evaluation in one flat row; those that it lacks are left out."""
     content = evaluation.to_dict()
     row: Row = {"name": name, "config": evaluation.config}
+    if evaluation.images:
+        row["fid_name"] = evaluation.images.fid_name
     for measure, way in MEASURES.items():
         value: Any = content
         for step in way:

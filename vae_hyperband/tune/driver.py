@@ -37,9 +37,10 @@ from vae_hyperband.common.errors import SearchError, SearchFailedError
 from vae_hyperband.common.files import make_folder, refuse_foreign, write_text
 from vae_hyperband.common.process import only_writer, stop_flag
 from vae_hyperband.data.splits import Split, load_training_splits
+from vae_hyperband.evaluation.features import check_features, features_for
 from vae_hyperband.model.checkpoint import BEST, LATEST, Checkpoint, copy_ckpt, load_ckpt
 from vae_hyperband.model.initialization import initialized_vae
-from vae_hyperband.search.config import METRICS, SearchConfig, SearchOptions
+from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.console import Console
 from vae_hyperband.search.decisions import Board, Journal, TrialEvent, read_events
 from vae_hyperband.search.suggest import importance, suggest
@@ -240,7 +241,8 @@ def _begin(config: SearchConfig, options: SearchOptions) -> str:
 def load_splits(
     config: SearchConfig, options: SearchOptions, should_stop: Callable[[], bool] = lambda: False
 ) -> tuple[Split, Split]:
-    """The training and the validation split. Raises :class:`DataError`, :class:`SearchError`."""
+    """The training and the validation split. Raises :class:`DataError`, :class:`SearchError`, and
+    :class:`ConfigError` if FID is to be measured on images without features."""
     # here and not in the trials: an invalid file or batch size is then one message, not one each
     train, held_out = load_training_splits(config, options, should_stop)
     # a search that has its result trains nothing more
@@ -252,6 +254,8 @@ def load_splits(
         )
         raise SearchError(f"{option} has more than the {len(train)} training images.")
     _check_network(config, train)
+    if config.metric == "fid":
+        check_features(config.dataset, train)
     return train, held_out
 
 
@@ -292,6 +296,8 @@ def _train(
     """Start or join Ray and train until the board is finished or ``should_stop`` is true."""
     config = board.config
     train, held_out = load_splits(config, options, should_stop)
+    if config.metric == "fid":  # fitted once, here: the trials find the classifier in the cache
+        features_for(config.dataset, train, say=functools.partial(print, flush=True))
     print(
         f"{plural(config.total_trials, 'trial')} of up to {plural(config.max_epochs, 'epoch')} "
         f"on {plural(len(train), 'image')}, algorithm {config.algorithm}, scheduler "
@@ -389,7 +395,7 @@ def _best_config(result: SearchResult, checkpoint: Checkpoint) -> dict[str, obje
         "num_threads": environment["num_threads"],
         "data": checkpoint.data.path,
         "metric": {
-            "name": f"{METRICS[config.metric]}, lower is better",
+            "name": f"{config.metric_name}, lower is better",
             "value": result.best_score,
             "epoch": winner.best_row["epoch"],
         },
