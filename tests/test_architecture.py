@@ -26,7 +26,7 @@ ONLY_IN = {
     "ray": {"tune"},
     "tyro": {"commands"},
     "optuna": {"search/suggest"},
-    "pyarrow": {"tune/storage", "data/sources"},
+    "pyarrow": {"tune/storage", "data/sources", "commands/evaluate"},
     "sklearn": {"evaluation/latents", "evaluation/samplers"},
     "scipy": {"training/study"},
     "safetensors": {"evaluation/features", "model/checkpoint", "export/hub"},

@@ -33,7 +33,11 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   compare     compare runs: configurations, results, curves
   animate     write an animation: samples over training, or a path through the latent space
   study       train and evaluate a grid of betas and latent sizes; plot rate against distortion
-  data        find or download Fashion-MNIST and verify it
+  encode      write the latent code and the bound of each image to a file
+  reconstruct draw images and what a model makes of them
+  nearest     find the images whose codes are nearest to that of an image
+  score       rank images by their bound: anomalies first
+  data        find or download Fashion-MNIST, or decode and show your own images
   completion  print a shell-completion script
 
 "vae-hyperband COMMAND --help" explains each. Options take hyphens and underscores alike.

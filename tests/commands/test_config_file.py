@@ -19,7 +19,9 @@ ARGS = {
     "run": run.MainJob, "search": search.SearchArgs, "train": train.TrainArgs,
     "evaluate": evaluate.EvaluateArgs, "sample": sample.SampleArgs, "export": export.ExportArgs,
     "report": look.ReportArgs, "compare": look.CompareArgs, "animate": look.AnimateArgs,
-    "study": study.StudyArgs, "data": data.DataArgs,
+    "study": study.StudyArgs, "data": data.DataArgs, "encode": evaluate.EncodeArgs,
+    "reconstruct": evaluate.ReconstructArgs, "nearest": evaluate.NearestArgs,
+    "score": evaluate.ScoreArgs,
 }  # fmt: skip
 
 

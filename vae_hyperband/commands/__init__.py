@@ -19,6 +19,10 @@ COMMANDS = {
     "compare": "commands.look:compare",
     "animate": "commands.look:animate",
     "study": "commands.study:study_command",
+    "encode": "commands.evaluate:encode_command",
+    "reconstruct": "commands.evaluate:reconstruct_command",
+    "nearest": "commands.evaluate:nearest_command",
+    "score": "commands.evaluate:score_command",
     "data": "commands.data:data",
     "completion": "commands:completion",
 }
@@ -88,6 +92,10 @@ def _all_commands() -> Any:
         "compare": look.CompareArgs,
         "animate": look.AnimateArgs,
         "study": study.StudyArgs,
+        "encode": evaluate.EncodeArgs,
+        "reconstruct": evaluate.ReconstructArgs,
+        "nearest": evaluate.NearestArgs,
+        "score": evaluate.ScoreArgs,
         "data": data.DataArgs,
         "completion": options.CompletionArgs,
     }

@@ -77,7 +77,7 @@ def sample(argv: list[str]) -> int:
     if args.out.suffix == ".npy":
         _save_array(images_NCHW, args.out)
     elif not args.out.suffix:
-        _save_pictures(images_NCHW, args.out)
+        save_pictures(images_NCHW, args.out)
     else:
         kind = "" if label is None else f", {names[label] if names else f'label {label}'}"
         title = (
@@ -130,7 +130,7 @@ def label_number(label: str, names: Sequence[str]) -> int | None:
     return found[0]
 
 
-def _save_pictures(images_NCHW: Tensor, folder: Path) -> None:
+def save_pictures(images_NCHW: Tensor, folder: Path) -> None:
     """A new folder of PNG files, which has its name only when all of them are in it."""
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

@@ -22,6 +22,11 @@ from vae_hyperband.reporting.tables import LOSS_NAMES
 from vae_hyperband.training.study import Row, grouped, over_seeds, value_of
 from vae_hyperband.training.tracker import LogRow, image_grid, read_rows
 
+#: Grey images of which more than half of the pixels are darker are ink on a ground.
+INK = 0.1
+
+LEAST_WIDTH = 4.0  # inches: a title is no shorter for few images
+
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#B0B0B0"
 CYCLE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE: Any = {
@@ -112,12 +117,14 @@ def overlaid(runs: dict[str, list[LogRow]], path: Path, note: str = "") -> Path:
 
 
 def _show(axes: Axes, images_NCHW: Tensor, columns: int) -> None:
-    grid_CHW = image_grid(images_NCHW, columns, background=0.0)
-    # ink on paper: 0 is white
-    if len(grid_CHW) == 1:
+    is_ink = images_NCHW.shape[1] == 1 and images_NCHW.median() < INK
+    grid_CHW = image_grid(images_NCHW, columns, background=0.0 if is_ink else 1.0)
+    # garments and digits as ink on paper: 0 is white
+    if is_ink:
         axes.imshow(grid_CHW[0].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     else:
-        axes.imshow(grid_CHW.permute(1, 2, 0).numpy(), interpolation="nearest")
+        shown_HWC = grid_CHW.expand(3, -1, -1).permute(1, 2, 0)
+        axes.imshow(shown_HWC.numpy(), interpolation="nearest")
     axes.axis("off")
 
 
@@ -159,7 +166,9 @@ def images(images_NCHW: Tensor, title: str, path: Path) -> Path:
     """A grid of images in [0, 1]."""
     columns = max(1, min(16, round(len(images_NCHW) ** 0.5)))
     rows = -(-len(images_NCHW) // columns)
-    figure = Figure(figsize=(0.7 * columns, 0.7 * rows + 0.3))
+    height, width = images_NCHW.shape[2:]
+    size = (max(0.7 * columns, LEAST_WIDTH), 0.7 * rows * height / width + 0.3)
+    figure = Figure(figsize=size)
     axes = figure.subplots()
     _show(axes, images_NCHW, columns)
     axes.set_title(title)

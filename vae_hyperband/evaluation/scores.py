@@ -1,0 +1,100 @@
+"""What a model says of each single image: its code, its bound, how well scores tell sets apart.
+
+Shape suffixes: N images, M others, Z latent dimensions.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_hyperband.common.config import TrainConfig
+from vae_hyperband.data.splits import Split, as_trained
+from vae_hyperband.evaluation.bounds import eval_dataloader, iwae_nats, split_nats
+from vae_hyperband.evaluation.latents import encode_split
+from vae_hyperband.model.vae import VAE
+
+Z_95 = 1.959964  # the standard normal's 97.5% quantile
+
+
+class Encoded(NamedTuple):
+    """Images as a model encodes them; nats are per image, of one sample of z each."""
+
+    mu_NZ: Tensor
+    logvar_NZ: Tensor
+    reconstruction_N: Tensor  # -log p(x|z)
+    kl_N: Tensor  # KL(q(z|x) || p(z))
+
+    @property
+    def bound_N(self) -> Tensor:
+        """Their sum, an upper bound on -log p(x)."""
+        return self.reconstruction_N + self.kl_N
+
+
+def encode(model: VAE, split: Split, config: TrainConfig) -> Encoded:
+    """The code and the bound of each image of a split, on the CPU."""
+    loader = eval_dataloader(as_trained(split, config), next(model.parameters()).device)
+    with torch.no_grad():
+        codes = encode_split(model, loader)
+    nats = split_nats(model, loader, config.seed)
+    return Encoded(codes.mu_NZ, codes.logvar_NZ, nats.recon_B, nats.kl_B)
+
+
+def scores(model: VAE, split: Split, config: TrainConfig, iwae_samples: int = 0) -> Tensor:
+    """An upper bound on -log p(x) of each image in nats, float64, shape (N,): high for anomalies.
+
+    With ``iwae_samples`` above 0 the IWAE bound of that many samples, which is tighter.
+    """
+    loader = eval_dataloader(as_trained(split, config), next(model.parameters()).device)
+    if iwae_samples:
+        return iwae_nats(model, loader, config.seed, iwae_samples)
+    nats = split_nats(model, loader, config.seed)
+    return nats.recon_B + nats.kl_B
+
+
+class Auroc(NamedTuple):
+    """The area under the ROC curve, with a 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def auroc(anomalies_N: Tensor, ordinary_M: Tensor) -> Auroc:
+    """How often an anomaly has the higher score of a pair with an ordinary image; ties count half.
+
+    The variance is that of DeLong et al. 1988, and the interval that of the logit of the area,
+    which stays within 0 and 1. Where all pairs agree the variance is 0; the interval is then that
+    of Clopper & Pearson for as many agreeing pairs as the smaller set has images.
+    """
+    one, other = anomalies_N.double(), ordinary_M.double()
+    num, num_other = len(one), len(other)
+    # for each score of one set, the share of the other set that it is above or below
+    above_N = _share_below(other, one)
+    below_M = 1 - _share_below(one, other)
+    value = above_N.mean().item()
+    variance = sum(part.var().item() / len(part) for part in (above_N, below_M) if len(part) > 1)
+    if variance == 0:
+        agreeing = 0.025 ** (1 / min(num, num_other))
+        ends = {0.0: (0.0, 1 - agreeing), 1.0: (agreeing, 1.0)}
+        return Auroc(value, *ends.get(value, (0.0, 1.0)))
+    half = Z_95 * math.sqrt(variance) / (value * (1 - value))
+    logit = math.log(value / (1 - value))
+    low, high = (1 / (1 + math.exp(-(logit + side * half))) for side in (-1, 1))
+    return Auroc(value, low, high)
+
+
+def _share_below(values: Tensor, at: Tensor) -> Tensor:
+    """For each of ``at`` the share of ``values`` below it, equal ones counted half."""
+    ordered = values.sort().values
+    less = torch.searchsorted(ordered, at, right=False)
+    at_most = torch.searchsorted(ordered, at, right=True)
+    return (less + at_most).double() / (2 * len(values))
+
+
+def nearest_codes(mu_Z: Tensor, mu_NZ: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Euclidean distances from one code to the nearest others, and their numbers, nearest first."""
+    distance_N = torch.linalg.vector_norm(mu_NZ.double() - mu_Z.double(), dim=1)
+    found = distance_N.topk(min(num, len(distance_N)), largest=False)
+    return found.values, found.indices
