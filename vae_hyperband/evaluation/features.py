@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.config import plural
+from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from vae_hyperband.common.files import cache_folder, make_folder, write_bytes
 from vae_hyperband.data.splits import Split, per_split
