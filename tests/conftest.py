@@ -150,12 +150,12 @@ def options(tmp_path: Path, small_data: Path) -> Callable[..., RunOptions]:
     return functools.partial(run_options, tmp_path, small_data)
 
 
-def run_options(folder: Path, data: Path, **changes: object) -> RunOptions:
+def run_options(folder: Path, idx_files: Path, **changes: object) -> RunOptions:
     given = {
         "run": "a",
         "device": "cpu",
         "num_threads": 1,
-        "data_dir": data,
+        "data_dir": idx_files,
         "checkpoints_dir": folder / "checkpoints",
         "logs_dir": folder / "logs",
         "log_interval": 4,

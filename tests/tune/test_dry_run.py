@@ -29,7 +29,7 @@ def command(searched):
     """The command of the search that is there, as a dry run."""
     folder, _ = searched
     asked = json.loads((folder / "checkpoints/s/search.json").read_text())
-    config = {name: value for name, value in asked.items() if name not in ("id", "storage")}
+    config = {name: value for name, value in asked.items() if name not in ("id", "storage", "data")}
     usual, argv = SearchConfig().to_dict(), ["search", "--run", "s", "--dry-run"]
     for name, value in config.items():
         if value != json.loads(json.dumps(usual[name])):
@@ -192,7 +192,7 @@ def test_without_the_data_the_main_job_says_that_it_would_fetch_it(monkeypatch, 
         raise DataError("There is none.")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "load_split", missing)
+    monkeypatch.setattr(run, "split_for", missing)
     assert train_vae.main(["run", "--dry-run", "--device", "cpu"]) == 0
     assert "== first get Fashion-MNIST" in capsys.readouterr().out
     assert train_vae.main(["run", "--dry-run", "--device", "cpu", "--data-dir", "x"]) == 2

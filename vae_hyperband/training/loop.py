@@ -202,9 +202,8 @@ def fit(
         held_out = as_trained(held_out, config)
         features = _features(config, train, device, quiet)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
-        train_loader = get_dataloader(
-            train, config.batch_size, seed=config.seed, shuffle=True, device=device
-        )
+        order = {"seed": config.seed, "shuffle": True}
+        train_loader = get_dataloader(train, config.batch_size, device=device, **order)
         validation_loader = eval_dataloader(held_out, device)
         losses = compiled_losses(device) if options.compile else batch_losses
         # a checkpoint tells on what it was computed: elsewhere the last bits may differ

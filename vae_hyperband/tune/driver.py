@@ -247,7 +247,7 @@ def load_splits(
     train, held_out = load_training_splits(config, options, should_stop)
     # a search that has its result trains nothing more
     if not (options.ckpt_folder / RESULT).exists() and not options.fresh:
-        _check_same_data(options.ckpt_folder, train, held_out)
+        _check_same_data(options, train, held_out)
     if max(config.batch_sizes_tried) > len(train):
         option = (
             "batch_size in --space" if "batch_size" in (config.space or ()) else "--batch-sizes"
@@ -270,15 +270,16 @@ def _check_network(config: SearchConfig, train: Split) -> None:
     initialized_vae(image_size=(height, width), channels=channels, seed=config.seed, **settings)
 
 
-def _check_same_data(folder: Path, train: Split, held_out: Split) -> None:
+def _check_same_data(options: SearchOptions, train: Split, held_out: Split) -> None:
     """Raise :class:`SearchError` if an earlier call trained on other data."""
+    folder, option = options.ckpt_folder, "--data" if options.data else "--data-dir"
     # the losses of different images cannot be compared
     digests = _digests(train, held_out)
     for event in read_events(folder / DECISIONS):
         if event["event"] == "start" and event["data"] != digests:
             raise SearchError(
-                f"{folder} was begun with other data: give the same --data or --data-dir to "
-                "resume it, --fresh to start over, or choose another --run."
+                f"{folder} was begun with other data: give the same {option} to resume it, "
+                "--fresh to start over, or choose another --run."
             )
 
 
