@@ -20,7 +20,7 @@ from vae_hyperband.common.config import ONLY_WITH, RESUME_MAY_CHANGE, RunOptions
 from vae_hyperband.common.errors import FolderInUseError, ResumeError, RunFolderError
 from vae_hyperband.common.process import EXIT_STOPPED, only_writer
 from vae_hyperband.data import batches
-from vae_hyperband.data.splits import load_split
+from vae_hyperband.data.splits import load_split, split_for
 from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt, tree_digest
 from vae_hyperband.training import keeper, step
 from vae_hyperband.training.loop import fit
@@ -296,6 +296,7 @@ def test_other_settings_are_refused_with_old_and_new_value(
         if choice == "images":
             monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(tmp_path / "cache"))
             images = {"data": small_data}
+            split_for(config, options(**images), "train")  # decoded now: a stop would stop that
     fit(config, options(**images), should_stop=stop_after(5), quiet=True)
     before = (options().ckpt_folder / "latest.pt").read_bytes()
     old, new = config.to_dict()[name], OTHER_VALUES[name]

@@ -185,10 +185,10 @@ def fit(
     ``should_stop`` is called after every step: if it returns True, the state is saved and the call
     returns. ``on_validation`` is called after each validation, when its checkpoint is on disk;
     without it, training continues if a save fails, as long as it is not the last one.
-    ``splits`` are the training and the validation images, if they are in memory already: splits,
-    arrays or data sets, as :func:`~vae_hyperband.data.splits.as_split` takes them.
-    Raises the package's own errors for invalid options or files, :class:`DivergedError` for a loss
-    that is not finite; the last checkpoint is good in each case.
+    ``splits`` are the training and the validation images, if they are in memory already, as
+    :func:`~vae_hyperband.data.splits.as_split` takes them. Raises the package's own errors for
+    invalid options or files, :class:`DivergedError` for a loss that is not finite; the last
+    checkpoint is good in each case.
     """
     options = options or RunOptions()
     device = pick_device(options.device)
@@ -202,8 +202,9 @@ def fit(
         held_out = as_trained(held_out, config)
         features = _features(config, train, device, quiet)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
-        order = {"seed": config.seed, "shuffle": True}
-        train_loader = get_dataloader(train, config.batch_size, device=device, **order)
+        train_loader = get_dataloader(
+            train, config.batch_size, seed=config.seed, shuffle=True, device=device
+        )
         validation_loader = eval_dataloader(held_out, device)
         losses = compiled_losses(device) if options.compile else batch_losses
         # a checkpoint tells on what it was computed: elsewhere the last bits may differ
