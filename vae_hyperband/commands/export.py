@@ -204,7 +204,7 @@ def needs_onnx() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnxruntime"):
+        if error.name not in ("onnx", "onnxruntime", "onnxscript"):
             raise
         raise ConfigError(
             f"This format needs the package {error.name}: pip install 'vae-hyperband[export]'."

@@ -32,7 +32,12 @@ from vae_hyperband.evaluation.latents import (
     information_per_dimension,
 )
 from vae_hyperband.evaluation.samplers import LearnedFlow, Mixture
-from vae_hyperband.export.onnx_export import decoder_graph, encoder_graph, velocity_graph
+from vae_hyperband.export.onnx_export import (
+    decoder_graph,
+    encoder_graph,
+    largest_difference,
+    velocity_graph,
+)
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.page import csp_digest, style
 
@@ -147,6 +152,10 @@ def _data(
     mean_Z, variance_Z = aggregate(exact)
     far_Z = 4 * variance_Z.sqrt()
     map_facts, share = _map(mu_NZ)
+    encoder, decoder = (
+        make(model, {}).SerializeToString() for make in (encoder_graph, decoder_graph)
+    )
+    largest_difference(model, encoder, decoder)
     data = {
         "latentDim": model.latent_dim,
         "shape": list(split.image_shape),
@@ -160,8 +169,8 @@ def _data(
         "low": _rounded(torch.minimum(mean_Z - far_Z, mu_NZ.amin(dim=0))),
         "high": _rounded(torch.maximum(mean_Z + far_Z, mu_NZ.amax(dim=0))),
         "map": map_facts,
-        "encoder": _base64(encoder_graph(model, {}).SerializeToString()),
-        "decoder": _base64(decoder_graph(model, {}).SerializeToString()),
+        "encoder": _base64(encoder),
+        "decoder": _base64(decoder),
         "runtime": _base64(
             gzip.compress(_runtime("ort-wasm-simd-threaded.wasm.xz"), compresslevel=9, mtime=0)
         ),
