@@ -8,6 +8,7 @@ Shape suffixes: B images of a batch, C channels, H height, W width, Z latent dim
 """
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -139,21 +140,26 @@ def _graph(part: _Part, name: str, facts: dict[str, str]) -> Any:
                 dynamic_shapes=[{0: batch} for _ in part.inputs],
                 verbose=False,
             )
+        assert program is not None
+        model = program.model_proto
     # the user's own network: tracing runs its code, which may fail in any way
     except Exception as error:
-        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(
-            f"PyTorch cannot export this model's {name} to ONNX, for batches of any size "
-            f"({said[0]}): write its forward with operations on tensors alone, or use --format "
-            "safetensors."
-        ) from error
-    assert program is not None
-    model = program.model_proto
+        raise _refusal(name, _first_line(error.__cause__ or error)) from error
+    # where the code needs the example's size, PyTorch exports it for that alone, without a word
+    if not all(value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input):
+        raise _refusal(name, "it computes with the number of images as a constant")
     _keep_what_computes(model)
     model.graph.name, model.ir_version, model.producer_name = name, IR_VERSION, "vae-hyperband"
     helper.set_model_props(model, facts)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _refusal(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"PyTorch cannot export this model's {name} to ONNX for batches of any size ({why}): write "
+        "its forward with operations of PyTorch on tensors alone, or use --format safetensors."
+    )
 
 
 def _keep_what_computes(model: Any) -> None:
@@ -173,18 +179,19 @@ def _keep_what_computes(model: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Around the exporter: no output or warning of what a user of this package cannot change."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)  # each export says that torchvision's operations are not there
+    before = logging.root.manager.disable
+    # each export logs that torchvision's operations are not there
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        # to stderr go the graphs of a network that it cannot export
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             # PyTorch 2.13 copies its own description of the arguments in a way that it deprecated
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
             # the velocity's three inputs have one batch, whose name is given once
             warnings.filterwarnings("ignore", "# The axis name: batch will not be used")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)
 
 
 # ---- ONNX graphs against the model that they were made from, by ONNX Runtime.
@@ -211,13 +218,24 @@ def _require_close(apart: float) -> None:
 @torch.no_grad()
 def _apart(part: _Part, graph: bytes) -> float:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4  # what fails is raised
     differences = []
-    for num in CHECKED:
-        example = part.example(num)
-        feeds = {name: x.numpy() for name, x in zip(part.inputs, example, strict=True)}
-        expected = dict(zip(part.results, part(*example), strict=True))
-        for name, found in zip(part.compared, session.run(part.compared, feeds), strict=True):
-            differences.append((torch.from_numpy(found) - expected[name]).abs().max())
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        for num in CHECKED:
+            example = part.example(num)
+            feeds = {name: x.numpy() for name, x in zip(part.inputs, example, strict=True)}
+            expected = dict(zip(part.results, part(*example), strict=True))
+            for name, found in zip(part.compared, session.run(part.compared, feeds), strict=True):
+                differences.append((torch.from_numpy(found) - expected[name]).abs().max())
+    # its errors have no type in common
+    except Exception as error:
+        raise CheckpointError(
+            f"ONNX Runtime cannot compute this model ({_first_line(error)}): use --format "
+            "safetensors."
+        ) from error
     return torch.stack(differences).max().item()  # a NaN stays one
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
