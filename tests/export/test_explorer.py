@@ -141,7 +141,7 @@ def test_a_colour_model_with_a_vamp_prior_runs_too(chromium, tmp_path):
     stream = torch.Generator().manual_seed(2)
     images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8, generator=stream)
     split = Split(images, torch.arange(20) % 3, "0")
-    found = page(model, split, (), "T & <b>", {})
+    found = page(model, split, "T & <b>", {})
     (tmp_path / "index.html").write_text(found)
     watched = opened(chromium, tmp_path / "index.html")
     z_BZ = torch.randn(9, 5, generator=stream)
@@ -285,7 +285,7 @@ def test_the_flow_goes_where_pytorch_s_goes(chromium, tmp_path):
     flow.mean_Z, flow.std_Z = torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5)
     shares_L = torch.tensor([0.0, 0.75, 0.25])
     sampler = LearnedFlow(shares_L, flow)
-    (tmp_path / "index.html").write_text(page(model, split, (), "One", {}, sampler))
+    (tmp_path / "index.html").write_text(page(model, split, "One", {}, sampler))
     watched = opened(chromium, tmp_path / "index.html")
     noise_NZ = torch.randn(6, 5, generator=stream)
     label_N = torch.tensor([0, 1, 2, 2, 1, 0])
@@ -338,7 +338,7 @@ def test_one_dimension_and_twelve_labels(chromium, tmp_path):
     images = torch.randint(256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(2))
     split = Split(images.to(torch.uint8), torch.arange(24) % 12, "0")
     posteriors = encode_split(model, eval_dataloader(split))
-    (tmp_path / "index.html").write_text(page(model, split, (), "One", {}))
+    (tmp_path / "index.html").write_text(page(model, split, "One", {}))
     watched = opened(chromium, tmp_path / "index.html")
     assert z_of(watched.page).tolist() == posteriors.mu_NZ[0].tolist()  # no link is not z = 0
     dots = "Array.from(document.querySelectorAll('#legend i'), dot => dot.style.background)"
@@ -466,7 +466,7 @@ def _numbers(colour):
 def test_a_page_is_made_without_a_browser(split, tmp_path):
     """In make test: the parts that need none."""
     model = initialized_vae(1, 28, 1, seed=0).eval().requires_grad_(False)
-    html = page(model, split, CLASS_NAMES, "</title><script>", {"a": "<&"})
+    html = page(model, split, "</title><script>", {"a": "<&"})
     assert html.count("<script") == 2
     assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in html
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
@@ -480,7 +480,7 @@ def test_a_page_of_images_of_two_channels_is_refused():
     model = VAE(2, 8, 2)
     split = Split(torch.zeros(4, 2, 8, 8, dtype=torch.uint8), torch.zeros(4).long(), "0")
     with pytest.raises(ConfigError, match="2 channels"):
-        page(model, split, (), "", {})
+        page(model, split, "", {})
 
 
 def test_the_colours_of_the_map_start_with_those_of_the_figures():

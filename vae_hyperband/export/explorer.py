@@ -67,20 +67,22 @@ def _runtime(name: str) -> bytes:
 def page(
     model: VAE,
     split: Split,
-    names: tuple[str, ...],
     title: str,
     facts: dict[str, str],
     sampler: Mixture | LearnedFlow | None = None,
+    ink: bool = False,
 ) -> str:
     """The whole page, with the split's images on its map, as the model takes them.
 
-    ``names`` are those of the labels, ``facts`` are shown below the title. Raises
-    :class:`ConfigError` where images have neither one channel nor three.
+    ``facts`` are shown below the title. With ``ink`` the images are shown as the figures show
+    garments: 0 is white. Raises :class:`ConfigError` where images have neither one channel nor
+    three, and what :func:`~vae_hyperband.export.onnx_export.encoder_graph` raises.
     """
     if model.channels not in (1, 3):
         raise ConfigError(f"Images of {model.channels} channels cannot be shown: 1 or 3 can.")
-    data, share = _data(model, split, names)
+    data, share = _data(model, split)
     data |= {
+        "ink": ink,
         "mixture": _mixture(sampler) if isinstance(sampler, Mixture) else None,
         "flow": _flow(sampler) if isinstance(sampler, LearnedFlow) else None,
     }
@@ -140,11 +142,7 @@ def _policy(script: str, css: str) -> str:
     )
 
 
-def _data(
-    model: VAE,
-    split: Split,
-    names: tuple[str, ...],
-) -> tuple[Data, float]:
+def _data(model: VAE, split: Split) -> tuple[Data, float]:
     """The data of the scripts, and the share of the variance that the map shows."""
     mu_NZ, logvar_NZ = encode_split(model, eval_dataloader(split))
     exact = Posteriors(mu_NZ.double(), logvar_NZ.double())
@@ -159,7 +157,7 @@ def _data(
     data = {
         "latentDim": model.latent_dim,
         "shape": list(split.image_shape),
-        "names": list(names),
+        "names": list(split.class_names),
         "labels": split.labels_N.tolist(),
         "images": _base64(split.images_NCHW.numpy().tobytes()),
         "mu": _floats(mu_NZ),
