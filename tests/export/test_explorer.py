@@ -156,6 +156,53 @@ def test_a_colour_model_with_a_vamp_prior_runs_too(chromium, tmp_path):
 
 
 @browsing
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((3, 20, 33), {"network": "residual", "widths": (4, 8)}),
+        ((1, 47, 12), {"widths": (4, 6, 8)}),
+    ],
+    ids=["wide, colour, residual", "high, grey"],
+)
+def test_images_of_any_size_are_computed_and_shown_as_they_are(chromium, tmp_path, shape, settings):
+    channels, height, width = shape
+    model = initialized_vae(5, (height, width), channels, seed=1, **settings)
+    model.eval().requires_grad_(False)
+    stream = torch.Generator().manual_seed(2)
+    images = torch.randint(128, 256, (20, *shape), dtype=torch.uint8, generator=stream)
+    split = Split(images, torch.arange(20) % 2, "0")
+    (tmp_path / "index.html").write_text(page(model, split, "One", {}))
+    watched = opened(chromium, tmp_path / "index.html")
+    web, x_BCHW = watched.page, split.pixels(slice(4))
+    mu_BZ, logvar_BZ = model.encode(x_BCHW)
+    mu, logvar = computed(web, "encode", x_BCHW)
+    torch.testing.assert_close(mu.view_as(mu_BZ), mu_BZ, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logvar.view_as(logvar_BZ), logvar_BZ, rtol=0, atol=1e-4)
+    decoded = computed(web, "decode", mu_BZ).view_as(x_BCHW)
+    torch.testing.assert_close(decoded, model.decode_images(mu_BZ), rtol=0, atol=1e-4)
+    shown = web.evaluate(
+        f"[...document.getElementById('image-a').getContext('2d')"
+        f".getImageData(0, 0, {width}, {height}).data]"
+    )
+    first = images[0].expand(3, -1, -1).permute(1, 2, 0)
+    assert torch.equal(torch.tensor(shown).view(height, width, 4)[:, :, :3], first.long())
+    for name in ("image", "image-a", "draw"):
+        box = web.locator(f"#{name}").bounding_box()
+        assert abs(box["width"] / box["height"] / (width / height) - 1) < 0.05, name
+        assert max(box["width"], box["height"]) < 360, name
+    web.click("#clear")  # the ground is white, as the images' is brighter than grey
+    white = model.encode(torch.ones(1, *shape))[0][0]
+    until(
+        web,
+        "white => explorer.z().every((value, i) => Math.abs(value - white[i]) < 1e-4)",
+        arg=white.tolist(),
+    )
+    assert web.locator("#dark").is_hidden()
+    assert watched.troubles == []
+    watched.context.close()
+
+
+@browsing
 def test_nothing_is_asked_of_any_network_and_nothing_else_may_run(watched, web, exported):
     assert watched.requests == [exported.as_uri()]
     assert watched.troubles == []
@@ -466,11 +513,13 @@ def _numbers(colour):
 def test_a_page_is_made_without_a_browser(split, tmp_path):
     """In make test: the parts that need none."""
     model = initialized_vae(1, 28, 1, seed=0).eval().requires_grad_(False)
-    html = page(model, split, "</title><script>", {"a": "<&"})
+    named = dataclasses.replace(split, class_names=CLASS_NAMES)
+    html = page(model, named, "</title><script>", {"a": "<&"})
     assert html.count("<script") == 2
     assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in html
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
     assert data["latentDim"] == 1
+    assert data["names"] == list(CLASS_NAMES)
     assert data["order"] == [0]
     assert len(data["labels"]) == len(split)
     assert np.isfinite(data["nats"]).all()
