@@ -32,6 +32,7 @@ ONLY_IN = {
     "safetensors": {"evaluation/features", "model/checkpoint", "export/hub"},
     "onnx": {"export/onnx_export"},
     "onnxruntime": {"export/onnx_export"},
+    "onnxscript": {"export/onnx_export"},
     "matplotlib": {"reporting/figures", "reporting/search_figure"},
     "tensorboard": {"training/tracker", "reporting/animations"},
     "PIL": {"data/pictures", "training/tracker", "reporting/animations", "reporting/page"},

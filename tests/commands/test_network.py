@@ -71,6 +71,7 @@ def test_the_guide_s_network_goes_through_every_command(call, train, odd_data, p
         "evaluate": ["evaluate", "mine", *data, "--parts", "likelihood", "--device", "cpu"],
         "sample": ["sample", "mine", "--out", "s.npy", "--num-samples", 5, "--device", "cpu"],
         "export": ["export", "mine", "--format", "safetensors", "--out", "hub"],
+        "onnx": ["export", "mine", "--format", "onnx", "--out", "onnx"],
         "report": ["report", "mine", *data],
         "animate": ["animate", "mine", *data, "--out", "walk.gif"],
         "resume": ["train", "--resume_ckpt", "checkpoints/mine/best.pt", *data, "--epochs", 2],
@@ -237,6 +238,8 @@ def test_the_other_commands_take_widths_and_odd_images(network, call, train, odd
     )
     card = (place / "hub/README.md").read_text()
     assert ("8 x 2 x 2" in card) == (network == "conv")  # of 16x16 after padding
-    status, said, _ = call("export", "mine", "--format", "onnx", "--out", "onnx")
-    assert status == 2
-    assert "cannot be exported to ONNX or a web page yet" in said
+    for form, file in (("onnx", "encoder.onnx"), ("web", "index.html")):
+        argv = ["export", "mine", "--format", form, "--out", form]
+        status, said, _ = call(*argv, *(data if form == "web" else []))
+        assert status == 0, said
+        assert (place / form / file).stat().st_size

@@ -142,7 +142,7 @@ def test_a_colour_model_with_a_vamp_prior_runs_too(chromium, tmp_path):
     stream = torch.Generator().manual_seed(2)
     images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8, generator=stream)
     split = Split(images, torch.arange(20) % 3, "0")
-    found = page(model, split, (), "T & <b>", {})
+    found = page(model, split, "T & <b>", {})
     (tmp_path / "index.html").write_text(found)
     watched = opened(chromium, tmp_path / "index.html")
     z_BZ = torch.randn(9, 5, generator=stream)
@@ -152,6 +152,53 @@ def test_a_colour_model_with_a_vamp_prior_runs_too(chromium, tmp_path):
     z_NZ, expected = drawn(watched.page, 4000, "prior", -1), model.sample_prior(4000, stream)
     torch.testing.assert_close(z_NZ.mean(0), expected.mean(0), rtol=0, atol=0.1)
     torch.testing.assert_close(z_NZ.std(0), expected.std(0), rtol=0.05, atol=0)
+    assert watched.troubles == []
+    watched.context.close()
+
+
+@browsing
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((3, 20, 33), {"network": "residual", "widths": (4, 8)}),
+        ((1, 47, 12), {"widths": (4, 6, 8)}),
+    ],
+    ids=["wide, colour, residual", "high, grey"],
+)
+def test_images_of_any_size_are_computed_and_shown_as_they_are(chromium, tmp_path, shape, settings):
+    channels, height, width = shape
+    model = initialized_vae(5, (height, width), channels, seed=1, **settings)
+    model.eval().requires_grad_(False)
+    stream = torch.Generator().manual_seed(2)
+    images = torch.randint(128, 256, (20, *shape), dtype=torch.uint8, generator=stream)
+    split = Split(images, torch.arange(20) % 2, "0")
+    (tmp_path / "index.html").write_text(page(model, split, "One", {}))
+    watched = opened(chromium, tmp_path / "index.html")
+    web, x_BCHW = watched.page, split.pixels(slice(4))
+    mu_BZ, logvar_BZ = model.encode(x_BCHW)
+    mu, logvar = computed(web, "encode", x_BCHW)
+    torch.testing.assert_close(mu.view_as(mu_BZ), mu_BZ, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logvar.view_as(logvar_BZ), logvar_BZ, rtol=0, atol=1e-4)
+    decoded = computed(web, "decode", mu_BZ).view_as(x_BCHW)
+    torch.testing.assert_close(decoded, model.decode_images(mu_BZ), rtol=0, atol=1e-4)
+    shown = web.evaluate(
+        f"[...document.getElementById('image-a').getContext('2d')"
+        f".getImageData(0, 0, {width}, {height}).data]"
+    )
+    first = images[0].expand(3, -1, -1).permute(1, 2, 0)
+    assert torch.equal(torch.tensor(shown).view(height, width, 4)[:, :, :3], first.long())
+    for name in ("image", "image-a", "draw"):
+        box = web.locator(f"#{name}").bounding_box()
+        assert abs(box["width"] / box["height"] / (width / height) - 1) < 0.05, name
+        assert max(box["width"], box["height"]) < 360, name
+    web.click("#clear")  # the ground is white, as the images' is brighter than grey
+    white = model.encode(torch.ones(1, *shape))[0][0]
+    until(
+        web,
+        "white => explorer.z().every((value, i) => Math.abs(value - white[i]) < 1e-4)",
+        arg=white.tolist(),
+    )
+    assert web.locator("#dark").is_hidden()
     assert watched.troubles == []
     watched.context.close()
 
@@ -286,7 +333,7 @@ def test_the_flow_goes_where_pytorch_s_goes(chromium, tmp_path):
     flow.mean_Z, flow.std_Z = torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5)
     shares_L = torch.tensor([0.0, 0.75, 0.25])
     sampler = LearnedFlow(shares_L, flow)
-    (tmp_path / "index.html").write_text(page(model, split, (), "One", {}, sampler))
+    (tmp_path / "index.html").write_text(page(model, split, "One", {}, sampler))
     watched = opened(chromium, tmp_path / "index.html")
     noise_NZ = torch.randn(6, 5, generator=stream)
     label_N = torch.tensor([0, 1, 2, 2, 1, 0])
@@ -339,7 +386,7 @@ def test_one_dimension_and_twelve_labels(chromium, tmp_path):
     images = torch.randint(256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(2))
     split = Split(images.to(torch.uint8), torch.arange(24) % 12, "0")
     posteriors = encode_split(model, eval_dataloader(split))
-    (tmp_path / "index.html").write_text(page(model, split, (), "One", {}))
+    (tmp_path / "index.html").write_text(page(model, split, "One", {}))
     watched = opened(chromium, tmp_path / "index.html")
     assert z_of(watched.page).tolist() == posteriors.mu_NZ[0].tolist()  # no link is not z = 0
     dots = "Array.from(document.querySelectorAll('#legend i'), dot => dot.style.background)"
@@ -467,11 +514,13 @@ def _numbers(colour):
 def test_a_page_is_made_without_a_browser(split, tmp_path):
     """In make test: the parts that need none."""
     model = initialized_vae(1, 28, 1, seed=0).eval().requires_grad_(False)
-    html = page(model, split, FASHION_MNIST_CLASSES, "</title><script>", {"a": "<&"})
+    named = dataclasses.replace(split, class_names=FASHION_MNIST_CLASSES)
+    html = page(model, named, "</title><script>", {"a": "<&"})
     assert html.count("<script") == 2
     assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in html
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
     assert data["latentDim"] == 1
+    assert data["names"] == list(CLASS_NAMES)
     assert data["order"] == [0]
     assert len(data["labels"]) == len(split)
     assert np.isfinite(data["nats"]).all()
@@ -481,7 +530,7 @@ def test_a_page_of_images_of_two_channels_is_refused():
     model = VAE(2, 8, 2)
     split = Split(torch.zeros(4, 2, 8, 8, dtype=torch.uint8), torch.zeros(4).long(), "0")
     with pytest.raises(ConfigError, match="2 channels"):
-        page(model, split, (), "", {})
+        page(model, split, "", {})
 
 
 def test_the_colours_of_the_map_start_with_those_of_the_figures():

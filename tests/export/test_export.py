@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import resource
 import sys
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -11,8 +13,9 @@ import onnxruntime
 import pytest
 import torch
 
-from vae_hyperband.common.config import RunOptions, TrainConfig
-from vae_hyperband.common.errors import CheckpointError
+import vae_hyperband
+from vae_hyperband.common.config import NETWORKS, RunOptions, TrainConfig
+from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.evaluation.flow import VelocityNet
 from vae_hyperband.evaluation.samplers import sampler_file
 from vae_hyperband.export.onnx_export import (
@@ -21,6 +24,7 @@ from vae_hyperband.export.onnx_export import (
     largest_difference,
     velocity_graph,
 )
+from vae_hyperband.model import networks
 from vae_hyperband.model.checkpoint import load_ckpt, save_ckpt
 from vae_hyperband.model.initialization import initialize, initialized_vae
 from vae_hyperband.model.likelihoods import pixel_means
@@ -39,16 +43,60 @@ def ckpt(tmp_path_factory, small_data):
     return fit(config, where).best
 
 
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs/guide.md").read_text()
+[EXAMPLE] = re.findall(r"```python\n(# the module my_network\n.*?)```", GUIDE, re.DOTALL)
+
+#: Encoders that PyTorch cannot export for every batch.
+NOT_EXPORTED = """
+
+class FixedBatch(Encoder):
+    def forward(self, x):
+        return super().forward(x.reshape(2, -1))
+
+
+class ByValue(Encoder):
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0.5 else -x)
+
+
+def fixed_batch(latent_dim, image_shape):
+    return FixedBatch(latent_dim, image_shape), dense(latent_dim, image_shape)[1]
+
+
+def by_value(latent_dim, image_shape):
+    return ByValue(latent_dim, image_shape), dense(latent_dim, image_shape)[1]
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_networks(tmp_path_factory):
+    """The module own_networks: the guide's example and what cannot be exported."""
+    folder = tmp_path_factory.mktemp("networks")
+    (folder / "own_networks.py").write_text(EXAMPLE + NOT_EXPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "_allowed", {})
+        for name in ("dense", "fixed_batch", "by_value"):
+            networks.allow_network(f"own_networks:{name}", str(folder))
+        yield
+    sys.modules.pop("own_networks", None)
+
+
+#: Each family and size. The mean of a pixel is the sigmoid but for the second; of a prior, a graph
+#: has nothing.
 MODELS = {
     "bernoulli": {},
     "continuous": {"likelihood": "continuous-bernoulli"},
-    "logistic": {"likelihood": "discretized-logistic"},
-    "gaussian": {"likelihood": "gaussian"},
-    "laplace": {"likelihood": "laplace"},
+    "logistic": {"likelihood": "discretized-logistic", "channels": 3, "image_size": 32},
     "vamp": {"pseudo_inputs": 3},
-    "colour": {"channels": 3, "image_size": 32},
-    "one dimension": {"latent_dim": 1},
-}
+    "one dimension": {"latent_dim": 1, "image_size": (1, 5)},
+    "padded": {"channels": 3, "image_size": (33, 47), "widths": (8, 12, 16)},
+    "residual": {"network": "residual", "widths": (8, 12)},
+    "residual, padded": {
+        "network": "residual", "channels": 3, "image_size": (33, 47), "widths": (8, 12, 16),
+    },
+    "own": {"network": "own_networks:dense", "channels": 3, "image_size": (9, 14)},
+}  # fmt: skip
 
 
 def vae(**settings):
@@ -56,8 +104,11 @@ def vae(**settings):
         **({"latent_dim": 16, "image_size": 28, "channels": 1, "seed": 0} | settings)
     ).eval()
     with torch.no_grad():
-        model.decoder.conv_t2.weight.mul_(20)  # logits from -40 to 40 and near 0
-        model.encoder.fc_logvar.bias.copy_(torch.linspace(-30, 30, model.latent_dim))  # clamped
+        if model.network == "conv":
+            last = getattr(model.decoder, model.decoder.convs[-1])
+            last.weight.mul_(20)  # logits from -40 to 40 and near 0
+        if model.network in NETWORKS:  # clamped
+            model.encoder.fc_logvar.bias.copy_(torch.linspace(-30, 30, model.latent_dim))
     return model
 
 
@@ -74,16 +125,16 @@ def run(graph, **feeds):
 @torch.no_grad()
 def test_onnx_runtime_computes_what_pytorch_does(settings):
     model = vae(**settings)
+    encoder, decoder = encoder_graph(model, {}), decoder_graph(model, {})
     stream = torch.Generator().manual_seed(1)
-    for num in (1, 7):
-        size = (num, model.channels, model.image_size, model.image_size)
-        x_BCHW = torch.rand(size, generator=stream)
+    for num in (1, 2, 16):
+        x_BCHW = torch.rand(num, *model.image_shape, generator=stream)
         z_BZ = 2 * torch.randn(num, model.latent_dim, generator=stream)
         mu_BZ, logvar_BZ = model.encode(x_BCHW)
-        found = run(encoder_graph(model, {}), x=x_BCHW)
+        found = run(encoder, x=x_BCHW)
         torch.testing.assert_close(found["mu"], mu_BZ, rtol=0, atol=1e-5)
         torch.testing.assert_close(found["logvar"], logvar_BZ, rtol=0, atol=1e-5)
-        found = run(decoder_graph(model, {}), z=z_BZ)
+        found = run(decoder, z=z_BZ)
         torch.testing.assert_close(found["logits"], model.decode(z_BZ), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found["image"], model.decode_images(z_BZ), rtol=0, atol=1e-5)
 
@@ -122,16 +173,37 @@ def test_continuous_bernoulli_means_are_exact_for_every_logit():
     torch.testing.assert_close(image, ours, rtol=5e-7, atol=0)
 
 
-def test_the_same_weights_give_the_same_bytes():
+def test_a_graph_is_of_its_weights_and_facts_alone():
     first, second = (encoder_graph(vae(), {"a": "b"}).SerializeToString() for _ in range(2))
     assert first == second
+    here = Path(vae_hyperband.__file__).parent
+    assert not any(str(path).encode() in first for path in (here, Path(torch.__file__).parent))
+    assert b"site-packages" not in first
 
 
 def test_a_graph_that_computes_something_else_is_refused():
     model, other = vae(), vae(seed=1)
-    graphs = [graph(other, {}).SerializeToString() for graph in (encoder_graph, decoder_graph)]
+    encoder, decoder = (
+        graph(model, {}).SerializeToString() for graph in (encoder_graph, decoder_graph)
+    )
+    assert largest_difference(model, encoder, decoder) < 1e-5
+    of_other = encoder_graph(other, {}).SerializeToString()
     with pytest.raises(CheckpointError, match="other values"):
-        largest_difference(model, *graphs)
+        largest_difference(model, of_other, decoder)
+    with pytest.raises(CheckpointError, match="ONNX Runtime cannot compute this model"):
+        largest_difference(model, encoder, b"no graph")
+
+
+@pytest.mark.parametrize("forward", ["fixed_batch", "by_value"])
+def test_an_own_network_that_cannot_be_exported_is_one_sentence(forward, capfd):
+    model = vae(network=f"own_networks:{forward}")
+    with pytest.raises(ConfigError) as error:
+        encoder_graph(model, {})
+    said = str(error.value)
+    assert said.startswith("PyTorch cannot export this model's encoder to ONNX for batches of any")
+    assert len(said.splitlines()) == 1
+    assert "--format safetensors" in said
+    assert capfd.readouterr() == ("", "")  # PyTorch would print its graphs
 
 
 def test_onnx_files_say_which_weights_they_are_of(ckpt, tmp_path, capsys):
@@ -159,7 +231,7 @@ def test_the_sampler_that_is_kept_is_the_page_s(ckpt, tmp_path, small_data):
     assert page["mixture"]["components"] == 2
 
 
-@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_package_that_is_missing_is_one_sentence(ckpt, tmp_path, missing, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)

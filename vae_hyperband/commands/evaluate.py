@@ -31,7 +31,7 @@ from vae_hyperband.data.splits import Split, image_settings, read_only_tensor
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
 from vae_hyperband.evaluation.latents import encode_images
 from vae_hyperband.evaluation.samplers import decode_bytes
-from vae_hyperband.evaluation.scores import auroc, encode, nearest_codes, scores
+from vae_hyperband.evaluation.scores import above_entropy, auroc, encode, nearest_codes, scores
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.summaries import print_progress
@@ -155,7 +155,7 @@ class NearestArgs(CodesArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreArgs(CodesArgs):
-    """Rank images by their bound: what the model has not seen the like of comes first.
+    """Rank images by how unlike the training images they are: anomalies first.
 
     vae-hyperband score mine --data new --against ordinary --out scores.csv
     """
@@ -164,7 +164,7 @@ class ScoreArgs(CodesArgs):
     against: Path | None = None
     """Ordinary images: print the AUROC of telling the scored ones from these, with its interval."""
     iwae_samples: int = 0
-    """Score by the IWAE bound of this many samples per image, which is tighter; 0: by the bound."""
+    """Take the IWAE bound of this many samples per image, which is tighter; 0: the bound."""
     out: Path | None = None
     """Also write the scores to this .csv, .parquet or .npz file."""
 
@@ -239,6 +239,7 @@ def score_command(argv: list[str]) -> int:
     found = images_of(args, checkpoint, args.images, args.folders.data)
     score_N = scores(model, found.split, config, args.iwae_samples)
     kind = f"IWAE-{args.iwae_samples} bound" if args.iwae_samples else "bound"
+    kind += " above the entropy of its pixels" if above_entropy(config) else ""
     print(f"{plural(len(score_N), 'image')}, {kind} in nats/image: mean {score_N.mean():.2f}")
     order = score_N.argsort(descending=True, stable=True).tolist()
     for number in order[:MOST_IN_TABLE]:

@@ -161,16 +161,17 @@ def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
     config = checkpoint.config
     model = checkpoint.model()
     split = _first(checkpoint.split(args.split, args.folders), args.num_images)
-    split = as_trained(split, config)
+    split = dataclasses.replace(as_trained(split, config), class_names=checkpoint.class_names)
     out = args.out / "index.html"
     check_place(out)  # fail before the work
     html = page(
         model,
         split,
-        checkpoint.class_names,
         f"A VAE of {DATA_NAMES[config.dataset]}",
         _shown(checkpoint, model),
         _fitted(args, checkpoint),
+        # shapes on a black ground, as Fashion-MNIST and digits have them; else any image
+        ink=model.channels == 1 and config.dataset != "images",
     )
     write_text(out, html)
     return [out]
@@ -204,7 +205,7 @@ def needs_onnx() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnxruntime"):
+        if error.name not in ("onnx", "onnxruntime", "onnxscript"):
             raise
         raise ConfigError(
             f"This format needs the package {error.name}: pip install 'vae-hyperband[export]'."

@@ -42,15 +42,33 @@ def encode(model: VAE, split: Split, config: TrainConfig) -> Encoded:
 
 
 def scores(model: VAE, split: Split, config: TrainConfig, iwae_samples: int = 0) -> Tensor:
-    """An upper bound on -log p(x) of each image in nats, float64, shape (N,): high for anomalies.
+    """How unlike the training images each image is, in nats, float64, shape (N,).
 
-    With ``iwae_samples`` above 0 the IWAE bound of that many samples, which is tighter.
+    An upper bound on -log p(x), with ``iwae_samples`` above 0 the IWAE bound of that many samples,
+    which is tighter. For the Bernoulli likelihood of grey pixels less the pixels' own entropy: that
+    bound is a cross-entropy, of which an image with many grey pixels has much under any model.
     """
-    loader = eval_dataloader(as_trained(split, config), next(model.parameters()).device)
+    seen = as_trained(split, config)
+    loader = eval_dataloader(seen, next(model.parameters()).device)
     if iwae_samples:
-        return iwae_nats(model, loader, config.seed, iwae_samples)
-    nats = split_nats(model, loader, config.seed)
-    return nats.recon_B + nats.kl_B
+        bound_N = iwae_nats(model, loader, config.seed, iwae_samples)
+    else:
+        nats = split_nats(model, loader, config.seed)
+        bound_N = nats.recon_B + nats.kl_B
+    if above_entropy(config):
+        bound_N -= torch.cat([pixel_entropy(x_BCHW) for x_BCHW, _ in loader])
+    return bound_N
+
+
+def above_entropy(config: TrainConfig) -> bool:
+    """Whether scores are bounds less the entropy of the pixels."""
+    return config.likelihood == "bernoulli" and config.binarize == "none"
+
+
+def pixel_entropy(x_BCHW: Tensor) -> Tensor:
+    """The sum of the entropies of Bernoulli pixels with these means, in nats, float64, (B,)."""
+    x = x_BCHW.double().cpu().flatten(1)
+    return -(torch.special.xlogy(x, x) + torch.special.xlogy(1 - x, 1 - x)).sum(dim=1)
 
 
 class Auroc(NamedTuple):

@@ -32,7 +32,12 @@ from vae_hyperband.evaluation.latents import (
     information_per_dimension,
 )
 from vae_hyperband.evaluation.samplers import LearnedFlow, Mixture
-from vae_hyperband.export.onnx_export import decoder_graph, encoder_graph, velocity_graph
+from vae_hyperband.export.onnx_export import (
+    decoder_graph,
+    encoder_graph,
+    largest_difference,
+    velocity_graph,
+)
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.page import csp_digest, style
 
@@ -62,20 +67,22 @@ def _runtime(name: str) -> bytes:
 def page(
     model: VAE,
     split: Split,
-    names: tuple[str, ...],
     title: str,
     facts: dict[str, str],
     sampler: Mixture | LearnedFlow | None = None,
+    ink: bool = False,
 ) -> str:
     """The whole page, with the split's images on its map, as the model takes them.
 
-    ``names`` are those of the labels, ``facts`` are shown below the title. Raises
-    :class:`ConfigError` where images have neither one channel nor three.
+    ``facts`` are shown below the title. With ``ink`` the images are shown as the figures show
+    garments: 0 is white. Raises :class:`ConfigError` where images have neither one channel nor
+    three, and what :func:`~vae_hyperband.export.onnx_export.encoder_graph` raises.
     """
     if model.channels not in (1, 3):
         raise ConfigError(f"Images of {model.channels} channels cannot be shown: 1 or 3 can.")
-    data, share = _data(model, split, names)
+    data, share = _data(model, split)
     data |= {
+        "ink": ink,
         "mixture": _mixture(sampler) if isinstance(sampler, Mixture) else None,
         "flow": _flow(sampler) if isinstance(sampler, LearnedFlow) else None,
     }
@@ -135,11 +142,7 @@ def _policy(script: str, css: str) -> str:
     )
 
 
-def _data(
-    model: VAE,
-    split: Split,
-    names: tuple[str, ...],
-) -> tuple[Data, float]:
+def _data(model: VAE, split: Split) -> tuple[Data, float]:
     """The data of the scripts, and the share of the variance that the map shows."""
     mu_NZ, logvar_NZ = encode_split(model, eval_dataloader(split))
     exact = Posteriors(mu_NZ.double(), logvar_NZ.double())
@@ -147,10 +150,14 @@ def _data(
     mean_Z, variance_Z = aggregate(exact)
     far_Z = 4 * variance_Z.sqrt()
     map_facts, share = _map(mu_NZ)
+    encoder, decoder = (
+        make(model, {}).SerializeToString() for make in (encoder_graph, decoder_graph)
+    )
+    largest_difference(model, encoder, decoder)
     data = {
         "latentDim": model.latent_dim,
         "shape": list(split.image_shape),
-        "names": list(names),
+        "names": list(split.class_names),
         "labels": split.labels_N.tolist(),
         "images": _base64(split.images_NCHW.numpy().tobytes()),
         "mu": _floats(mu_NZ),
@@ -160,8 +167,8 @@ def _data(
         "low": _rounded(torch.minimum(mean_Z - far_Z, mu_NZ.amin(dim=0))),
         "high": _rounded(torch.maximum(mean_Z + far_Z, mu_NZ.amax(dim=0))),
         "map": map_facts,
-        "encoder": _base64(encoder_graph(model, {}).SerializeToString()),
-        "decoder": _base64(decoder_graph(model, {}).SerializeToString()),
+        "encoder": _base64(encoder),
+        "decoder": _base64(decoder),
         "runtime": _base64(
             gzip.compress(_runtime("ort-wasm-simd-threaded.wasm.xz"), compresslevel=9, mtime=0)
         ),

@@ -1,214 +1,241 @@
-"""The encoder, the decoder and a flow's velocity as ONNX graphs, written node by node.
+"""The encoder, the decoder and a flow's velocity as ONNX graphs, by PyTorch's exporter.
 
-The network is four (transposed) convolutions and three linear layers, so its graph is shorter than
-what a tracer needs to be told, and the same weights give the same bytes. Needs ``onnx``.
+PyTorch traces the model, whatever network it has, so there is one description of each network. A
+graph takes batches of any size, and the same weights give the same bytes. Needs ``onnx``,
+``onnxscript`` and ``onnxruntime``.
 
 Shape suffixes: B images of a batch, C channels, H height, W width, Z latent dimensions, L labels.
 """
 
-import math
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
 import onnxruntime
+import onnxscript  # noqa: F401  (PyTorch's exporter needs it: if it is missing, that is known here)
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.evaluation.flow import TIME_FEATURES, Block, VelocityNet
-from vae_hyperband.model.likelihoods import MEAN_SERIES, SERIES_BELOW, Likelihood
-from vae_hyperband.model.vae import LOGVAR_LIMIT, VAE, Decoder, Encoder
+from vae_hyperband.evaluation.flow import VelocityNet
+from vae_hyperband.model.likelihoods import pixel_means
+from vae_hyperband.model.vae import VAE
 
-OPSET = 17
-IR_VERSION = 8  # what programs of 2022 and later read
+OPSET = 18  # the exporter's oldest
+IR_VERSION = 8  # of the same year, 2022: programs of 2023 and later read it
 
+#: Between ONNX Runtime and PyTorch. float32 and another order of sums give 1e-6.
+TOLERANCE = 1e-4
 
-class _Graph:
-    """Nodes and weights, collected in the order in which they are computed."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.weights: list[Any] = []
-
-    def add(self, kind: str, *inputs: str, out: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, list(inputs), [out], name=out, **attributes))
-        return out
-
-    def tensor(self, name: str, value: Tensor) -> str:
-        array = value.detach().cpu().contiguous().numpy()
-        self.weights.append(numpy_helper.from_array(array, name))
-        return name
-
-    def number(self, name: str, value: float) -> str:
-        self.weights.append(helper.make_tensor(name, TensorProto.FLOAT, [], [value]))
-        return name
-
-    def linear(self, x: str, layer: nn.Linear, out: str) -> str:
-        weight = self.tensor(f"{out}.weight", layer.weight)
-        bias = self.tensor(f"{out}.bias", layer.bias)
-        return self.add("Gemm", x, weight, bias, out=out, transB=1)
-
-    def norm(self, x: str, layer: nn.LayerNorm, out: str) -> str:
-        weight = self.tensor(f"{out}.weight", layer.weight)
-        bias = self.tensor(f"{out}.bias", layer.bias)
-        return self.add("LayerNormalization", x, weight, bias, out=out, epsilon=layer.eps)
-
-    def silu(self, x: str) -> str:
-        gate = self.add("Sigmoid", x, out=f"{x}.gate")
-        return self.add("Mul", x, gate, out=f"{x}.silu")
-
-    def conv(self, x: str, layer: nn.Conv2d | nn.ConvTranspose2d, out: str, relu: bool) -> str:
-        """3x3, stride 2, padding 1; see :mod:`vae_hyperband.model.fast_layers`."""
-        assert layer.bias is not None
-        weight = self.tensor(f"{out}.weight", layer.weight)
-        bias = self.tensor(f"{out}.bias", layer.bias)
-        up = isinstance(layer, nn.ConvTranspose2d)
-        more = {"output_padding": [1, 1]} if up else {}
-        kind = "ConvTranspose" if up else "Conv"
-        self.add(kind, x, weight, bias, out=out, strides=[2, 2], pads=[1, 1, 1, 1], **more)
-        return self.add("Relu", out, out=f"{out}.relu") if relu else out
-
-    def model(self, name: str, given: list[Any], results: list[Any], facts: dict[str, str]) -> Any:
-        graph = helper.make_graph(self.nodes, name, given, results, self.weights)
-        opset = [helper.make_opsetid("", OPSET)]
-        model = helper.make_model(
-            graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="vae-hyperband"
-        )
-        helper.set_model_props(model, facts)
-        onnx.checker.check_model(model, full_check=True)
-        return model
+CHECKED = (1, 16)  # sizes of batches that are compared; the graph is made from one of 2
 
 
-def _value(name: str, *shape: int | str) -> Any:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+class _Part(nn.Module):
+    """What becomes a graph: the names of its inputs and results, and inputs to try it with."""
+
+    inputs: tuple[str, ...]
+    results: tuple[str, ...]
+    #: Of the results, those that are compared. Logits have no limit, so neither has their rounding.
+    compared: tuple[str, ...]
+
+    def example(self, num: int) -> tuple[Tensor, ...]:
+        """Random inputs, the same each time: a batch of ``num``."""
+        raise NotImplementedError
 
 
-def _conv_network(model: VAE) -> tuple[Encoder, Decoder]:
-    """The parts of a model whose graph can be written. Raises :class:`ConfigError` for others."""
-    encoder, decoder = model.encoder, model.decoder
-    if isinstance(encoder, Encoder) and isinstance(decoder, Decoder) and not any(model.padding):
-        return encoder, decoder
-    raise ConfigError(
-        f"A model with the network {model.network} for images of {model.image_shape} cannot be "
-        "exported to ONNX or a web page yet: use --format safetensors."
-    )
+class _Encoder(_Part):
+    inputs, results = ("x",), ("mu", "logvar")
+    compared = results
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def example(self, num: int) -> tuple[Tensor, ...]:
+        return (torch.rand(num, *self.model.image_shape, generator=generator(0, "sample")),)
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.encode(x_BCHW)
+
+
+class _Decoder(_Part):
+    inputs, results, compared = ("z",), ("logits", "image"), ("image",)
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def example(self, num: int) -> tuple[Tensor, ...]:
+        return (torch.randn(num, self.model.latent_dim, generator=generator(0, "sample")),)
+
+    def forward(self, z_BZ: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BCHW = self.model.decode(z_BZ)
+        return logits_BCHW, pixel_means(logits_BCHW, self.model.likelihood)
+
+
+class _Velocity(_Part):
+    inputs, results = ("z", "t", "label"), ("v",)
+    compared = results
+
+    def __init__(self, net: VelocityNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def example(self, num: int) -> tuple[Tensor, ...]:
+        stream, num_labels = generator(0, "sample"), self.net.label.num_embeddings
+        z_BZ = torch.randn(num, self.net.enter.in_features, generator=stream)
+        t_B1 = torch.rand(num, 1, generator=stream)
+        return z_BZ, t_B1, F.one_hot(torch.arange(num) % num_labels, num_labels).float()
+
+    def forward(self, z_BZ: Tensor, t_B1: Tensor, label_BL: Tensor) -> tuple[Tensor]:
+        return (self.net(z_BZ, t_B1.squeeze(1), label_BL.argmax(dim=1)),)
 
 
 def encoder_graph(model: VAE, facts: dict[str, str]) -> Any:
-    """``x`` (B, C, H, W) in [0, 1] -> ``mu``, ``logvar`` (B, Z) of q(z|x)."""
-    (encoder, _), graph = _conv_network(model), _Graph()
-    h = "x"
-    for name in encoder.convs:
-        h = graph.conv(h, getattr(encoder, name), name, relu=True)
-    h = graph.add("Flatten", h, out="flat")
-    graph.linear(h, encoder.fc_mu, "mu")
-    h = graph.linear(h, encoder.fc_logvar, "unbounded")
-    low, high = graph.number("low", -LOGVAR_LIMIT), graph.number("high", LOGVAR_LIMIT)
-    graph.add("Clip", h, low, high, out="logvar")
-    images = _value("x", "batch", *model.image_shape)
-    codes = [_value(name, "batch", model.latent_dim) for name in ("mu", "logvar")]
-    return graph.model("encoder", [images], codes, facts)
+    """``x`` (B, C, H, W) in [0, 1] -> ``mu``, ``logvar`` (B, Z) of q(z|x).
+
+    ``model`` is in eval mode, on the CPU; the graph's metadata are ``facts``. Raises
+    :class:`ConfigError` if it has a network of somebody's own that PyTorch cannot export.
+    """
+    return _graph(_Encoder(model), "encoder", facts)
 
 
 def decoder_graph(model: VAE, facts: dict[str, str]) -> Any:
-    """``z`` (B, Z) -> ``logits`` and ``image``, the mean of each pixel in [0, 1]; (B, C, H, W)."""
-    (_, decoder), graph = _conv_network(model), _Graph()
-    h = graph.linear("z", decoder.fc, "fc")
-    shape = [-1, *decoder.small]
-    graph.weights.append(helper.make_tensor("shape", TensorProto.INT64, [4], shape))
-    h = graph.add("Reshape", h, "shape", out="small")
-    for name in decoder.convs[:-1]:
-        h = graph.conv(h, getattr(decoder, name), name, relu=True)
-    graph.conv(h, getattr(decoder, decoder.convs[-1]), "logits", relu=False)
-    _pixel_means(graph, model.likelihood)
-    size = ("batch", *model.image_shape)
-    results = [_value("logits", *size), _value("image", *size)]
-    return graph.model("decoder", [_value("z", "batch", model.latent_dim)], results, facts)
+    """``z`` (B, Z) -> ``logits`` and ``image``, the mean of each pixel in [0, 1]; (B, C, H, W).
+
+    See :func:`encoder_graph`.
+    """
+    return _graph(_Decoder(model), "decoder", facts)
 
 
 def velocity_graph(net: VelocityNet) -> Any:
-    """``z`` (B, Z), ``t`` (B, 1), ``label`` (B, L) one-hot -> ``v`` (B, Z), of flow matching."""
-    graph = _Graph()
-    frequencies = math.pi * torch.arange(1.0, TIME_FEATURES // 2 + 1)[None]
-    waves = graph.add("Mul", "t", graph.tensor("frequencies", frequencies), out="waves")
-    known = [graph.add(kind, waves, out=kind.lower()) for kind in ("Sin", "Cos")]
-    known.append(graph.add("MatMul", "label", graph.tensor("kinds", net.label.weight), out="kind"))
-    given = graph.linear(graph.add("Concat", *known, out="known", axis=1), net.given, "given")
-    given = graph.silu(given)
-    h = graph.add("Add", graph.linear("z", net.enter, "enter"), given, out="h")
-    for i, block in enumerate(net.blocks):
-        assert isinstance(block, Block)
-        up = graph.linear(graph.norm(h, block.norm, f"norm{i}"), block.up, f"up{i}")
-        up = graph.silu(graph.add("Add", up, given, out=f"up{i} given"))
-        h = graph.add("Add", h, graph.linear(up, block.down, f"down{i}"), out=f"h{i}")
-    norm, leave = net.leave
-    assert isinstance(norm, nn.LayerNorm)
-    assert isinstance(leave, nn.Linear)
-    graph.linear(graph.norm(h, norm, "norm"), leave, "v")
-    z, v = (_value(name, "batch", net.enter.in_features) for name in "zv")
-    inputs = [z, _value("t", "batch", 1), _value("label", "batch", net.label.num_embeddings)]
-    return graph.model("velocity", inputs, [v], {})
+    """``z`` (B, Z), ``t`` (B, 1), ``label`` (B, L) one-hot -> ``v`` (B, Z), of flow matching.
+
+    Raises :class:`CheckpointError` if ONNX Runtime computes something else from it.
+    """
+    part = _Velocity(net)
+    graph = _graph(part, "velocity", {})
+    _require_close(_apart(part, graph.SerializeToString()))
+    return graph
 
 
-def _pixel_means(graph: _Graph, likelihood: Likelihood) -> None:
-    """``image`` from ``logits``, as :func:`~vae_hyperband.model.likelihoods.pixel_means` has it."""
-    if likelihood != "continuous-bernoulli":
-        graph.add("Sigmoid", "logits", out="image")
-        return
-    one, half, zero = (
-        graph.number(name, x) for name, x in (("one", 1), ("half", 0.5), ("zero", 0))
+def _graph(part: _Part, name: str, facts: dict[str, str]) -> Any:
+    batch = torch.export.Dim("batch")
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                part.eval(),
+                part.example(2),  # PyTorch takes a size of 1 for a constant
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(part.inputs),
+                output_names=list(part.results),
+                dynamic_shapes=[{0: batch} for _ in part.inputs],
+                verbose=False,
+            )
+        assert program is not None
+        model = program.model_proto
+    # the user's own network: tracing runs its code, which may fail in any way
+    except Exception as error:
+        raise _refusal(name, _first_line(error.__cause__ or error)) from error
+    # where the code needs the example's size, PyTorch exports it for that alone, without a word
+    if not all(value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input):
+        raise _refusal(name, "it computes with the number of images as a constant")
+    _keep_what_computes(model)
+    model.graph.name, model.ir_version, model.producer_name = name, IR_VERSION, "vae-hyperband"
+    helper.set_model_props(model, facts)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _refusal(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"PyTorch cannot export this model's {name} to ONNX for batches of any size ({why}): write "
+        "its forward with operations of PyTorch on tensors alone, or use --format safetensors."
     )
-    graph.add("Abs", "logits", out="size")
-    near = graph.add("Less", "size", graph.number("series below", SERIES_BELOW), out="near")
-    far = graph.add("Where", near, one, "size", out="far")  # no division by 0
-    decay = graph.add("Exp", graph.add("Neg", far, out="-far"), out="decay")
-    odds = graph.add("Div", decay, graph.add("Sub", one, decay, out="1-decay"), out="odds")
-    low = graph.add("Sub", graph.add("Reciprocal", far, out="1/far"), odds, out="low")
-    high = graph.add("Sub", one, low, out="high")
-    mean = graph.add("Where", graph.add("Greater", "logits", zero, out="+"), high, low, out="mean")
-    square = graph.add("Mul", "logits", "logits", out="square")
-    series = graph.number("c0", MEAN_SERIES[-1])
-    for i, value in enumerate(reversed(MEAN_SERIES[:-1]), start=1):
-        product = graph.add("Mul", series, square, out=f"product {i}")
-        series = graph.add("Add", product, graph.number(f"c{i}", value), out=f"sum {i}")
-    product = graph.add("Mul", series, "logits", out="series product")
-    series = graph.add("Add", product, half, out="series")
-    graph.add("Where", near, series, mean, out="image")
 
 
-# ---- ONNX graphs against the model that they were written from, by ONNX Runtime.
+def _keep_what_computes(model: Any) -> None:
+    """Remove what the exporter notes of where each node is from.
 
-#: Of posterior means, log variances and pixels. float32 and another order of sums give 1e-6.
-TOLERANCE = 1e-4
+    It has the paths of this machine's files, and needs a newer IR version.
+    """
+    graph = model.graph
+    groups = (graph.node, graph.initializer, graph.value_info, graph.input, graph.output, [graph])
+    for one in (one for group in groups for one in group):
+        one.ClearField("metadata_props")
+        one.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    model.ClearField("producer_version")
 
 
-@torch.no_grad()
-def largest_difference(model: VAE, encoder: bytes, decoder: bytes, num: int = 16) -> float:
-    """Of anything that the graphs and the model compute from some random images and latents.
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Around the exporter: no output or warning of what a user of this package cannot change."""
+    before = logging.root.manager.disable
+    # each export logs that torchvision's operations are not there
+    logging.disable(logging.WARNING)
+    try:
+        # to stderr go the graphs of a network that it cannot export
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            # PyTorch 2.13 copies its own description of the arguments in a way that it deprecated
+            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            # the velocity's three inputs have one batch, whose name is given once
+            warnings.filterwarnings("ignore", "# The axis name: batch will not be used")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# ---- ONNX graphs against the model that they were made from, by ONNX Runtime.
+
+
+def largest_difference(model: VAE, encoder: bytes, decoder: bytes) -> float:
+    """Of posterior means, log variances and pixels of some random images and latents.
 
     Raises :class:`CheckpointError` if that is more than :data:`TOLERANCE`.
     """
-    stream = generator(0, "sample")
-    size = (num, *model.image_shape)
-    x_BCHW = torch.rand(size, generator=stream)
-    z_BZ = torch.randn(num, model.latent_dim, generator=stream)
-    codes = _run(encoder, ["mu", "logvar"], {"x": x_BCHW})
-    (images,) = _run(decoder, ["image"], {"z": z_BZ})
-    pairs = zip([*codes, images], [*model.encode(x_BCHW), model.decode_images(z_BZ)], strict=True)
-    apart = max((found - expected).abs().max().item() for found, expected in pairs)
+    apart = max(_apart(_Encoder(model), encoder), _apart(_Decoder(model), decoder))
+    _require_close(apart)
+    return apart
+
+
+def _require_close(apart: float) -> None:
     if not apart <= TOLERANCE:
         raise CheckpointError(
             f"ONNX Runtime computes other values from this model than PyTorch does: {apart:.1e} "
             f"apart, at most {TOLERANCE:.0e} was expected; nothing was written."
         )
-    return apart
 
 
-def _run(graph: bytes, names: list[str], feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+@torch.no_grad()
+def _apart(part: _Part, graph: bytes) -> float:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    found = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})
-    return [torch.from_numpy(array) for array in found]
+    options.log_severity_level = 4  # what fails is raised
+    differences = []
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        for num in CHECKED:
+            example = part.example(num)
+            feeds = {name: x.numpy() for name, x in zip(part.inputs, example, strict=True)}
+            expected = dict(zip(part.results, part(*example), strict=True))
+            for name, found in zip(part.compared, session.run(part.compared, feeds), strict=True):
+                differences.append((torch.from_numpy(found) - expected[name]).abs().max())
+    # its errors have no type in common
+    except Exception as error:
+        raise CheckpointError(
+            f"ONNX Runtime cannot compute this model ({_first_line(error)}): use --format "
+            "safetensors."
+        ) from error
+    return torch.stack(differences).max().item()  # a NaN stays one
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

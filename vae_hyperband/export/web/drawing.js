@@ -1,14 +1,23 @@
 // Drawing or dropping an image, which is encoded; then the page starts.
 
-const INK = 20; // the drawing area has so many pixels for one of the image
+const INK = Math.max(1, Math.round(560 / Math.max(W, H))); // so many pixels for one of the image
 const board = $("draw"), pen = board.getContext("2d", { willReadFrequently: true });
 
+/** Black or white, whichever is more like the images' first row. */
+function groundOf() {
+  let sum = 0;
+  for (let n = 0; n < N; n++) for (let p = 0; p < W; p++) sum += images[n * PIXELS + p];
+  return given.ink || sum > 127.5 * N * W ? "#fff" : "#000";
+}
+
+const ground = groundOf();
+
 function clearBoard() {
-  pen.fillStyle = "#fff";
+  pen.fillStyle = ground;
   pen.fillRect(0, 0, board.width, board.height);
 }
 
-/** The drawing at the model's size, bright where there is ink. */
+/** The drawing at the model's size; with ink on paper, bright where there is ink. */
 function drawnPixels() {
   const small = document.createElement("canvas");
   [small.width, small.height] = [W, H];
@@ -19,7 +28,8 @@ function drawnPixels() {
   for (let p = 0; p < H * W; p++) {
     const grey = (0.299 * data[4 * p] + 0.587 * data[4 * p + 1] + 0.114 * data[4 * p + 2]) / 255;
     for (let c = 0; c < C; c++) {
-      pixels[c * H * W + p] = C === 1 ? 1 - grey : data[4 * p + Math.min(c, 2)] / 255;
+      const value = C === 1 ? grey : data[4 * p + c] / 255;
+      pixels[c * H * W + p] = given.ink ? 1 - value : value;
     }
   }
   return pixels;
@@ -49,6 +59,7 @@ async function place(file) {
 
 function startDrawing() {
   [board.width, board.height] = [W * INK, H * INK];
+  $("dark-row").hidden = !given.ink; // else a file is taken as it is
   clearBoard();
   let last = null;
   const spot = (event) => {
@@ -58,7 +69,10 @@ function startDrawing() {
   };
   const stroke = (event) => {
     const [x, y] = spot(event);
-    Object.assign(pen, { strokeStyle: "#000", lineWidth: 2.4 * INK, lineCap: "round" });
+    Object.assign(pen, {
+      strokeStyle: ground === "#fff" ? "#000" : "#fff", lineCap: "round",
+      lineWidth: Math.max(board.width, board.height) * 3 / 35, // of 28 pixels 2.4
+    });
     pen.beginPath();
     pen.moveTo(...(last ?? [x, y]));
     pen.lineTo(x, y);

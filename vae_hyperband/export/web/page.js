@@ -9,17 +9,18 @@ function colourOf(label) {
 }
 
 const EDGE = given.map.edge; // the map goes from -EDGE to EDGE
-const PREVIEW = 3; // an image under the pointer is shown at so many screen pixels per pixel
+const PREVIEW = 84 / Math.max(W, H); // pixels of the map per pixel of the image under the pointer
+// images higher than wide are as high as others are wide
+document.documentElement.style.setProperty("--fit", Math.min(1, W / H));
 
 let model, z = new Float32Array(Z), pairs = [0, 0];
 
-/** Ink on paper, as garments are shown elsewhere: 0 is white. */
 function painted(pixels) {
   const picture = new ImageData(W, H);
   for (let p = 0; p < H * W; p++) {
     for (let c = 0; c < 3; c++) {
-      picture.data[4 * p + c] =
-        C === 1 ? 255 * (1 - pixels[p]) : 255 * pixels[(C === 3 ? c : 0) * H * W + p];
+      const value = pixels[(C === 3 ? c : 0) * H * W + p];
+      picture.data[4 * p + c] = 255 * (given.ink ? 1 - value : value); // ink on paper: 0 is white
     }
     picture.data[4 * p + 3] = 255;
   }
