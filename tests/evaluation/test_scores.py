@@ -3,7 +3,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from vae_hyperband.evaluation.scores import auroc, nearest_codes
+from vae_hyperband.common.config import TrainConfig
+from vae_hyperband.evaluation.scores import above_entropy, auroc, nearest_codes, pixel_entropy
 
 
 def test_the_area_is_the_share_of_pairs_in_order_ties_counted_half():
@@ -44,3 +45,15 @@ def test_the_nearest_codes_come_in_their_order():
     distances, numbers = nearest_codes(torch.zeros(2), codes, 3)
     assert numbers[:2].tolist() == [2, 1]
     assert distances.tolist() == [0, 1, 5]
+
+
+def test_the_entropy_of_grey_pixels_is_no_part_of_a_score():
+    """Of the pixels' own means, the cross-entropy is the entropy: the score is 0 then."""
+    x_BCHW = torch.rand(4, 1, 3, 3, dtype=torch.float64)
+    x_BCHW[0] = x_BCHW[0].round()  # black and white: no entropy
+    own = torch.nn.functional.binary_cross_entropy(x_BCHW, x_BCHW, reduction="none")
+    assert torch.allclose(pixel_entropy(x_BCHW), own.flatten(1).sum(1), atol=1e-9)
+    assert pixel_entropy(x_BCHW)[0] == 0
+    assert above_entropy(TrainConfig())
+    assert not above_entropy(TrainConfig(likelihood="laplace"))
+    assert not above_entropy(TrainConfig(binarize="dynamic"))

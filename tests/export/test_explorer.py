@@ -520,7 +520,7 @@ def test_a_page_is_made_without_a_browser(split, tmp_path):
     assert "<title>&lt;/title&gt;&lt;script&gt;</title>" in html
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
     assert data["latentDim"] == 1
-    assert data["names"] == list(CLASS_NAMES)
+    assert data["names"] == list(FASHION_MNIST_CLASSES)
     assert data["order"] == [0]
     assert len(data["labels"]) == len(split)
     assert np.isfinite(data["nats"]).all()

@@ -199,7 +199,6 @@ def fit(
         only_writer(options.log_folder),
     ):
         config, options, train, held_out = _with_images(config, options, splits, should_stop)
-        held_out = as_trained(held_out, config)
         features = _features(config, train, device, quiet)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
         train_loader = get_dataloader(
@@ -243,7 +242,8 @@ def _with_images(
     """The settings of a run with its images, and these: the training and the validation split."""
     if splits is None:
         config, options = with_known_data(config, options)
-        return config, options, *load_training_splits(config, options, should_stop)
+        train, held_out = load_training_splits(config, options, should_stop)
+        return config, options, train, as_trained(held_out, config)
     if not all(isinstance(split, Split) for split in splits):
         config = dataclasses.replace(config, dataset="images")
     train, held_out = map(as_split, splits)
@@ -252,7 +252,7 @@ def _with_images(
             f"The training images have the shape {train.image_shape}, but those for validation "
             f"{held_out.image_shape}."
         )
-    return config, options, train, held_out
+    return config, options, train, as_trained(held_out, config)
 
 
 def _features(
