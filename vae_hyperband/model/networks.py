@@ -44,6 +44,7 @@ def allow_network(name: str, folder: str | None = None) -> None:
     require(
         is_own_network(name), f"{name!r} names no function: it must be package.module:function."
     )
+    # the folder of now: a run may change the current one before the model is built
     _allowed[name] = folder or os.getcwd()
 
 
@@ -123,6 +124,7 @@ def _check_shapes(
     _check_shape(f"logvar of the encoder of --network {name}", found[1], codes)
     logits = decoder(torch.zeros(codes))
     _check_shape(f"The logits of the decoder of --network {name}", logits, images)
+    # back in the mode in which PyTorch makes modules
     for part in parts:
         part.train()
 

@@ -37,6 +37,7 @@ class Block(nn.Module):
         self.scale = scale
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        # the norm comes first, so the path from x to the result is free of any layer
         h: Tensor = self.conv1(silu(self.norm1(x_BCHW)))
         h = self.conv2(silu(self.norm2(h)))
         return x_BCHW + self.scale * h
@@ -56,6 +57,7 @@ class ResidualEncoder(nn.Module):
         for before, after in pairwise((channels, *widths)):
             stages += [Conv2d(before, after, 3, stride=2, padding=1), Block(after, scale)]
         self.stages = nn.Sequential(*stages)
+        # the sum of the branches is not normalised yet: the linear layers want it to be
         self.norm = _norm(widths[-1])
         num_features = widths[-1] * (height >> len(widths)) * (width >> len(widths))
         self.fc_mu = nn.Linear(num_features, latent_dim)
@@ -82,6 +84,7 @@ class ResidualDecoder(nn.Module):
         stages: list[nn.Module] = []
         for before, after in pairwise((*reversed(widths), full)):
             stages += [
+                # before the upsampling, where a block costs a quarter
                 Block(before, scale),
                 nn.Upsample(scale_factor=2, mode="nearest"),
                 Conv2d(before, after, 3, padding=1),

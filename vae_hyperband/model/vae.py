@@ -39,9 +39,11 @@ class Encoder(nn.Module):
     def __init__(self, latent_dim: int, image_shape: ImageShape, widths: tuple[int, ...]) -> None:
         super().__init__()
         channels, height, width = image_shape
+        # conv1, conv2 ...: the names that checkpoints have had since version 0.1
         self.convs = [f"conv{stage}" for stage, _ in enumerate(widths, start=1)]
         for name, (before, after) in zip(self.convs, pairwise((channels, *widths)), strict=True):
             self.add_module(name, nn.Conv2d(before, after, 3, stride=2, padding=1))
+        # each stage halves both sides: 64 * 7 * 7 for 28x28
         num_features = widths[-1] * (height >> len(widths)) * (width >> len(widths))
         self.flatten = nn.Flatten()
         self.fc_mu = nn.Linear(num_features, latent_dim)
@@ -52,8 +54,8 @@ class Encoder(nn.Module):
         for name in self.convs:  # (B, 32, H/2, W/2), (B, 64, H/4, W/4)
             # relu_: in place, since a convolution's gradients do not need its output
             h = relu_(getattr(self, name)(h))
-        h = self.flatten(h)
-        return self.fc_mu(h), self.fc_logvar(h)
+        h = self.flatten(h)  # (B, 64 * H/4 * W/4)
+        return self.fc_mu(h), self.fc_logvar(h)  # (B, Z) each
 
 
 class Decoder(nn.Module):
@@ -65,7 +67,7 @@ class Decoder(nn.Module):
         self.small = (widths[-1], height >> len(widths), width >> len(widths))
         self.fc = nn.Linear(latent_dim, self.small[0] * self.small[1] * self.small[2])
         self.convs = [f"conv_t{stage}" for stage, _ in enumerate(widths, start=1)]
-        reverse = (*reversed(widths), channels)
+        reverse = (*reversed(widths), channels)  # 64, 32, 1: the encoder's, backwards
         for name, (before, after) in zip(self.convs, pairwise(reverse), strict=True):
             layer = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1)
             self.add_module(name, layer)
@@ -74,6 +76,7 @@ class Decoder(nn.Module):
         h: Tensor = self.fc(z_BZ).unflatten(1, self.small)  # (B, 64, H/4, W/4)
         for name in self.convs[:-1]:
             h = relu_(getattr(self, name)(h))  # (B, 32, H/2, W/2)
+        # the last one without a ReLU: a logit may be negative
         logits_BCHW: Tensor = getattr(self, self.convs[-1])(h)
         return logits_BCHW
 
@@ -85,6 +88,7 @@ def stage_widths(widths: Widths, image_shape: ImageShape) -> tuple[int, ...]:
     """
     _, *sides = image_shape
     if widths == "auto":
+        # one stage even for a tiny image: the encoder needs a convolution
         num = 1
         while min(sides) > 8 << num:
             num += 1
@@ -151,6 +155,7 @@ class VAE(nn.Module):
         self.likelihood, self.sigma, self.network = likelihood, sigma, network
         # a network of the user's own has its own stages, and takes the image as it is
         self.widths = stage_widths(widths, self.image_shape) if network in NETWORKS else ()
+        # how many pixels are missing to the next multiple of 2^stages; 0 for 28x28 and two stages
         more = [-side % (1 << len(self.widths)) for side in (height, width)]
         #: Pixels around the image on the left, right, top and bottom; half on either side.
         self.padding = (more[1] // 2, -(-more[1] // 2), more[0] // 2, -(-more[0] // 2))
@@ -164,6 +169,7 @@ class VAE(nn.Module):
         if any(self.padding):
             x_BCHW = F.pad(x_BCHW, self.padding)
         mu_BZ, logvar_BZ = self.encoder(x_BCHW)
+        # here and not in the encoder, so that it holds for networks of the user's own, too
         return mu_BZ, logvar_BZ.clamp(-LOGVAR_LIMIT, LOGVAR_LIMIT)
 
     def decode(self, z_BZ: Tensor) -> Tensor:

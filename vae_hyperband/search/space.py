@@ -88,6 +88,7 @@ class Range:
         return self._within(value) if isinstance(value, int | float) else self.low
 
     def sample(self, random: np.random.RandomState) -> Value:
+        # numpy leaves the upper end out
         if self.integer:
             return int(random.randint(int(self.low), int(self.high) + 1))
         return self._within(random.uniform(self.low, self.high, size=1)[0])
@@ -106,6 +107,7 @@ class Range:
         return round(cut) if self.integer else float(cut)
 
     def _distinct(self, points: np.ndarray) -> tuple[Value, ...]:
+        # integers that are rounded may be equal; a grid tries each once
         return tuple(dict.fromkeys(self._within(point) for point in points.tolist()))
 
 
@@ -242,6 +244,7 @@ def _domain(kind: type[TrainConfig], name: str, content: object) -> Domain:
         require(len(values) > 0, f"The choice of {name} is empty, but needs at least one value.")
         require(len(set(values)) == len(values), f"The choice of {name} has a value twice.")
         return Choice(values)
+    # a bool is an int to Python, but has no values between its two
     numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
     require(numbers, f"{name} is no number and has no {word}: give it a choice.")
     # a NaN is refused, too: it compares as false

@@ -244,6 +244,7 @@ def _with_images(
         config, options = with_known_data(config, options)
         train, held_out = load_training_splits(config, options, should_stop)
         return config, options, train, as_trained(held_out, config)
+    # arrays are nobody's Fashion-MNIST; a split says itself what it is of
     if not all(isinstance(split, Split) for split in splits):
         config = dataclasses.replace(config, dataset="images")
     train, held_out = map(as_split, splits)

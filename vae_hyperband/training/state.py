@@ -135,6 +135,7 @@ def with_known_data(config: TrainConfig, options: RunOptions) -> tuple[TrainConf
 
     Raises :class:`ConfigError` if they contradict the configuration.
     """
+    # "fashion-mnist" is also what a command has that names no images
     if options.data is None and config.dataset in ("fashion-mnist", "images"):
         found, _ = _ckpt_found(options)
         if found and found.config.dataset == "images" and found.data.path:

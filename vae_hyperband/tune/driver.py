@@ -261,6 +261,7 @@ def load_splits(
 
 def _check_network(config: SearchConfig, train: Split) -> None:
     """Raise :class:`ConfigError` if the trials' network does not fit their images."""
+    # before Ray starts, and once: in the trials it would be one message each
     first = suggest(config, 0, [])
     channels, height, width = train.image_shape
     for widths in config.domains["widths"].ends if "widths" in config.domains else ():
