@@ -1,5 +1,5 @@
-"""Claim: once 20,000 PNGs are decoded, an epoch of batches loads at least 10 times as fast as with a
-loader that opens each image, and takes at most 2% of a training step.
+"""Claim: once 20,000 PNGs are decoded, an epoch of batches loads at least 10 times as fast as with
+a loader that opens each image, and takes at most 2% of a training step.
 
     python benchmarks/own_images.py --json benchmarks/own_images.json
 
