@@ -97,6 +97,8 @@ def test_images_are_resized_as_those_of_the_run_were(capsys):
     with np.load("d.npz") as found:
         assert found["file"].tolist() == ["large.png", "photos/b/03.png"]
         assert found["mu"].shape == (2, 4)
+        assert found["label"].tolist() == [-1, -1]
+        assert found["class"].tolist() == ["", ""]
     assert capsys.readouterr().out == "d.npz: 2 images, 4 latents\n"
 
 
@@ -129,7 +131,7 @@ def test_what_the_model_has_not_seen_the_like_of_comes_first(capsys):
     said = capsys.readouterr().out
     assert "12 images, bound in nats/image: mean" in said
     assert "against 70 images of photos" in said
-    assert "AUROC 1.0000 (95% interval 0.7354 to 1.0000)" in said
+    assert "AUROC 1.0000 (95% interval 0.7575 to 1.0000)" in said
     with open("scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     scores = [float(row["score"]) for row in rows]
@@ -143,7 +145,7 @@ def test_what_the_model_has_not_seen_the_like_of_comes_first(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["encode", "own", "photos/a/00.png", "--data", "odd"], "both say which images"),
+        (["encode", "own", "photos/a/00.png", "--data", "odd"], "image files and --data all say"),
         (["encode", "own", "nothing.png"], "nothing.png cannot be read: No such file"),
         (["encode", "own", "checkpoints/own/best.pt"], "best.pt is not an image: give an image"),
         (["encode", "own", "--out", "x.txt"], "must end in .npz or .parquet or .csv"),
@@ -166,3 +168,22 @@ def test_a_model_of_grey_images_takes_coloured_files(tmp_path, small_data, monke
     assert main(["encode", "grey", "photo.png", "--data-dir", str(small_data)]) == 0
     with np.load("latents.npz") as found:
         assert torch.from_numpy(found["mu"]).isfinite().all()
+
+
+def test_labels_of_other_data_are_those_of_the_run(place):
+    for number in range(4):
+        path = place / "more" / ("b", "c")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph(100 + number).save(path)
+    assert main(["encode", "own", "--data", "more", "--out", "m.npz"]) == 0
+    with np.load("m.npz") as found:
+        assert found["file"].tolist() == ["b/0.png", "b/2.png", "c/1.png", "c/3.png"]
+        assert found["label"].tolist() == [1, 1, -1, -1]
+        assert found["class"].tolist() == ["b", "b", "", ""]
+
+
+def test_one_image_can_be_scored(place, capsys):
+    (place / "single").mkdir()
+    photograph(5).save(place / "single" / "1.png")
+    assert main(["score", "own", "--data", "single", "--against", "photos"]) == 0
+    assert "1 image, bound" in capsys.readouterr().out

@@ -32,12 +32,25 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_sets_that_are_told_apart_without_an_error_still_have_an_interval():
-    found = auroc(torch.arange(10.0, 40.0), torch.arange(10.0))
+    found = auroc(torch.arange(30.0, 90.0), torch.arange(30.0))
     assert found.value == 1
-    assert found.high == 1
-    assert found.low == pytest.approx(0.025 ** (1 / 10))
-    assert auroc(torch.zeros(5), torch.ones(5)).low == 0
-    assert auroc(torch.zeros(5), torch.zeros(5)) == (0.5, 0.0, 1.0)
+    assert found.high == pytest.approx(1)
+    assert found.low == pytest.approx(30 / (30 + 1.959964**2))  # Wilson's, 30 of 30
+    assert auroc(torch.zeros(30), torch.ones(30)).low == 0
+    low, high = auroc(torch.zeros(5), torch.zeros(5))[1:]
+    assert low < 0.2
+    assert high > 0.8
+
+
+@pytest.mark.parametrize("num", [1, 2, 5, 10])
+def test_the_interval_of_few_images_is_wide_enough(num):
+    """Normal scores one standard deviation apart, against 200 ordinary ones."""
+    covered = 0
+    for seed in range(300):
+        random = torch.Generator().manual_seed(seed)
+        found = auroc(torch.randn(num, generator=random) + 1, torch.randn(200, generator=random))
+        covered += found.low <= 0.76025 <= found.high
+    assert covered >= 0.93 * 300
 
 
 def test_the_nearest_codes_come_in_their_order():

@@ -27,7 +27,7 @@ from vae_hyperband.common.files import check_place, write_bytes, write_text
 from vae_hyperband.common.process import cpu_threads, pick_device
 from vae_hyperband.data.pictures import PictureError, bombs_refused, decode
 from vae_hyperband.data.sources import ImageSettings, SplitName
-from vae_hyperband.data.splits import Split, image_settings, read_only_tensor
+from vae_hyperband.data.splits import Split, as_trained, image_settings, read_only_tensor
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
 from vae_hyperband.evaluation.latents import encode_images
 from vae_hyperband.evaluation.samplers import decode_bytes
@@ -101,8 +101,8 @@ class CodesArgs(ConfigFile):
     """What the four commands share."""
 
     run: RunArg
-    split: SplitName = "validation"
-    """Without images and --data: this split of the images that the run was trained on."""
+    split: SplitName | None = None
+    """A split of the images that the run was trained on (default without others: validation)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     network: NetworkOption = None
@@ -178,12 +178,16 @@ def encode_command(argv: list[str]) -> int:
     columns = {
         "file": np.array(found.names),
         "label": found.split.labels_N.numpy(),
+        "class": np.array(_classes(found.split.labels_N.tolist(), checkpoint.class_names)),
         "bound": encoded.bound_N.numpy(),
         "reconstruction": encoded.reconstruction_N.numpy(),
         "KL": encoded.kl_N.numpy(),
         "mu": encoded.mu_NZ.numpy(),
         "logvar": encoded.logvar_NZ.numpy(),
     }
+    order = sorted(range(len(found.names)), key=found.names.__getitem__)
+    if args.folders.data:  # files in the order of their names
+        columns = {name: column[order] for name, column in columns.items()}
     write_table(args.out, columns)
     print(
         f"{args.out}: {plural(len(found.names), 'image')}, {checkpoint.config.latent_dim} latents"
@@ -199,10 +203,15 @@ def reconstruct_command(argv: list[str]) -> int:
     checkpoint = args.checkpoint()
     found = images_of(args, checkpoint, args.images, args.folders.data)
     num = len(found.names) if args.images else args.num_images
-    images_NCHW = found.split.pixels(slice(num))
+    seen = as_trained(
+        found.split.subset(torch.arange(min(num, len(found.names)))), checkpoint.config
+    )
+    images_NCHW = seen.pixels(slice(None))
     model = checkpoint.model(pick_device(args.device))
     if args.out.suffix:
-        figures.reconstructions(model, images_NCHW, args.out)
+        others = args.images or args.folders.data or args.split == "train"
+        shown = "the images" if others else "images the model has not seen"
+        figures.reconstructions(model, images_NCHW, args.out, shown)
     else:
         pictures = decode_bytes(model, encode_images(model, images_NCHW).mu_NZ)
         save_pictures(pictures, args.out)
@@ -237,6 +246,7 @@ def score_command(argv: list[str]) -> int:
     checkpoint = args.checkpoint()
     model, config = checkpoint.model(pick_device(args.device)), checkpoint.config
     found = images_of(args, checkpoint, args.images, args.folders.data)
+    ordinary = _of_data(args.against, checkpoint) if args.against else None
     score_N = scores(model, found.split, config, args.iwae_samples)
     kind = f"IWAE-{args.iwae_samples} bound" if args.iwae_samples else "bound"
     kind += " above the entropy of its pixels" if above_entropy(config) else ""
@@ -244,8 +254,7 @@ def score_command(argv: list[str]) -> int:
     order = score_N.argsort(descending=True, stable=True).tolist()
     for number in order[:MOST_IN_TABLE]:
         print(f"{score_N[number]:10.2f}  {found.names[number]}")
-    if args.against:
-        ordinary = images_of(args, checkpoint, (), args.against)
+    if ordinary:
         against_M = scores(model, ordinary.split, config, args.iwae_samples)
         area = auroc(score_N, against_M)
         print(
@@ -267,16 +276,19 @@ def images_of(
     args: CodesArgs, checkpoint: Checkpoint, images: tuple[Path, ...], data: Path | None
 ) -> Named:
     """The images that a command is about, of the shape that the model takes."""
-    require(
-        not (images and data),
-        "Image files and --data both say which images: give only one of them.",
-    )
+    given = [
+        name
+        for name, value in (("image files", images), ("--data", data), ("--split", args.split))
+        if value
+    ]
+    require(len(given) < 2, f"{' and '.join(given)} all say which images: give only one of them.")
     if images:
         return _of_files(images, checkpoint)
     if data is not None:
         return _of_data(data, checkpoint)
-    split = checkpoint.split(args.split, args.folders)
-    return Named(split, _names_of(split, args.split, checkpoint, args.folders))
+    name = args.split or "validation"
+    split = checkpoint.split(name, args.folders)
+    return Named(split, _names_of(split, name, checkpoint, args.folders))
 
 
 def _settings(checkpoint: Checkpoint) -> ImageSettings:
@@ -295,21 +307,37 @@ def _of_files(paths: tuple[Path, ...], checkpoint: Checkpoint) -> Named:
             except PictureError as error:
                 raise DataError(f"{path} is {error}: give an image file.") from error
             pixels.append(torch.from_numpy(picture.pixels_CHW.copy()))
-    split = Split(torch.stack(pixels), torch.zeros(len(paths), dtype=torch.long), "")
+    split = Split(torch.stack(pixels), torch.full((len(paths),), -1), "")
     return Named(split, [str(path) for path in paths])
 
 
 def _of_data(path: Path, checkpoint: Checkpoint) -> Named:
-    """All images at a path, of all of its splits, in the order of their names."""
+    """All images at a path, of all of its splits."""
     from vae_hyperband.data.decoded import decoded_set
 
     found = decoded_set(path, _settings(checkpoint))
-    names = found.names
-    order = sorted(range(len(names)), key=names.__getitem__)
-    images_NCHW = read_only_tensor(found.images_NCHW)[order]
-    labels_N = torch.from_numpy(found.labels_N)[order]
-    split = Split(images_NCHW, labels_N, found.digest, found.class_names)
-    return Named(split, [names[number] for number in order])
+    labels_N = _run_labels(found.labels_N, found.class_names, checkpoint.class_names)
+    # as they are in the map: another order would copy it into memory
+    images_NCHW = read_only_tensor(found.images_NCHW)
+    split = Split(images_NCHW, torch.from_numpy(labels_N), found.digest, found.class_names)
+    return Named(split, found.names)
+
+
+def _classes(labels: list[int], names: tuple[str, ...]) -> list[str]:
+    """The names of labels; empty for -1, and for one without a name."""
+    return [names[label] if 0 <= label < len(names) else "" for label in labels]
+
+
+def _run_labels(
+    labels_N: np.ndarray, names: tuple[str, ...], of_run: tuple[str, ...]
+) -> np.ndarray:
+    """Labels of other data in the numbers of the run; -1 for a class that it does not have."""
+    if not of_run:
+        return labels_N
+    number = {name: label for label, name in enumerate(of_run)}
+    known = [number.get(name, -1) for name in _classes(labels_N.tolist(), names)]
+    # data without names of classes, such as arrays, have the run's numbers or none
+    return np.array(known) if names else np.full_like(labels_N, -1)
 
 
 def _names_of(split: Split, name: SplitName, checkpoint: Checkpoint, folders: Folders) -> list[str]:

@@ -132,17 +132,19 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
 
     Taken for it: integers for floats, strings for paths, and numpy's numbers for Python's.
     """
+    several = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None and type(None) in typing.get_args(hint):  # X | None
             return None
         choices = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         if len(choices) > 1:  # a list, or one of some words
-            word = isinstance(value, str)
+            word = several = isinstance(value, str)
             choices = [kind for kind in choices if (typing.get_origin(kind) is Literal) == word]
         [hint] = choices
     if typing.get_origin(hint) is Literal:
         words = typing.get_args(hint)
-        require(value in words, f"{flag(name)} is {value!r}, but must be one of {words}.")
+        others = " (or a list)" if several else ""
+        require(value in words, f"{flag(name)} is {value!r}, but must be one of {words}{others}.")
         return value
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
@@ -153,6 +155,8 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
             len(value) == len(kinds), f"{name} is {value!r}, but must have {len(kinds)} values."
         )
         return tuple(_of_type(name, v, kind) for v, kind in zip(value, kinds, strict=True))
+    if hint is str and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = str(value)  # as --image-size 32 in a file, or from Python
     wanted = {float: numbers.Real, int: numbers.Integral, Path: (str, os.PathLike)}.get(hint, hint)
     if hint is bool and type(value).__name__ in (
         "bool",

@@ -86,9 +86,10 @@ def _check_chosen(config: DataConfig, declared: type) -> None:
         # --data, which a data set of "images" comes from, is not a part of the configuration
         if (choice, config.dataset) == ("images", "fashion-mnist"):
             continue
+        needed = "--data" if choice == "images" else f"--{chooser} {choice}"
         require(
             getattr(config, chooser) == choice or getattr(config, name) == getattr(declared, name),
-            f"{flag(name)} needs --{chooser} {choice}: add that option, or remove {flag(name)}.",
+            f"{flag(name)} needs {needed}: add that option, or remove {flag(name)}.",
         )
 
 

@@ -11,6 +11,7 @@ Shape suffixes: N images, C channels, H height, W width.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import DataError, RunFolderError, StoppedError
-from vae_hyperband.common.files import cache_folder, fsync_folder, make_folder, write_text
+from vae_hyperband.common.files import cache_folder, fsync_folder, make_folder
 from vae_hyperband.common.process import available_cpus, on_terminal
 from vae_hyperband.data.folders import find_source
 from vae_hyperband.data.pictures import PictureError, bombs_refused, decode, size_of
@@ -43,6 +44,7 @@ from vae_hyperband.data.sources import (
     Source,
     SplitName,
     assign_splits,
+    file_digests,
     repetitions,
 )
 
@@ -50,8 +52,9 @@ from vae_hyperband.data.sources import (
 VERSION = 1
 
 CHUNK = 64  # images that a thread decodes at a time
+CHUNK_BYTES = 1 << 26  # or fewer: files of many megabytes are not to fill the memory
 SAVE_SECONDS = 2.0  # between two records of what is decoded: the most that a kill can cost
-SETTLED_SECONDS = 2.0  # a file that is younger may change within the resolution of its time
+VERIFIED_BYTES = 1 << 28  # an array up to this size is verified by every process that maps it
 COPY_ROWS = 1024  # images that are copied at a time
 
 Size = tuple[int, int]  # height, width
@@ -101,7 +104,12 @@ class ImageSet:
     @property
     def labels_N(self) -> np.ndarray:
         """Their labels, int64."""
-        array: np.ndarray = np.load(self.folder / LABELS, allow_pickle=False)
+        try:
+            array: np.ndarray = np.load(self.folder / LABELS, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise _lost(self.folder) from error
+        if array.shape != (sum(self.counts.values()),):
+            raise _lost(self.folder)
         return array
 
     @property
@@ -148,7 +156,17 @@ def decoded_set(
             f"The images cannot be decoded into the cache ({error}): set VAE_HYPERBAND_CACHE to a "
             "folder that can be written."
         ) from error
-    return _loaded(folder)
+    # of a process that was killed when it had just finished
+    shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
+    found = _loaded(folder)
+    if (folder / IMAGES).stat().st_size <= VERIFIED_BYTES:
+        _verified_once(found.folder, (folder / IMAGES).stat().st_mtime_ns)
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _verified_once(folder: Path, mtime_ns: int) -> None:
+    verified(_loaded(folder))
 
 
 def _loaded(folder: Path) -> ImageSet:
@@ -179,49 +197,13 @@ def verified(found: ImageSet) -> ImageSet:
 def _key(source: Source, settings: ImageSettings, cache: Path) -> str:
     """The name of the array of these files with these settings."""
     seen = cache / "seen" / f"{_short_digest(os.path.realpath(source.path))}.json"
-    digests = _file_digests(source.files, seen)
+    digests = file_digests(source.files, seen)
     # JSON of all that decides the array; kinds and names, since labels and splits come from them
     return _short_digest(json.dumps([VERSION, source.kind, settings, sorted(digests.items())]))
 
 
 def _short_digest(text: str) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
-
-
-def _file_digests(files: dict[str, Path], seen_path: Path) -> dict[str, str]:
-    """The SHA-256 of each file; those whose size and time have not changed are not read again."""
-    try:
-        seen = json.loads(seen_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        seen = {}
-    facts = {name: _facts_of(path) for name, path in files.items()}
-    new = [name for name in files if seen.get(name, [])[:3] != facts[name]]
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        for name, digest in zip(new, pool.map(_digest_of, map(files.get, new)), strict=True):
-            seen[name] = [*facts[name], digest]
-    if new or len(seen) != len(files):
-        now = time.time_ns()
-        kept = {name: seen[name] for name in files if now - seen[name][1] > SETTLED_SECONDS * 1e9}
-        with contextlib.suppress(RunFolderError):  # it only saves time
-            make_folder(seen_path.parent)
-            write_text(seen_path, json.dumps(kept))
-    return {name: seen[name][3] for name in files}
-
-
-def _facts_of(path: Path) -> list[int]:
-    try:
-        facts = path.stat()
-    except OSError:
-        return [-1, 0, 0]
-    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
-
-
-def _digest_of(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:  # the file is left out when it is decoded; the others are not
-        return f"unreadable: {error.strerror}"
 
 
 @contextlib.contextmanager
@@ -279,6 +261,7 @@ class _Decoding:
             with bombs_refused():
                 records = self._decode()
             self._check_sizes(records)
+            self._check_unchanged()
             self._complete(records)
         except DataError:  # the same images would give the same error
             shutil.rmtree(self.part)
@@ -329,9 +312,15 @@ class _Decoding:
 
     def _chunks(self, start: int) -> Iterator[tuple[int, list[Content]]]:
         contents = self.source.read(start)
-        while chunk := list(itertools.islice(contents, CHUNK)):
+        chunk, num_bytes = list[Content](), 0
+        for content in contents:
+            chunk.append(content)
+            num_bytes += len(content) if isinstance(content, bytes) else 0
+            if len(chunk) == CHUNK or num_bytes > CHUNK_BYTES:
+                yield start, chunk
+                start, chunk, num_bytes = start + len(chunk), [], 0
+        if chunk:
             yield start, chunk
-            start += len(chunk)
 
     def _decode_chunk(self, start: int, contents: list[Content]) -> list[Record]:
         return [self._decode_one(start + i, content) for i, content in enumerate(contents)]
@@ -369,6 +358,14 @@ class _Decoding:
             leave=False,
         )
 
+    def _check_unchanged(self) -> None:
+        """Raise :class:`DataError` if files have changed since the array was named after them."""
+        if (
+            _key(find_source(self.source.path), self.settings, self.folder.parent)
+            != self.folder.name
+        ):
+            raise DataError(f"Files of {self.source.path} changed while they were decoded.")
+
     def _check_sizes(self, records: list[Record]) -> None:
         """Raise :class:`DataError` if nothing was decoded, or sizes differ and none was given."""
         sizes = Counter(record.size for record in records if record.digest)
@@ -392,9 +389,13 @@ class _Decoding:
         good = [number for number, record in enumerate(records) if record.digest]
         given = {item.split for item in self.items} - {None}
         splits = assign_splits(
-            [(self.items[number].split, records[number].digest) for number in good],
-            self.source.path,
+            [(self.items[number].split, records[number].digest) for number in good]
         )
+        if lost := given - {self.items[number].split for number in good}:
+            raise DataError(
+                f"{self.source.path}: none of the images of {', '.join(map(str, lost))} can be "
+                "decoded."
+            )
         split_of = dict(zip(good, splits, strict=True))
         order = sorted(
             good,
@@ -440,6 +441,8 @@ class _Decoding:
         """Write the images in that order; the SHA-256 of the first ones, which have the labels."""
         shape = (len(order), channels, *self.size)
         images_NCHW = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        with open(path, "r+b") as file:  # else a full disk would end the process by a signal
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         found = hashlib.sha256(repr((channels, *self.size)).encode())
         for start in range(0, len(order), COPY_ROWS):
             _stop_if(self.should_stop)

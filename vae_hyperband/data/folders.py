@@ -31,6 +31,7 @@ from vae_hyperband.data.sources import (
     Parquet,
     Source,
     SplitName,
+    class_order,
 )
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -84,15 +85,20 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
             if (facts.st_dev, facts.st_ino) in seen:
                 continue
             seen.add((facts.st_dev, facts.st_ino))
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(f"{folder} cannot be read: {error.strerror}.") from error
         for entry in entries:
             if _is_hidden(entry.name):
                 continue
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself; is_file is False for one that leads nowhere
+                continue
+            if is_folder:
                 folders.append((f"{prefix}{entry.name}/", Path(entry.path)))
-            elif entry.is_file():  # False, too, for a link that leads nowhere
+            elif is_file:
                 yield prefix + entry.name, Path(entry.path)
 
 
@@ -121,10 +127,14 @@ def _others(names: Iterable[str]) -> list[str]:
 def listed(names: Iterable[str], remarks: list[str]) -> Listing:
     """Labels and splits of files by their paths, which keep their order."""
     parts = [(name, name.split("/")) for name in names]
-    split_of = dict[str, SplitName]()
-    if any(len(path) > 1 and SPLIT_NAMES.get(path[0].lower()) == "train" for _, path in parts):
-        folders = {path[0] for _, path in parts if len(path) > 1}
-        split_of = {f: SPLIT_NAMES[f.lower()] for f in folders if f.lower() in SPLIT_NAMES}
+    folders = {path[0] for _, path in parts if len(path) > 1}
+    split_of = {f: SPLIT_NAMES[f.lower()] for f in folders if f.lower() in SPLIT_NAMES}
+    # beside other folders, train is a class: of trains, or of training shoes
+    if len(split_of) < len(folders) or "train" not in split_of.values():
+        if split_of:
+            taken = ", ".join(f"{folder}/" for folder in sorted(split_of))
+            remarks = [*remarks, f"nothing, but {taken} beside other folders is a label, no split"]
+        split_of = {}
     placed = list[tuple[str, str | None, SplitName | None]]()
     beside = 0
     for name, path in parts:
@@ -133,7 +143,7 @@ def listed(names: Iterable[str], remarks: list[str]) -> Listing:
             beside += 1
             continue
         inside = path[1:] if split else path
-        placed.append((name, inside[0] if len(inside) > 1 else None, split))
+        placed.append((name, _class_name(inside[0]) if len(inside) > 1 else None, split))
     if beside:
         folders_named = ", ".join(f"{folder}/" for folder in sorted(split_of))
         remarks = [*remarks, f"{plural(beside, 'image')} beside {folders_named}"]
@@ -142,15 +152,15 @@ def listed(names: Iterable[str], remarks: list[str]) -> Listing:
         loose = plural(len(placed) - len(labelled), "image")
         remarks = [*remarks, f"{loose} in no folder of a label, beside folders that have one"]
         placed = labelled
-    classes = sorted({label for _, label, _ in placed if label is not None}, key=_class_order)
+    classes = sorted({label for _, label, _ in placed if label is not None}, key=class_order)
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
     items = [Item(name, numbers.get(label, 0), split) for name, label, split in placed]
-    return Listing(items, tuple(unicodedata.normalize("NFC", name) for name in classes), remarks)
+    return Listing(items, tuple(classes), remarks)
 
 
-def _class_order(name: str) -> tuple[int, int, str]:
-    # folders called 0 to 10 in the order of numbers, so that their labels are these numbers
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+def _class_name(folder: str) -> str:
+    """One name for all ways to write it, as macOS has others; bytes that are no text as "?"."""
+    return unicodedata.normalize("NFC", os.fsencode(folder).decode("utf-8", "replace"))
 
 
 class Folder(Source):
@@ -171,13 +181,15 @@ class Folder(Source):
             )
         found_listing = listed(self.files, self._remarks)
         with_images = {name.rpartition("/")[0] for name in self.files}
-        empty = [
-            entry.name
-            for entry in os.scandir(self.path)
-            if entry.is_dir()
-            and not _is_hidden(entry.name)
-            and not any(f"{folder}/".startswith(f"{entry.name}/") for folder in with_images)
-        ]
+        with os.scandir(self.path) as entries:
+            empty = [
+                entry.name
+                for entry in entries
+                # not entry.is_dir(), which raises for a link to itself
+                if os.path.isdir(entry.path)
+                and not _is_hidden(entry.name)
+                and not any(f"{folder}/".startswith(f"{entry.name}/") for folder in with_images)
+            ]
         if empty:
             names = ", ".join(f"{name}/" for name in sorted(empty))
             found_listing.remarks.append(f"folders without an image: {names}")
@@ -207,7 +219,7 @@ class Archive(Source):
     @functools.cached_property
     def listing(self) -> Listing:
         with _archive_explained(self.path):
-            names = [name for name, _ in self._members(None)]
+            names = list(dict.fromkeys(name for name, _ in self._members(None)))
         pictures = [name for name in names if _is_picture(name)]
         if not pictures:
             remarks = _others(names)
@@ -217,49 +229,62 @@ class Archive(Source):
         inside = os.path.commonpath([name.rpartition("/")[0] for name in pictures])
         cut = len(inside) + 1 if inside else 0
         found_listing = listed((name[cut:] for name in pictures), _others(names))
-        self._wanted = {pictures[0][:cut] + item.name for item in found_listing.items}
+        self._inside = pictures[0][:cut]
         return found_listing
 
+    def _wanted(self, found: Listing) -> Iterator[str]:
+        """The names in the archive of the images that are listed."""
+        return (self._inside + item.name for item in found.items)
+
     def read(self, start: int) -> Iterator[Content]:
-        _ = self.listing
+        wanted = set(self._wanted(self.listing))
         with _archive_explained(self.path):
-            for _, content in itertools.islice(self._members(self._wanted), start, None):
+            for _, content in itertools.islice(self._members(wanted), start, None):
                 assert content is not None
                 yield content
 
     def _members(self, wanted: set[str] | None) -> Iterator[tuple[str, Content | None]]:
-        """Names of files, in the archive's order, with their content if they are ``wanted``."""
+        """Names of files, in the archive's order, with their content if they are ``wanted``.
+
+        Of several files of one name the first one.
+        """
+        left = None if wanted is None else set(wanted)
         if self.path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(self.path) as archive:
                 for info in archive.infolist():
                     is_link = info.external_attr >> 28 == 0xA
-                    if info.is_dir() or is_link or _hidden_part(info.filename):
+                    name = _plain_name(info.filename)
+                    if info.is_dir() or is_link or not name:
                         continue
-                    if wanted is None:
-                        yield info.filename, None
-                    elif info.filename in wanted:
+                    if left is None:
+                        yield name, None
+                    elif name in left:
+                        left.remove(name)
                         too_large = info.file_size > MAX_FILE_BYTES
-                        yield (
-                            info.filename,
-                            _too_large(info.file_size) if too_large else archive.read(info),
-                        )
+                        yield name, _too_large(info.file_size) if too_large else archive.read(info)
             return
         with tarfile.open(self.path, "r:*") as tar:
             for member in tar:
-                if not member.isfile() or _hidden_part(member.name):
+                name = _plain_name(member.name)
+                if not member.isfile() or not name:
                     continue
-                name = member.name.removeprefix("./")
-                if wanted is None:
+                if left is None:
                     yield name, None
-                elif name in wanted:
+                elif name in left:
+                    left.remove(name)
                     too_large = member.size > MAX_FILE_BYTES
                     file = tar.extractfile(member)
                     assert file is not None
                     yield name, _too_large(member.size) if too_large else file.read()
 
 
-def _hidden_part(name: str) -> bool:
-    return any(_is_hidden(part) for part in name.split("/") if part not in ("", ".", ".."))
+def _plain_name(name: str) -> str:
+    """A member's name without what other programs put into it; empty for hidden files.
+
+    Some write backslashes, "./" before every name, or a name from the root.
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return "" if any(map(_is_hidden, parts)) else "/".join(parts)
 
 
 class _archive_explained:

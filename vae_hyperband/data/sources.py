@@ -6,13 +6,17 @@ A source lists its images without decoding them, and reads them one after the ot
 """
 
 import bisect
+import contextlib
 import functools
+import hashlib
 import itertools
 import json
+import time
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -20,7 +24,9 @@ import numpy as np
 
 from vae_hyperband.common.checks import plural
 from vae_hyperband.common.config import Fit
-from vae_hyperband.common.errors import DataError
+from vae_hyperband.common.errors import DataError, RunFolderError
+from vae_hyperband.common.files import make_folder, write_text
+from vae_hyperband.common.process import available_cpus
 from vae_hyperband.data.idx import read_idx
 
 SplitName = Literal["train", "validation", "test"]
@@ -72,6 +78,11 @@ class Item(NamedTuple):
     split: SplitName | None  # None: the source does not say
 
 
+def class_order(name: str) -> tuple[int, int, str]:
+    """By which classes are sorted: numbers as numbers, so that 0 to 10 are their own labels."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
 class Listing(NamedTuple):
     """What a source holds."""
 
@@ -99,6 +110,49 @@ class Source(ABC):
         """The contents of the images from number ``start`` on. Raises :class:`DataError`."""
 
 
+# ---- Files, of which a source is made
+
+#: A file that is younger may change within the resolution of its time.
+SETTLED_SECONDS = 2.0
+
+
+def file_digests(files: dict[str, Path], seen_path: Path) -> dict[str, str]:
+    """The SHA-256 of each file; those whose size and time have not changed are not read again."""
+    try:
+        seen = json.loads(seen_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        seen = {}
+    facts = {name: _facts_of(path) for name, path in files.items()}
+    new = [name for name in files if seen.get(name, [])[:3] != facts[name]]
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for name, digest in zip(new, pool.map(_digest_of, map(files.get, new)), strict=True):
+            seen[name] = [*facts[name], digest]
+    if new or len(seen) != len(files):
+        now = time.time_ns()
+        kept = {n: seen[n] for n in files if now - max(seen[n][1:3]) > SETTLED_SECONDS * 1e9}
+        with contextlib.suppress(RunFolderError):  # it only saves time
+            make_folder(seen_path.parent)
+            write_text(seen_path, json.dumps(kept))
+    return {name: seen[name][3] for name in files}
+
+
+def _facts_of(path: Path) -> list[int]:
+    try:
+        facts = path.stat()
+    except OSError:
+        return [-1, 0, 0]
+    # the time of the last change cannot be set, unlike that of the last write
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # the file is left out when it is decoded; the others are not
+        return f"unreadable: {error.strerror}"
+
+
 # ---- Arrays
 
 
@@ -119,10 +173,11 @@ class Arrays(Source):
     @functools.cached_property
     def _parts(self) -> list[Part]:
         try:
-            if self.path.name.lower().endswith(".npy"):
-                images = np.load(self.path, mmap_mode="r", allow_pickle=False)
-                return [Part(self.path.name, None, images)]
-            with np.load(self.path, allow_pickle=False) as file:
+            # by its content, whatever the file is called
+            file = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                return [Part(self.path.name, None, file)]
+            with file:
                 arrays = {name: file[name] for name in _useful(file.files)}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{self.path} cannot be read as arrays: {error}.") from error
@@ -130,9 +185,11 @@ class Arrays(Source):
 
     def _named(self, arrays: dict[str, np.ndarray]) -> list[Part]:
         parts = list[Part]()
+        # one kind of names alone: the same images may be there under two
+        kinds = [kind for kind in IMAGE_ARRAYS if any(n.startswith(f"{kind}_") for n in arrays)]
         for name in arrays:
             kind, _, split = name.partition("_")
-            if kind in IMAGE_ARRAYS and split in SPLIT_NAMES:
+            if kind in kinds[:1] and split in SPLIT_NAMES:
                 labels = [arrays[f"{x}_{split}"] for x in LABEL_ARRAYS if f"{x}_{split}" in arrays]
                 parts.append(Part(name, SPLIT_NAMES[split], arrays[name], *labels[:1]))
         if parts:
@@ -156,15 +213,17 @@ class Arrays(Source):
             if labels is not None:
                 _check_labels(self.path, name, images, labels)
                 if labels.dtype.kind in "US":
-                    texts.update(map(str, labels))
-        class_names = sorted(texts)
+                    texts.update(_texts(labels))
+        class_names = sorted(texts, key=class_order)
         numbers = {name: number for number, name in enumerate(class_names)}
         for name, split, images, labels in parts:
-            found = [0] * len(images) if labels is None else labels.reshape(-1).tolist()
-            items += [
-                Item(f"{name}[{i}]", numbers[label] if label in numbers else int(label), split)
-                for i, label in enumerate(found)
-            ]
+            if labels is None:
+                found = [0] * len(images)
+            elif labels.dtype.kind in "US":
+                found = [numbers[text] for text in _texts(labels)]
+            else:
+                found = [int(label) for label in labels.reshape(-1).tolist()]
+            items += [Item(f"{name}[{i}]", label, split) for i, label in enumerate(found)]
         return Listing(items, tuple(class_names), [])
 
     def read(self, start: int) -> Iterator[Content]:
@@ -173,6 +232,12 @@ class Arrays(Source):
             part = bisect.bisect_right(ends, number)
             name, _, images, _ = self._parts[part]
             yield _as_bytes(self.path, name, images, number - (ends[part] - len(images)))
+
+
+def _texts(labels: np.ndarray) -> list[str]:
+    """Labels that are strings, or bytes of them."""
+    texts = labels.reshape(-1).tolist()
+    return [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
 
 
 IMAGE_ARRAYS = ("images", "x", "X", "data", "arr_0")
@@ -230,8 +295,9 @@ def _check_labels(path: Path, name: str, images: np.ndarray, labels: np.ndarray)
             f"{path} holds {plural(len(images), 'image')} in {name}, but "
             f"{plural(labels.size, 'label')}: they do not belong together."
         )
-    if labels.dtype.kind in "iu" and labels.min() < 0:
-        raise DataError(f"{path} has the label {labels.min()}, but labels are 0, 1, 2 ...")
+    if labels.dtype.kind in "iu" and not 0 <= labels.min() <= labels.max() < 1 << 31:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise DataError(f"{path} has the label {wrong}, but labels are 0, 1, 2 ...")
     if labels.dtype.kind not in "iuUSb":
         raise DataError(
             f"{path} has labels of type {labels.dtype}, but they must be integers or strings."
@@ -252,7 +318,7 @@ def _as_bytes(path: Path, name: str, images: np.ndarray, number: int) -> np.ndar
         if not (image.min() >= 0 and image.max() <= 1):
             what = "NaN" if np.isnan(image).any() else f"{image.min():.4g} to {image.max():.4g}"
             raise DataError(
-                f"{path}, image {name}[{number}], holds {what}, but floats must be in [0, 1]: "
+                f"{path}, image {number} of {name}, holds {what}, but floats must be in [0, 1]: "
                 "divide by 255, or store bytes."
             )
         image = np.rint(image * 255).astype(np.uint8)
@@ -290,22 +356,18 @@ class Parquet(Source):
     kind = "Parquet files"
 
     @functools.cached_property
-    def _columns(self) -> tuple[str, str | None, tuple[str, ...]]:
-        """The names of the columns of images and of labels, and the names of the labels."""
-        first = next(iter(self.files.values()))
-        schema = self._file(first).schema_arrow
-        image = next((name for name in ("image", "img", "images") if name in schema.names), None)
-        if image is None:
-            raise DataError(
-                f"{first} has the columns {', '.join(schema.names)}, but needs one called image."
-            )
-        label = next((name for name in ("label", "labels") if name in schema.names), None)
-        names: tuple[str, ...] = ()
-        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = about.get("info", {}).get("features", {})
-        if label and isinstance(features.get(label), dict):
-            names = tuple(map(str, features[label].get("names") or ()))
-        return image, label, names
+    def _image_column(self) -> str:
+        """The name of the column of images, which all files have."""
+        first, *others = (self._file(path).schema_arrow.names for path in self.files.values())
+        name = next((name for name in ("image", "img", "images") if name in first), None)
+        for path, names in zip(self.files.values(), (first, *others), strict=True):
+            if name not in names:
+                raise DataError(
+                    f"{path} has the columns {', '.join(names)}, but needs one called "
+                    f"{name or 'image'}."
+                )
+        assert name is not None
+        return name
 
     @staticmethod
     def _file(path: Path) -> Any:
@@ -320,34 +382,41 @@ class Parquet(Source):
 
     @functools.cached_property
     def listing(self) -> Listing:
-        _, label, class_names = self._columns
         rows = list[tuple[str, object, SplitName | None]]()
-        names = self.files if len(self.files) > 1 else [next(iter(self.files))]
-        for name in names:
-            file = self._file(self.files[name])
+        _ = self._image_column  # which every file has to have
+        for name, path in self.files.items():
+            file = self._file(path)
             # as the hub names them: train-00000-of-00002.parquet, or test/0000.parquet
             words = name.lower().replace("/", "-").replace(".", "-").split("-")
             split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
-            num = file.metadata.num_rows
-            labels = [0] * num
-            if label:
-                labels = file.read(columns=[label])[label].to_pylist()
-            rows += [(f"{name}[{i}]", labels[i], split) for i in range(num)]
-        texts = sorted({str(found) for _, found, _ in rows if isinstance(found, str)})
-        numbers = {text: number for number, text in enumerate(texts)}
+            labels = self._labels(file)
+            rows += [(f"{name}[{i}]", label, split) for i, label in enumerate(labels)]
+        texts = {label for _, label, _ in rows if isinstance(label, str)}
+        first = _hub_names(self._file(next(iter(self.files.values()))))
+        classes = [*first, *sorted(texts - set(first), key=class_order)]
+        numbers = {text: number for number, text in enumerate(classes)}
         items = []
-        for name, found, split in rows:
-            number = numbers[found] if isinstance(found, str) else found
-            if not isinstance(number, int) or number < 0:
-                raise DataError(f"{self.path} has the label {found!r} at {name}: expected 0, 1 ...")
+        for name, label, split in rows:
+            number = numbers[label] if isinstance(label, str) else label
+            if not isinstance(number, int) or not 0 <= number < 1 << 31:
+                raise DataError(f"{self.path} has the label {label!r} at {name}: expected 0, 1 ...")
             items.append(Item(name, number, split))
         if not items:
             raise DataError(f"{self.path} holds no row.")
-        return Listing(items, class_names or tuple(texts), [])
+        return Listing(items, tuple(classes), [])
+
+    def _labels(self, file: Any) -> list[object]:
+        """The labels of a file: the names of its classes where it has them, else as they are."""
+        columns = file.schema_arrow.names
+        column = next((name for name in ("label", "labels") if name in columns), None)
+        if column is None:
+            return [0] * file.metadata.num_rows
+        names, labels = _hub_names(file), file.read(columns=[column])[column].to_pylist()
+        in_names = [isinstance(n, int) and 0 <= n < len(names) for n in labels]
+        return [names[n] if named else n for n, named in zip(labels, in_names, strict=True)]
 
     def read(self, start: int) -> Iterator[Content]:
-        image, _, _ = self._columns
-        number = 0
+        image, number = self._image_column, 0
         for path in self.files.values():
             file = self._file(path)
             if number + file.metadata.num_rows <= start:
@@ -364,19 +433,30 @@ class Parquet(Source):
                     number += 1
 
 
+def _hub_names(file: Any) -> list[str]:
+    """The names of the labels 0, 1 ... that the hub's metadata of a file have, if any."""
+    try:
+        about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        features = about["info"]["features"]
+        label = features.get("label") or features.get("labels")
+        return [str(name) for name in label["names"]]
+    except (ValueError, TypeError, KeyError, AttributeError):  # metadata of another program
+        return []
+
+
 # ---- Splits that a source does not have
 
 
-def assign_splits(found: list[tuple[SplitName | None, str]], path: Path) -> list[SplitName]:
+def assign_splits(found: list[tuple[SplitName | None, str]]) -> list[SplitName]:
     """The split of each image, from the one that the source gives (or None) and its digest.
 
     Splits that the source does not have are taken from the training images, a seventh of them each,
     by the digest: the same image twice is in one split, other images change nothing, and no seed is
-    involved. Raises :class:`DataError` if there are too few different images.
+    involved. Splits stay empty if there are too few different images.
     """
     given = {split for split, _ in found} - {None}
     if given and "train" not in given:
-        raise DataError(f"{path} has images of the splits {', '.join(map(str, given))} alone.")
+        return [cast(SplitName, split) for split, _ in found]  # there is nothing to take from
     own = [name for name in ("test", "validation") if name not in given]  # each has its seventh
     split_of = dict[str, SplitName]()
     for split, digest in found:
@@ -384,11 +464,11 @@ def assign_splits(found: list[tuple[SplitName | None, str]], path: Path) -> list
             seventh = int(digest, 16) * 7 >> 4 * len(digest)
             name = ("test", "validation")[seventh] if seventh < 2 else "train"
             split_of[digest] = cast(SplitName, name if name in own else "train")
-    _fill_empty(split_of, cast(list[SplitName], [name for name in SPLITS if name in own]), path)
+    _fill_empty(split_of, cast(list[SplitName], [name for name in SPLITS if name in own]))
     return [split_of[digest] if split in (None, "train") else split for split, digest in found]
 
 
-def _fill_empty(split_of: dict[str, SplitName], own: list[SplitName], path: Path) -> None:
+def _fill_empty(split_of: dict[str, SplitName], own: list[SplitName]) -> None:
     """Give each split of a very small set an image; the test split comes last."""
     for name in ("train", *own):
         counts = Counter(split_of.values())
@@ -397,11 +477,6 @@ def _fill_empty(split_of: dict[str, SplitName], own: list[SplitName], path: Path
             continue
         if counts[largest] > 1:
             split_of[min(digest for digest in split_of if split_of[digest] == largest)] = name
-        elif name != "test":
-            raise DataError(
-                f"{path} holds {plural(len(split_of), 'different image')}, too few for a training "
-                "and a validation split."
-            )
 
 
 def repetitions(found: list[tuple[SplitName, str]]) -> dict[str, object]:

@@ -73,6 +73,10 @@ class Split:
         found.update(self.labels_N.cpu().contiguous().numpy().data)
         return found.hexdigest()
 
+    def class_name(self, label: int) -> str:
+        """The name of a label, or its number."""
+        return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
+
     def subset(self, index: Tensor) -> Self:
         """The images at ``index``, in its order."""
         return dataclasses.replace(
@@ -263,7 +267,11 @@ def _own_split(
     found = decoded_set(path, settings, should_stop)
     rows = found.rows(name)
     if rows.start == rows.stop:
-        raise DataError(f"The data have no image for the {name} split.")
+        counts = ", ".join(f"{split} {num}" for split, num in found.counts.items())
+        raise DataError(
+            f"{path} has no {name} images ({counts}): to be split, images need to be several "
+            "different ones, or to have a training split among them."
+        )
     images_NCHW, labels_N = (
         read_only_tensor(array[rows]) for array in (found.images_NCHW, found.labels_N)
     )
@@ -327,7 +335,7 @@ def missing_classes(train: Split, held_out: Split) -> str:
     here, there = (set(split.labels_N.tolist()) for split in (train, held_out))
     said = [
         f"no image of the {name} split has the label{'s' * (len(labels) > 1)} "
-        + ", ".join(map(str, sorted(labels)[:MOST_LABELS]))
+        + ", ".join(train.class_name(label) for label in sorted(labels)[:MOST_LABELS])
         + (", ..." if len(labels) > MOST_LABELS else "")
         for name, labels in (("training", there - here), ("validation", here - there))
         if labels

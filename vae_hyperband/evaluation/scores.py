@@ -16,6 +16,7 @@ from vae_hyperband.evaluation.latents import encode_split
 from vae_hyperband.model.vae import VAE
 
 Z_95 = 1.959964  # the standard normal's 97.5% quantile
+LEAST_FOR_VARIANCE = 20  # images in either set
 
 
 class Encoded(NamedTuple):
@@ -83,8 +84,9 @@ def auroc(anomalies_N: Tensor, ordinary_M: Tensor) -> Auroc:
     """How often an anomaly has the higher score of a pair with an ordinary image; ties count half.
 
     The variance is that of DeLong et al. 1988, and the interval that of the logit of the area,
-    which stays within 0 and 1. Where all pairs agree the variance is 0; the interval is then that
-    of Clopper & Pearson for as many agreeing pairs as the smaller set has images.
+    which stays within 0 and 1. For fewer than 20 images in a set, where that variance is too
+    uncertain, and where all pairs agree, it is Wilson's interval for a share of as many images as
+    the smaller set has: no set of scores has a higher variance than that share.
     """
     one, other = anomalies_N.double(), ordinary_M.double()
     num, num_other = len(one), len(other)
@@ -93,10 +95,15 @@ def auroc(anomalies_N: Tensor, ordinary_M: Tensor) -> Auroc:
     below_M = 1 - _share_below(one, other)
     value = above_N.mean().item()
     variance = sum(part.var().item() / len(part) for part in (above_N, below_M) if len(part) > 1)
-    if variance == 0:
-        agreeing = 0.025 ** (1 / min(num, num_other))
-        ends = {0.0: (0.0, 1 - agreeing), 1.0: (agreeing, 1.0)}
-        return Auroc(value, *ends.get(value, (0.0, 1.0)))
+    least = min(num, num_other)
+    if least < LEAST_FOR_VARIANCE or variance == 0:
+        square = Z_95**2 / least
+        centre = (value + square / 2) / (1 + square)
+        wilson = Z_95 * math.sqrt(value * (1 - value) / least + square / (4 * least)) / (1 + square)
+        # rounding is not to leave the value outside of its own interval
+        return Auroc(
+            value, min(value, max(0.0, centre - wilson)), max(value, min(1.0, centre + wilson))
+        )
     half = Z_95 * math.sqrt(variance) / (value * (1 - value))
     logit = math.log(value / (1 - value))
     low, high = (1 / (1 + math.exp(-(logit + side * half))) for side in (-1, 1))

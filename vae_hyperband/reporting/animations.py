@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -19,7 +20,7 @@ from vae_hyperband.common.files import make_folder, replacing
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.latents import Posteriors
 from vae_hyperband.model.vae import VAE
-from vae_hyperband.training.tracker import COLUMNS, MARGIN, image_grid
+from vae_hyperband.training.tracker import COLUMNS, MARGIN, image_grid, is_ink
 
 FORMATS = {".gif": "GIF", ".webp": "WEBP"}
 MOST_FRAMES = 100  # of a training; more would take much memory
@@ -57,7 +58,16 @@ def logged_samples(log_folder: Path, most: int) -> dict[int, Image.Image]:
     steps = sorted(pngs)
     most = min(most, len(steps))
     shown = sorted({round(i * (len(steps) - 1) / max(most - 1, 1)) for i in range(most)})
-    return {steps[i]: _on_paper(_opened(pngs[steps[i]])) for i in shown}
+    pictures = {steps[i]: _opened(pngs[steps[i]]) for i in shown}
+    # by the last one: the first samples are grey whatever the images are
+    ink = bool(pictures) and _is_ink(pictures[max(pictures)])
+    return {step: _on_paper(grid) if ink else grid for step, grid in pictures.items()}
+
+
+def _is_ink(grid: Image.Image) -> bool:
+    red, green, blue = grid.split()
+    is_grey = red.tobytes() == green.tobytes() == blue.tobytes()
+    return is_grey and is_ink(torch.from_numpy(np.array(red))[None, None] / 255)
 
 
 def _opened(png: bytes) -> Image.Image:
@@ -125,10 +135,11 @@ def _decoded(model: VAE, stops_KWZ: Tensor, frames_per_leg: int) -> Iterator[Ten
 
 def _frame(images_WCHW: Tensor) -> Image.Image:
     columns = round(len(images_WCHW) ** 0.5)
-    grid_CHW = image_grid(images_WCHW, columns, background=0.0)
+    background = 0.0 if is_ink(images_WCHW) else 1.0
+    grid_CHW = image_grid(images_WCHW, columns, background=background)
     pixels_HWC = (grid_CHW.expand(3, -1, -1).permute(1, 2, 0) * 255).round().to(torch.uint8)
     picture = Image.fromarray(pixels_HWC.numpy())
-    return _negative(picture) if len(images_WCHW[0]) == 1 else picture
+    return _negative(picture) if is_ink(images_WCHW) else picture
 
 
 def _negative(picture: Image.Image) -> Image.Image:
@@ -137,14 +148,12 @@ def _negative(picture: Image.Image) -> Image.Image:
 
 
 def _on_paper(grid: Image.Image) -> Image.Image:
-    """A logged grid of grey images, 8 to a row, as ink on paper; one of colours as it is."""
-    red, green, blue = grid.split()
-    if not red.tobytes() == green.tobytes() == blue.tobytes():
-        return grid
+    """A logged grid of images, 8 in each of 8 rows, as ink on paper: the margins stay white."""
     paper = _negative(grid)
-    pen, cell = ImageDraw.Draw(paper), (grid.width - MARGIN) // COLUMNS
-    for start in range(0, max(grid.size), cell):
+    pen = ImageDraw.Draw(paper)
+    for start in range(0, grid.width, (grid.width - MARGIN) // COLUMNS):
         pen.rectangle((start, 0, start + MARGIN - 1, grid.height), "white")
+    for start in range(0, grid.height, (grid.height - MARGIN) // COLUMNS):
         pen.rectangle((0, start, grid.width, start + MARGIN - 1), "white")
     return paper
 

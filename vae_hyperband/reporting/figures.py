@@ -20,10 +20,7 @@ from vae_hyperband.evaluation.latents import aggregate, encode_images, informati
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.tables import LOSS_NAMES
 from vae_hyperband.training.study import Row, grouped, over_seeds, value_of
-from vae_hyperband.training.tracker import LogRow, image_grid, read_rows
-
-#: Grey images of which more than half of the pixels are darker are ink on a ground.
-INK = 0.1
+from vae_hyperband.training.tracker import LogRow, image_grid, is_ink, read_rows
 
 LEAST_WIDTH = 4.0  # inches: a title is no shorter for few images
 
@@ -117,10 +114,10 @@ def overlaid(runs: dict[str, list[LogRow]], path: Path, note: str = "") -> Path:
 
 
 def _show(axes: Axes, images_NCHW: Tensor, columns: int) -> None:
-    is_ink = images_NCHW.shape[1] == 1 and images_NCHW.median() < INK
-    grid_CHW = image_grid(images_NCHW, columns, background=0.0 if is_ink else 1.0)
+    ink = is_ink(images_NCHW)
+    grid_CHW = image_grid(images_NCHW, columns, background=0.0 if ink else 1.0)
     # garments and digits as ink on paper: 0 is white
-    if is_ink:
+    if ink:
         axes.imshow(grid_CHW[0].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     else:
         shown_HWC = grid_CHW.expand(3, -1, -1).permute(1, 2, 0)
@@ -145,19 +142,23 @@ def contact_sheet(classes: dict[str, Tensor], path: Path) -> Path:
 
 
 @styled
-def reconstructions(model: VAE, images_NCHW: Tensor, path: Path) -> Path:
-    """Images in one row, their reconstructions in the next."""
-    columns = 12
+def reconstructions(
+    model: VAE, images_NCHW: Tensor, path: Path, shown: str = "images the model has not seen"
+) -> Path:
+    """Images in one row, their reconstructions in the next; ``shown`` says which images."""
+    columns = min(12, len(images_NCHW))
     inputs, outputs = images_NCHW, model.reconstruct(images_NCHW)
     blocks = [
         block
         for start in range(0, len(inputs), columns)
         for block in (inputs[start : start + columns], outputs[start : start + columns].cpu())
     ]
-    figure = Figure(figsize=(8, 0.7 * len(blocks) + 0.4))
+    height, width = images_NCHW.shape[2:]
+    tall = 0.66 * len(blocks) * height / width + 0.4
+    figure = Figure(figsize=(max(0.67 * columns, 2 * LEAST_WIDTH), tall))
     axes = figure.subplots()
     _show(axes, torch.cat(blocks), columns)
-    axes.set_title("upper rows: images the model has not seen; lower rows: their reconstructions")
+    axes.set_title(f"upper rows: {shown}; lower rows: their reconstructions")
     return save_figure(figure, path)
 
 

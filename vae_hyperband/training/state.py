@@ -7,6 +7,7 @@ exactly as if it had never been saved.
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,11 @@ def with_known_data(config: TrainConfig, options: RunOptions) -> tuple[TrainConf
     if options.data is None and config.dataset in ("fashion-mnist", "images"):
         found, _ = _ckpt_found(options)
         if found and found.config.dataset == "images" and found.data.path:
+            if not os.path.exists(found.data.path):
+                raise CheckpointError(
+                    f"The images that {found.path} was trained on are no longer at "
+                    f"{found.data.path}: give --data, their folder or file."
+                )
             options = dataclasses.replace(options, data=Path(found.data.path))
             config = same_images(config, found.config.data_settings())
     return with_data(config, options.data), options

@@ -57,6 +57,15 @@ def image_grid(
     return grid
 
 
+#: Grey images of which more than half of the pixels are darker are ink, as garments and digits are.
+INK = 0.1
+
+
+def is_ink(images_NCHW: Tensor) -> bool:
+    """Whether people should see such images as ink on paper, 0 as white; photographs are not."""
+    return images_NCHW.shape[1] == 1 and bool(images_NCHW.median() < INK)
+
+
 #: A row of metrics.jsonl or timing.jsonl: step, epoch, split and values by name.
 LogRow = dict[str, Any]
 
@@ -384,8 +393,8 @@ def _sprite(images_NCHW: Tensor) -> bytes:
 
     columns = math.ceil(len(images_NCHW) ** 0.5)
     grid_CHW = image_grid(images_NCHW, columns, margin=0, background=0.0)
-    # the projector's background is white, so grey garments are shown as ink on paper
-    if len(grid_CHW) == 1:
+    # the projector's background is white, so garments are shown as ink on paper
+    if is_ink(images_NCHW):
         grid_CHW = 1 - grid_CHW
     pixels_HWC = (grid_CHW * 255).round().byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels_HWC.squeeze(2) if pixels_HWC.shape[2] == 1 else pixels_HWC)

@@ -264,11 +264,15 @@ def _check_network(config: SearchConfig, train: Split) -> None:
     # before Ray starts, and once: in the trials it would be one message each
     first = suggest(config, 0, [])
     channels, height, width = train.image_shape
-    for widths in config.domains["widths"].ends if "widths" in config.domains else ():
-        settings = model_settings(config.trial_config(first.replace(widths=widths)))
+    tried = [first] + [
+        first.replace(**{name: value})
+        for name in ("widths", "network")
+        if name in config.domains
+        for value in config.domains[name].ends
+    ]
+    for trial in tried:
+        settings = model_settings(config.trial_config(trial))
         initialized_vae(image_size=(height, width), channels=channels, seed=config.seed, **settings)
-    settings = model_settings(config.trial_config(first))
-    initialized_vae(image_size=(height, width), channels=channels, seed=config.seed, **settings)
 
 
 def _check_same_data(options: SearchOptions, train: Split, held_out: Split) -> None:
