@@ -25,6 +25,7 @@ from vae_hyperband.data.decoded import decoded_set, verified
 from vae_hyperband.data.pictures import PictureError, bombs_refused, decode, size_of
 from vae_hyperband.data.sources import ImageSettings, assign_splits
 from vae_hyperband.data.splits import as_split, load_split
+from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.training.loop import fit
 
@@ -795,7 +796,7 @@ def test_data_sets_of_pytorch(tmp_path, kind):
     assert train.labels_N.tolist() == [0 if kind == "alone" else n % 2 for n in range(20)]
     found = fit(small(), where(tmp_path), splits=(Pairs(20, kind), Pairs(8, kind)))
     assert load_ckpt(found.latest).config.dataset == "images"
-    with pytest.raises(CheckpointError, match="were no files: give --data"):
+    with pytest.raises(CheckpointError, match="came from Python"):
         load_ckpt(found.latest).split("train")
 
 
@@ -1012,3 +1013,15 @@ def test_a_few_large_files_make_a_chunk(folder, monkeypatch):
     assert sum(decoded_set(folder).counts.values()) == 60
     assert max(sizes) < 1000 + 300
     assert len(sizes) > 5
+
+
+def test_a_run_on_arrays_is_evaluated_on_arrays(tmp_path):
+    images = np.random.default_rng(0).random((40, 8, 8))
+    labels = np.arange(40) % 2
+    train, held_out = (images[:30], labels[:30]), (images[30:], labels[30:])
+    found = fit(small(), where(tmp_path), splits=(train, held_out))
+    options = EvaluateOptions(parts=("likelihood",), iwae_samples=0)
+    report = evaluate(found.best, "validation", (train, held_out), "cpu", options)
+    assert report["bound"]["mean"] == pytest.approx(found.state.best["bound"], abs=1e-3)
+    with pytest.raises(CheckpointError, match="was trained on other images than these"):
+        evaluate(found.best, "validation", (held_out, held_out), "cpu", options)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from vae_hyperband.common.checks import check_types, read_json, require, require_number
 from vae_hyperband.common.config import Folders, Places, TrainConfig
-from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.files import write_text
 from vae_hyperband.common.process import environment, own_modes, pick_device
 from vae_hyperband.common.randomness import generator
-from vae_hyperband.data.splits import Split, SplitName, as_trained, per_split
+from vae_hyperband.data.splits import Images, Split, SplitName, as_split, as_trained, per_split
 from vae_hyperband.data.synthetic import FACTORS, sample_factors
 from vae_hyperband.evaluation.bounds import (
     LEAST_GAP,
@@ -128,6 +128,9 @@ class EvaluateOptions:
 #: features and the nearest neighbours some more.
 LEAST_IMAGES: dict[Part, int] = {"latents": 2, "images": 10}
 
+#: Where the images of an evaluation are.
+WhereImages = Folders | Path | tuple[Images, Images] | None
+
 # ---- The three parts of an evaluation: likelihood, latent space, generated images.
 
 
@@ -144,11 +147,16 @@ class EvaluationContext:
 
     @classmethod
     def load(
-        cls, ckpt: Path | Checkpoint, split: SplitName, folders: Folders | Path | None, device: str
+        cls, ckpt: Path | Checkpoint, split: SplitName, data: WhereImages, device: str
     ) -> Self:
         target = pick_device(device)
         checkpoint = ckpt if isinstance(ckpt, Checkpoint) else load_ckpt(ckpt)
-        train, held_out = (checkpoint.split(name, folders) for name in ("train", split))
+        if isinstance(data, tuple):
+            train, held_out = map(as_split, data)
+            if train.digest != checkpoint.data.digest:
+                raise CheckpointError(f"{checkpoint.path} was trained on other images than these.")
+        else:
+            train, held_out = (checkpoint.split(name, data) for name in ("train", split))
         return cls(checkpoint.model(target), checkpoint, train, split, held_out, target)
 
     @property
@@ -339,15 +347,16 @@ def _image_protocol(
 def evaluate(
     ckpt: Path | Checkpoint,
     split: SplitName = "validation",
-    folders: Folders | Path | None = None,
+    data: WhereImages = None,
     device: str = "auto",
     options: EvaluateOptions | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Measure a checkpoint on a split: the parts that :class:`EvaluateOptions` names.
 
-    ``folders`` say where the images are, if not where the run found them; a path is a folder of
-    IDX files.
+    ``data`` says where the images are, if not where the run found them: folders, such as
+    ``RunOptions(data=...)``; a folder of IDX files; or, for a run that was trained on images from
+    Python, a pair of its training images and those to measure on, as :func:`fit` takes them.
     ``say`` is called with a line of progress at each step. Raises the errors of :func:`load_ckpt`,
     :meth:`Checkpoint.split` and, for a sampler, :func:`get_sampler`.
     """
@@ -357,7 +366,7 @@ def evaluate(
             "Probes and image metrics need a held-out split, because they compare with the "
             "training images: with --split train, use --parts likelihood."
         )
-    context = EvaluationContext.load(ckpt, split, folders, device)
+    context = EvaluationContext.load(ckpt, split, data, device)
     # the file keeps what was asked for, so that the same question finds it again
     found = _without_parts(context, options)
     parts, num_images = set(options.parts), len(context.held_out)

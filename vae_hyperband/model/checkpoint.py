@@ -170,7 +170,11 @@ class Checkpoint:
         option = "--data" if is_images else "--data-dir"
         if is_images and folders.data is None:
             if self.data.path is None or not os.path.exists(self.data.path):
-                was = f"are no longer at {self.data.path}" if self.data.path else "were no files"
+                was = (
+                    f"are no longer at {self.data.path}"
+                    if self.data.path
+                    else "came from Python (there give evaluate the same ones)"
+                )
                 raise CheckpointError(
                     f"The images that {self.path} was trained on {was}: give --data, their folder "
                     "or file."

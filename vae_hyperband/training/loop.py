@@ -200,15 +200,15 @@ def fit(
     ):
         config, options, train, held_out = _with_images(config, options, splits, should_stop)
         features = _features(config, train, device, quiet)
+        losses = compiled_losses(device) if options.compile else batch_losses
+        # a checkpoint tells on what it was computed: elsewhere the last bits may differ
+        where = environment(device) | ({"compiled": True} if options.compile else {})
+        state = first_state(config, options, train, device, where, quiet)
         # the images stay on the device as bytes: a batch is one gather, not a copy from the host
         train_loader = get_dataloader(
             train, config.batch_size, seed=config.seed, shuffle=True, device=device
         )
         validation_loader = eval_dataloader(held_out, device)
-        losses = compiled_losses(device) if options.compile else batch_losses
-        # a checkpoint tells on what it was computed: elsewhere the last bits may differ
-        where = environment(device) | ({"compiled": True} if options.compile else {})
-        state = first_state(config, options, train, device, where, quiet)
         with Trainer(state, options, train, where, quiet, features) as trainer:
             trainer.begin(held_out)
             while state.step < state.num_steps:
