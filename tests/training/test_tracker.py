@@ -76,8 +76,10 @@ def test_kl_per_dimension_configuration_and_command_are_shown(board, small_data)
     assert histograms[-1].histogram_value.sum == pytest.approx(kl_Z.sum().item(), rel=1e-5)
 
 
-def test_the_projector_gets_latents_labels_and_a_sprite(tmp_path):
+@pytest.mark.parametrize("ground", [0.0, 0.4])
+def test_the_projector_gets_latents_labels_and_a_sprite(tmp_path, ground):
     images = torch.rand(5, 1, 8, 8)
+    images[:, :, 2:] = ground  # of garments it is black; then they are shown as ink on paper
     write_projector(tmp_path, torch.arange(15.0).view(5, 3), images, torch.arange(5), ("a", "b"))
     config = (tmp_path / "projector_config.pbtxt").read_text()
     paths = re.findall(r'path: "(.*)"', config)
@@ -88,7 +90,8 @@ def test_the_projector_gets_latents_labels_and_a_sprite(tmp_path):
     assert (tmp_path / paths[1]).read_text().split() == ["a", "b", "2", "3", "4"]
     with Image.open(tmp_path / paths[2]) as sprite:
         assert sprite.size == (24, 24)  # 3 x 3 places
-        assert abs(sprite.getpixel((8, 0)) - 255 * (1 - images[1, 0, 0, 0].item())) <= 1
+        pixel = images[1, 0, 0, 0].item()
+        assert abs(sprite.getpixel((8, 0)) - 255 * (pixel if ground else 1 - pixel)) <= 1
         assert sprite.getpixel((8, 16)) == 255  # nothing there
 
 
