@@ -428,7 +428,9 @@ def test_what_cannot_be_used_is_skipped_and_said(folder, capfd):
         "files that are no images: 1 .mp4",
         "folders without an image: bird/",
     )
-    assert "Warning" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "Warning" not in said
+    assert "note: 3 images skipped; files that are no images: 1 .mp4; folders without" in said
 
 
 def test_a_file_that_may_not_be_read_is_skipped(folder):

@@ -266,6 +266,10 @@ class _Decoding:
         except DataError:  # the same images would give the same error
             shutil.rmtree(self.part)
             raise
+        num = sum(not record.digest for record in records)
+        lacks = [f"{plural(num, 'image')} skipped"] * (num > 0) + self.source.listing.remarks
+        if lacks:
+            self._say(f"note: {'; '.join(lacks)} (vae-hyperband data --data says more)")
         shutil.rmtree(self.part)
         self.folder.with_name(f".{self.folder.name}.lock").unlink()
 
@@ -343,20 +347,15 @@ class _Decoding:
         return Record(picture.digest, picture.size, picture.mode, is_grey, picture.notes)
 
     def _bar(self, done: int) -> "tqdm":
-        if not self.quiet and not on_terminal():
-            print(
-                f"decoding {plural(len(self.items) - done, 'image')} of {self.source.path}",
-                file=sys.stderr,
-                flush=True,
-            )
-        return tqdm(
-            total=len(self.items),
-            initial=done,
-            desc="decoding",
-            unit=" images",
-            disable=self.quiet or not on_terminal(),
-            leave=False,
-        )
+        if not on_terminal():
+            self._say(f"decoding {plural(len(self.items) - done, 'image')} of {self.source.path}")
+        how = {"desc": "decoding", "unit": " images", "leave": False}
+        quiet = self.quiet or not on_terminal()
+        return tqdm(total=len(self.items), initial=done, disable=quiet, **how)
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
 
     def _check_unchanged(self) -> None:
         """Raise :class:`DataError` if files have changed since the array was named after them."""
