@@ -6,8 +6,8 @@ a loader that opens each image, and takes at most 2% of a training step.
 The reference is what a tutorial writes: a list of files by their folder, PIL for each image, a
 float tensor, torch's DataLoader with 2 workers. Both give shuffled batches of 128 floats; the two
 alternate; the ratio is that of the medians. Then a map of 4 GB is decoded and, by another process,
-trained on for an epoch and validated, each with RLIMIT_DATA at 1 GB: heap and private pages, which a map of a file
-is no part of.
+trained on for an epoch and validated, each with RLIMIT_DATA at 1 GB: heap and private pages, which
+a map of a file is no part of.
 """
 
 import argparse
