@@ -185,8 +185,8 @@ def encode_command(argv: list[str]) -> int:
         "mu": encoded.mu_NZ.numpy(),
         "logvar": encoded.logvar_NZ.numpy(),
     }
-    order = sorted(range(len(found.names)), key=found.names.__getitem__)
     if args.folders.data:  # files in the order of their names
+        order = sorted(range(len(found.names)), key=found.names.__getitem__)
         columns = {name: column[order] for name, column in columns.items()}
     write_table(args.out, columns)
     print(

@@ -24,6 +24,14 @@ from vae_hyperband.common.checks import (
 Dataset = Literal["fashion-mnist", "custom", "drawn", "images"]
 Holdout = Literal["content", "last"]
 Fit = Literal["crop", "pad", "stretch"]
+Likelihood = Literal[
+    "bernoulli",
+    "continuous-bernoulli",
+    "gaussian",
+    "learned-gaussian",
+    "laplace",
+    "discretized-logistic",
+]
 Widths = tuple[int, ...] | Literal["auto"]
 
 #: The networks of this package; every other one is the user's own, "package.module:function".
@@ -115,14 +123,7 @@ class CommonConfig(DataConfig):
     """p(z): standard normal, or the VampPrior of Tomczak & Welling 2018."""
     pseudo_inputs: int = 100
     """vamp: learned images whose posteriors are the prior's components."""
-    likelihood: Literal[
-        "bernoulli",
-        "continuous-bernoulli",
-        "gaussian",
-        "learned-gaussian",
-        "laplace",
-        "discretized-logistic",
-    ] = "bernoulli"
+    likelihood: Likelihood = "bernoulli"
     """p(x|z) of a pixel (docs/guide.md); bounds of different likelihoods cannot be compared."""
     sigma: float = 0.1
     """gaussian: standard deviation of a pixel, whose values lie in [0, 1]."""

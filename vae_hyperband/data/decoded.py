@@ -270,8 +270,9 @@ class _Decoding:
         lacks = [f"{plural(num, 'image')} skipped"] * (num > 0) + self.source.listing.remarks
         if lacks:
             self._say(f"note: {'; '.join(lacks)} (vae-hyperband data --data says more)")
-        shutil.rmtree(self.part)
-        self.folder.with_name(f".{self.folder.name}.lock").unlink()
+        # another process that finds the array complete may be removing these, too
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.folder.with_name(f".{self.folder.name}.lock").unlink(missing_ok=True)
 
     def _first_size(self) -> Size:
         """That of the first image that can be decoded: the one of all, if they agree."""

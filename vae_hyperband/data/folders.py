@@ -13,7 +13,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from vae_hyperband.common.checks import plural
@@ -249,33 +249,28 @@ class Archive(Source):
         Of several files of one name the first one.
         """
         left = None if wanted is None else set(wanted)
+        for written, num_bytes, read in self._files():
+            name = _plain_name(written)
+            if left is None and name:
+                yield name, None
+            elif left and name in left:
+                left.remove(name)
+                yield name, _too_large(num_bytes) if num_bytes > MAX_FILE_BYTES else read()
+
+    def _files(self) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+        """Name, size and content of each file in the archive, without folders, links, devices."""
         if self.path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(self.path) as archive:
                 for info in archive.infolist():
                     is_link = info.external_attr >> 28 == 0xA
-                    name = _plain_name(info.filename)
-                    if info.is_dir() or is_link or not name:
-                        continue
-                    if left is None:
-                        yield name, None
-                    elif name in left:
-                        left.remove(name)
-                        too_large = info.file_size > MAX_FILE_BYTES
-                        yield name, _too_large(info.file_size) if too_large else archive.read(info)
+                    if not info.is_dir() and not is_link:
+                        yield info.filename, info.file_size, functools.partial(archive.read, info)
             return
         with tarfile.open(self.path, "r:*") as tar:
-            for member in tar:
-                name = _plain_name(member.name)
-                if not member.isfile() or not name:
-                    continue
-                if left is None:
-                    yield name, None
-                elif name in left:
-                    left.remove(name)
-                    too_large = member.size > MAX_FILE_BYTES
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    yield name, _too_large(member.size) if too_large else file.read()
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                file = tar.extractfile(member)
+                assert file is not None
+                yield member.name, member.size, file.read
 
 
 def _plain_name(name: str) -> str:

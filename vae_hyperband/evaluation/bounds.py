@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vae_hyperband.common.config import Likelihood
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import own_modes
 from vae_hyperband.common.randomness import generator, standard_normal
@@ -24,7 +25,7 @@ from vae_hyperband.data.splits import Split
 from vae_hyperband.evaluation.features import Features, split_features
 from vae_hyperband.evaluation.image_quality import frechet, moments
 from vae_hyperband.evaluation.results import Estimate
-from vae_hyperband.model.likelihoods import LEVELS, Likelihood
+from vae_hyperband.model.likelihoods import LEVELS
 from vae_hyperband.model.objective import Nats, log_weights, nats_per_image
 from vae_hyperband.model.vae import VAE
 

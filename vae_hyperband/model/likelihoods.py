@@ -7,20 +7,14 @@ Shape suffixes: B images of a batch, C channels, H height, W width.
 """
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Likelihood = Literal[
-    "bernoulli",
-    "continuous-bernoulli",
-    "gaussian",
-    "learned-gaussian",
-    "laplace",
-    "discretized-logistic",
-]
+from vae_hyperband.common.config import Likelihood
+
 LIKELIHOODS: tuple[Likelihood, ...] = get_args(Likelihood)
 
 LEVELS = 255  # a pixel is one of 256 levels, 1/255 apart

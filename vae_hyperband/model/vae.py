@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, relu_
 from torch.nn import functional as F
 
-from vae_hyperband.common.config import NETWORKS, Widths
+from vae_hyperband.common.config import NETWORKS, Likelihood, Widths
 from vae_hyperband.common.errors import ConfigError
 
 # torch.nn's layers, computed faster on a CPU; "from torch import nn" trains the same model
 from vae_hyperband.model import fast_layers as nn
-from vae_hyperband.model.likelihoods import LIKELIHOODS, Likelihood, learned_log_scale, pixel_means
+from vae_hyperband.model.likelihoods import LIKELIHOODS, learned_log_scale, pixel_means
 from vae_hyperband.model.networks import ImageShape, own_network
 from vae_hyperband.model.priors import VampPrior, reparameterize, standard_normal_log_density
 from vae_hyperband.model.residual import ResidualDecoder, ResidualEncoder
