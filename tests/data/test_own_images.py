@@ -1027,3 +1027,15 @@ def test_a_run_on_arrays_is_evaluated_on_arrays(tmp_path):
     assert report["bound"]["mean"] == pytest.approx(found.state.best["bound"], abs=1e-3)
     with pytest.raises(CheckpointError, match="was trained on other images than these"):
         evaluate(found.best, "validation", (held_out, held_out), "cpu", options)
+
+
+def test_another_process_may_clean_up_first(folder, monkeypatch):
+    complete_it = decoded._Decoding._complete
+
+    def completed(self, records):
+        complete_it(self, records)
+        shutil.rmtree(self.part)  # as a process does that finds the array
+        self.folder.with_name(f".{self.folder.name}.lock").unlink()
+
+    monkeypatch.setattr(decoded._Decoding, "_complete", completed)
+    assert sum(decoded_set(folder).counts.values()) == 60
