@@ -2,13 +2,15 @@
 
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributions import Laplace, Normal
 
+from vae_hyperband.common.process import keep_freed_memory
 from vae_hyperband.data.batches import get_dataloader
-from vae_hyperband.data.splits import load_split
+from vae_hyperband.data.splits import Split, load_split
 from vae_hyperband.evaluation.bounds import (
     bits_are_of,
     bits_per_dimension,
@@ -120,3 +122,37 @@ def test_bits_per_dimension_of_what_says_nothing_about_a_pixel(likelihood, nats_
 def test_only_the_cross_entropy_of_grey_pixels_has_no_bits():
     assert [name for name in LIKELIHOODS if not bits_are_of(name, grey=True)] == ["bernoulli"]
     assert bits_are_of("bernoulli", grey=False)
+
+
+def private_megabytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_number_of_images():
+    """A map of 4 GB was evaluated in as much memory as its images take as floats."""
+    keep_freed_memory()  # as commands do
+    model = initialized_vae(latent_dim=2, image_size=64, channels=3, seed=1, widths=(2,))
+    row = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+
+    def evaluated(num):
+        images_NCHW = row.expand(num, -1, -1, -1)  # itself without memory
+        loader = eval_dataloader(Split(images_NCHW, torch.zeros(num, dtype=torch.int64), "-"))
+        split_nats(model, loader, seed=0)
+        iwae_nats(model, loader, 0, num_samples=1)
+        return private_megabytes()
+
+    before = evaluated(500)
+    assert evaluated(5000) - before < 100  # its images as floats: 246 MB
+
+
+def test_a_shuffled_loader_gives_every_image_its_own_noise(model, split):
+    shuffled, in_order = get_dataloader(split, 7, shuffle=True), eval_dataloader(split)
+    close = {"rtol": 0, "atol": 1e-4}  # nats: batches of another size: the last bits of float32
+    nats = zip(split_nats(model, shuffled, 0), split_nats(model, in_order, 0), strict=True)
+    for found_N, expected_N in nats:
+        torch.testing.assert_close(found_N, expected_N, **close)
+    expected_N = iwae_nats(model, in_order, 0, 3)
+    torch.testing.assert_close(iwae_nats(model, shuffled, 0, 3), expected_N, **close)
+    assert shuffled.sampler.epoch == 0  # the order of training is left where it was

@@ -20,7 +20,7 @@ from vae_hyperband.common.config import Likelihood
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import own_modes
 from vae_hyperband.common.randomness import generator, standard_normal
-from vae_hyperband.data.batches import EpochOrder, SplitBatches, get_dataloader
+from vae_hyperband.data.batches import Batches, EpochOrder, SplitBatches, get_dataloader
 from vae_hyperband.data.splits import Split
 from vae_hyperband.evaluation.features import Features, split_features
 from vae_hyperband.evaluation.image_quality import frechet, moments
@@ -29,14 +29,21 @@ from vae_hyperband.model.likelihoods import LEVELS
 from vae_hyperband.model.objective import Nats, log_weights, nats_per_image
 from vae_hyperband.model.vae import VAE
 
-EVAL_BATCH_SIZE = 500
+#: At most so many images in a batch, and so many values in them: 10 images of 256x256 in RGB.
+EVAL_BATCH_SIZE, EVAL_BATCH_VALUES = 500, 2_000_000
 
 Losses = dict[str, float]  # recon_loss, KL_divergence, total_loss, bound, (iwae): nats per image
 
 
 def eval_dataloader(split: Split, device: torch.device | str = "cpu") -> DataLoader:
     """Batches of a split in file order, for :func:`eval_epoch`."""
-    return get_dataloader(split, min(EVAL_BATCH_SIZE, len(split)), shuffle=False, device=device)
+    size = min(eval_batch_size(split.image_shape), len(split))
+    return get_dataloader(split, size, shuffle=False, device=device)
+
+
+def eval_batch_size(image_shape: tuple[int, int, int]) -> int:
+    """How many images are evaluated at once: no estimate depends on it, memory does."""
+    return max(1, min(EVAL_BATCH_SIZE, EVAL_BATCH_VALUES // math.prod(image_shape)))
 
 
 def batch_images(model: VAE, batch: Any) -> Tensor:
@@ -66,8 +73,13 @@ def _again_and_again(model: VAE, loader: Iterable[Any]) -> Iterable[Any]:
     """
     # a list: an iterator gives its batches once, and the length of a data set need not be the
     # number of images in them (a subset, the last batch dropped, a data set of whole batches)
-    if _split_of(loader):
-        return loader
+    if split := _split_of(loader):
+        order = cast(EpochOrder, cast(Batches, loader).sampler)
+        if not order.shuffle:
+            return loader
+        # a shuffled loader has another order each time
+        device = split.labels_N.device
+        return get_dataloader(split, order.batch_size, shuffle=False, device=device)
     batches = [(batch_images(model, batch), batch[1]) for batch in loader]
     if not batches:
         raise ConfigError("The loader has no batches: an iterator gives its batches only once.")
@@ -89,12 +101,16 @@ def split_nats(model: VAE, loader: Iterable[Any], seed: int) -> Nats:
     """
     training = model.training
     model.eval()
-    parts = [
-        nats_per_image(model, x_BCHW, noise_BZ)
-        for x_BCHW, noise_BZ in _with_noise(model, loader, seed, "evaluation")
-    ]
+    loader = _again_and_again(model, loader)
+    num_images, device = _num_images(loader), next(model.parameters()).device
+    noise_NZ = standard_normal(seed, "evaluation", 0, num_images, model.latent_dim, device)
+    # filled in place: a small tensor kept of each batch would lie between the large ones that are
+    # freed, the next batch would not fit there, and memory would grow by a batch each time
+    nats_2N = torch.empty(2, num_images, dtype=torch.float64)
+    for rows, x_BCHW in _with_rows(model, loader):
+        nats_2N[:, rows] = torch.stack(nats_per_image(model, x_BCHW, noise_NZ[rows])).double().cpu()
     model.train(training)
-    return Nats(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
+    return Nats(*nats_2N)
 
 
 @torch.no_grad()
@@ -106,34 +122,33 @@ def iwae_nats(model: VAE, loader: Iterable[Any], seed: int, num_samples: int) ->
     """
     training = model.training
     model.eval()
-    batches = [(x_BCHW, *model.encode(x_BCHW)) for x_BCHW, _ in loader]
-    num_images = sum(len(x_BCHW) for x_BCHW, *_ in batches)
-    device = next(model.parameters()).device
+    loader = _again_and_again(model, loader)
+    num_images, device = _num_images(loader), next(model.parameters()).device
+    posteriors_2NZ = torch.empty(2, num_images, model.latent_dim, device=device)
+    for rows, x_BCHW in _with_rows(model, loader):
+        posteriors_2NZ[:, rows] = torch.stack(model.encode(x_BCHW))
     log_sum_N = torch.full((num_images,), -math.inf, dtype=torch.float64)
     for sample in range(num_samples):
         noise_NZ = standard_normal(seed, "iwae", sample, num_images, model.latent_dim, device)
-        noises = noise_NZ.split([len(x_BCHW) for x_BCHW, *_ in batches])
-        weights = [
-            log_weights(model, *batch, noise_BZ[None])[0][0].double()
-            for batch, noise_BZ in zip(batches, noises, strict=True)
-        ]
-        log_sum_N = torch.logaddexp(log_sum_N, torch.cat(weights).cpu())
+        for rows, x_BCHW in _with_rows(model, loader):
+            mu_BZ, logvar_BZ = posteriors_2NZ[:, rows]
+            weights_1B, _ = log_weights(model, x_BCHW, mu_BZ, logvar_BZ, noise_NZ[None, rows])
+            log_sum_N[rows] = torch.logaddexp(log_sum_N[rows], weights_1B[0].double().cpu())
     model.train(training)
     return math.log(num_samples) - log_sum_N
 
 
-def _with_noise(
-    model: VAE, loader: Iterable[Any], seed: int, purpose: str, position: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each batch of images with its own rows of the split's noise."""
-    device = next(model.parameters()).device
-    batches, split = _again_and_again(model, loader), _split_of(loader)
-    num_images = len(split) if split else sum(len(x_BCHW) for x_BCHW, _ in batches)
-    noise_NZ = standard_normal(seed, purpose, position, num_images, model.latent_dim, device)
+def _num_images(loader: Iterable[Any]) -> int:
+    split = _split_of(loader)
+    return len(split) if split else sum(len(x_BCHW) for x_BCHW, _ in loader)
+
+
+def _with_rows(model: VAE, loader: Iterable[Any]) -> Iterator[tuple[slice, Tensor]]:
+    """Each batch of images with the places of its images in the split."""
     start = 0
-    for batch in batches:
+    for batch in loader:
         x_BCHW = batch_images(model, batch)
-        yield x_BCHW, noise_NZ[start : start + len(x_BCHW)]
+        yield slice(start, start + len(x_BCHW)), x_BCHW
         start += len(x_BCHW)
 
 
@@ -165,12 +180,12 @@ def eval_epoch(
 ) -> Losses:
     """Average losses of a split in nats per image, exact per image whatever the batch size.
 
-    ``loader`` gives the split in file order; in another order each image gets the noise of another,
-    and the estimate is as good but not the same. It is a :func:`vae_hyperband.get_dataloader`, or
-    any other iterable of batches, whose images are then held in memory. "bound" is reconstruction +
-    KL, which models are compared by; "total_loss" weighs the KL's distance from ``capacity`` by
-    ``beta``; "iwae" and "fid" (of samples of the prior) are added if ``iwae_samples`` and
-    ``fid_samples`` are above 0; "fid" is in ``features``
+    ``loader`` is a :func:`vae_hyperband.get_dataloader`, which is gone through in the split's
+    order, or any other iterable of batches, whose images are then held in memory; in another order
+    each image gets the noise of another, and the estimate is as good but not the same. "bound" is
+    reconstruction + KL, which models are compared by; "total_loss" weighs the KL's distance from
+    ``capacity`` by ``beta``; "iwae" and "fid" (of samples of the prior) are added if
+    ``iwae_samples`` and ``fid_samples`` are above 0; "fid" is in ``features``
     (:func:`~vae_hyperband.evaluation.features.features_for`).
     Raises :class:`ConfigError` for a loader without batches, or with images of another shape, and
     for ``fid_samples`` without features.

@@ -23,7 +23,7 @@ from vae_hyperband.common.checks import check_types, require, require_number
 from vae_hyperband.common.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.data.splits import Split, as_trained
-from vae_hyperband.evaluation.bounds import EVAL_BATCH_SIZE, eval_dataloader
+from vae_hyperband.evaluation.bounds import eval_batch_size, eval_dataloader
 from vae_hyperband.evaluation.flow import Flow, fit_flow
 from vae_hyperband.evaluation.latents import Posteriors, encode_split
 from vae_hyperband.model.checkpoint import Checkpoint, load_pt, save_pt
@@ -312,6 +312,6 @@ def decode_bytes(model: VAE, z_NZ: Tensor) -> Tensor:
     return torch.cat(
         [
             (model.decode_images(z_BZ.to(device)) * 255).round().to(torch.uint8).cpu()
-            for z_BZ in z_NZ.split(EVAL_BATCH_SIZE)
+            for z_BZ in z_NZ.split(eval_batch_size(model.image_shape))
         ]
     )
