@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vae_hyperband.commands.options import ConfigFile, parse_options
-from vae_hyperband.common.config import DataConfig, Places, TrainConfig, with_data
+from vae_hyperband.common.config import CommonConfig, Places, TrainConfig, with_data
 from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
 from vae_hyperband.common.process import EXIT_STOPPED, available_cpus, pick_device, stop_flag
 from vae_hyperband.data.splits import split_for
@@ -26,7 +26,7 @@ from vae_hyperband.training.study import train_side_by_side
 
 
 @dataclass(frozen=True, kw_only=True)
-class BetaArgs(ConfigFile, DataConfig, Places):
+class BetaArgs(ConfigFile, CommonConfig, Places):
     """Train a few betas side by side and watch them in TensorBoard.
 
     python -m vae_hyperband.beta_vae_tsb --betas 0.5 1 4 --epochs 3
@@ -48,7 +48,7 @@ class BetaArgs(ConfigFile, DataConfig, Places):
     """Open TensorBoard and keep it open until Ctrl-C (--no-serve: only train)."""
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
+        CommonConfig.__post_init__(self)
         Places.__post_init__(self)
 
     def configs(self) -> dict[str, TrainConfig]:
@@ -59,7 +59,7 @@ class BetaArgs(ConfigFile, DataConfig, Places):
                 epochs=self.epochs,
                 latent_dim=self.latent_dim,
                 seed=self.seed,
-                **with_data(self, self.data).data_settings(),
+                **with_data(self, self.data).common(),
             )
             for beta in self.betas
         }

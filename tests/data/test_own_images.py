@@ -850,7 +850,7 @@ def test_train_beside_other_folders_is_a_class(tmp_path):
     found = decoded_set(tmp_path / "vehicles")
     assert found.class_names == ("boat", "bus", "plane", "train")
     assert sum(found.counts.values()) == 40
-    assert "train/ beside other folders is a label, no split" in found.remarks[0]
+    assert "train/ as a split: beside other folders it is a label" in found.remarks[0]
 
 
 @pytest.mark.parametrize("prefix", ["./", "/", "x//", "x\\", "./x/./"])

@@ -187,6 +187,26 @@ def test_the_main_job_says_beforehand_what_it_would_do(tmp_path, small_data, mon
     assert written(tmp_path) == before
 
 
+def test_the_main_job_takes_the_network_and_a_space_of_its_own(
+    tmp_path, small_data, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    space = tmp_path / "space.toml"
+    space.write_text("batch_size = { choice = [8, 16] }\nlatent_dim = 4\nlikelihood = 'laplace'\n")
+    argv = ["run", "--dry-run", "--dataset", "custom", "--data-dir", str(small_data)]
+    argv += ["--device", "cpu", "--widths", "8", "12", "--space", str(space)]
+    argv += ["--scheduler", "none"]
+    assert train_vae.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "batch 8, beta 1" in said
+    assert "batch 16, beta 1" in said
+    assert "batch 64" not in said
+    assert "scheduler    none: at most 24 epochs\n" in said
+    found = _line(said.partition("== then train the winner")[2], "command")
+    for words in ("--widths 8 12", "--latent-dim 4", "--likelihood laplace"):
+        assert words in found
+
+
 def test_without_the_data_the_main_job_says_that_it_would_fetch_it(monkeypatch, tmp_path, capsys):
     def missing(*_):
         raise DataError("There is none.")

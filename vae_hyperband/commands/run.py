@@ -8,7 +8,7 @@ from typing import Literal
 from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.commands.search import search_and_plot, train_winner
 from vae_hyperband.common.checks import plural
-from vae_hyperband.common.config import DataConfig, Places, RunOptions, TrainConfig, with_data
+from vae_hyperband.common.config import CommonConfig, Places, RunOptions, TrainConfig, with_data
 from vae_hyperband.common.errors import DataError
 from vae_hyperband.common.process import only_writer, pick_device, stop_flag
 from vae_hyperband.data.download import ensure_data
@@ -24,7 +24,7 @@ from vae_hyperband.reporting.summaries import (
 )
 from vae_hyperband.reporting.tables import evaluation_text
 from vae_hyperband.search.config import SearchConfig, SearchOptions
-from vae_hyperband.search.space import describe
+from vae_hyperband.search.space import Space, describe
 from vae_hyperband.search.trials import SearchResult
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult
@@ -33,7 +33,7 @@ from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainJob(ConfigFile, DataConfig, Places):
+class MainJob(ConfigFile, CommonConfig, Places):
     """Run everything: data, search, training of the best configuration, evaluation, figures.
 
     vae-hyperband run
@@ -47,6 +47,8 @@ class MainJob(ConfigFile, DataConfig, Places):
     """Configurations to try."""
     max_epochs: int = 3
     """Epochs of a trial that is never stopped."""
+    space: Space | None = None
+    """TOML file of what to choose from, for any setting of a run (docs/search.md)."""
     epochs: int = 10
     """Epochs of the full training of the best configuration."""
     scheduler: Literal["asha", "hyperband", "none"] = "asha"
@@ -62,12 +64,12 @@ class MainJob(ConfigFile, DataConfig, Places):
 
     def __post_init__(self) -> None:
         """Check every step's settings now, not after the search."""
-        DataConfig.__post_init__(self)
+        CommonConfig.__post_init__(self)
         Places.__post_init__(self)
         pick_device(self.device)
         for check in (self.search, self.winner, self.evaluation):
             check()
-        TrainConfig(epochs=self.epochs, seed=self.seed)
+        TrainConfig(epochs=self.epochs, seed=self.seed, **with_data(self, self.data).common())
 
     def search(self) -> tuple[SearchConfig, SearchOptions]:
         config = SearchConfig(
@@ -75,7 +77,8 @@ class MainJob(ConfigFile, DataConfig, Places):
             max_epochs=self.max_epochs,
             scheduler=self.scheduler,
             seed=self.seed,
-            **with_data(self, self.data).data_settings(),
+            space=self.space,
+            **with_data(self, self.data).common(),
         )
         options = SearchOptions(**self.options(f"{self.run}-search"), fresh=self.fresh)
         return config, options
@@ -179,6 +182,8 @@ def _fitted(config: SearchConfig, train: Split, options: SearchOptions) -> Searc
 
     A search that has begun keeps its own, whatever has become of the data since.
     """
+    if config.space and "batch_size" in config.space:
+        return config
     there = None if options.fresh else begun_settings(options.ckpt_folder)
     begun = (there or {}).get("batch_sizes")
     if isinstance(begun, list):

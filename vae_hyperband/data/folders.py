@@ -133,7 +133,8 @@ def listed(names: Iterable[str], remarks: list[str]) -> Listing:
     if len(split_of) < len(folders) or "train" not in split_of.values():
         if split_of:
             taken = ", ".join(f"{folder}/" for folder in sorted(split_of))
-            remarks = [*remarks, f"nothing, but {taken} beside other folders is a label, no split"]
+            why = f"{taken} as a split: beside other folders it is a label"
+            remarks = [*remarks, why]
         split_of = {}
     placed = list[tuple[str, str | None, SplitName | None]]()
     beside = 0

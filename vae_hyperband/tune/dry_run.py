@@ -45,12 +45,12 @@ def search_dry_run(config: SearchConfig, options: SearchOptions) -> str:
     config, options = with_known_data(config, options)
     resumes = _resumes(config, options)
     train, _ = load_splits(config, options)
-    most = config.total_trials * config.max_epochs
+    most = plural(config.total_trials * config.max_epochs, "epoch")
+    fewer = "" if config.scheduler == "none" else ", fewer with early stopping"
     lines = [
         a_line_each(config.in_effect()),
         *_trials(config),
-        f"scheduler    {config.scheduler}: at most {plural(most, 'epoch')}, fewer with early "
-        "stopping",
+        f"scheduler    {config.scheduler}: at most {most}{fewer}",
         f"data         {len(train):,} training images {train.image_shape}",
         # as given: relative paths are shorter, and what the user will look for
         f"checkpoints  {shown.ckpt_folder}, logs {shown.log_folder}",
