@@ -2,32 +2,40 @@
 
 import importlib
 import json
+import math
+import posixpath
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-from vae_hyperband import train_vae
+from vae_hyperband import kl_to_standard_normal, reconstruction_nats, train_vae
 from vae_hyperband.commands import COMMANDS, options, train
 from vae_hyperband.common.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vae_hyperband"
 README = (ROOT / "README.md").read_text()
-GUIDE = (ROOT / "docs/guide.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 #: Every page of the documentation, by its path.
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (
-        *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "PROMISES", "CHANGELOG")),
+        *sorted(ROOT.glob("*.md")),
         ROOT / "benchmarks/RECORDS.md",
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }
+#: README and the pages of docs/, whose examples are for users.
+EXAMPLES = "".join(PAGES[page] for page in PAGES if page == "README.md" or page[:5] == "docs/")
 
 
 def raw(name: str) -> dict:
@@ -300,20 +308,22 @@ def test_the_tables_of_likelihoods_are_what_was_measured(scripts):
 
 
 def commands() -> list[str]:
-    """The commands of README and guide: of their blocks, and within their text and tables."""
-    text = README + GUIDE
-    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    """The commands of README and docs/: of their blocks, and within their text and tables."""
+    blocks = re.findall(r"```sh\n(.*?)```", EXAMPLES, flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    inline = re.findall(r"`((?:vae-hyperband (?!completion)|make |python -m )[^`]+)`", text)
+    starts = r"vae-hyperband (?!completion)|make |python -m |pip "
+    inline = re.findall(rf"`((?:{starts})[^`]+)`", EXAMPLES)
     return list(dict.fromkeys(line for line in [*lines, *inline] if line))
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_of_readme_and_guide_is_valid(line, monkeypatch, tmp_path):
+def test_every_command_of_the_documentation_is_valid(line, monkeypatch, tmp_path):
     """The options are read by the real parser; what they start is tested elsewhere."""
     words = shlex.split(line)
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif words[1:] == ["--version"]:
+        assert train_vae.main(words[1:]) == 0
     elif words[0] == "vae-hyperband":
         parsed = []
 
@@ -328,7 +338,9 @@ def test_every_command_of_readme_and_guide_is_valid(line, monkeypatch, tmp_path)
         # what these commands name is made by the commands before them
         config = TrainConfig()
         monkeypatch.setattr(train, "load_ckpt", lambda path: SimpleNamespace(config=config))
-        files = dict(re.findall(r"```toml\n# (\S+)\n(.*?)```", GUIDE, flags=re.DOTALL))
+        files = dict(re.findall(r"```toml\n# (\S+)\n(.*?)```", EXAMPLES, flags=re.DOTALL))
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "space.toml").write_text(files["space.toml"])
         files["best_config.json"] = json.dumps({"config": config.to_dict()})
         read = options.read_settings
 
@@ -339,13 +351,23 @@ def test_every_command_of_readme_and_guide_is_valid(line, monkeypatch, tmp_path)
         monkeypatch.setattr(options, "read_settings", written)
         train_vae.main(words[1:])
         assert len(parsed) == 1
+    elif words[0] == "pip":
+        extras = PYPROJECT["project"]["optional-dependencies"]
+        for name in re.findall(r"\[(\w+)\]", line):
+            assert name in extras
+        for word in words[words.index("-c") + 1 : words.index("-c") + 2] if "-c" in words else ():
+            assert (ROOT / word).is_file()
     elif words[0] == "source":
         assert words[1] == ".venv/bin/activate"
         assert "\nVENV ?= .venv\n" in (ROOT / "Makefile").read_text()
     elif words[0] == "sbatch":
         assert any((ROOT / word).is_file() for word in words)
+    elif words[1] == "-c":
+        compile(words[2], "the command line", "exec")
     else:
-        assert words[0] == "python"
+        assert words[0] in ("python", "python3")
+        if words[1:3] == ["-m", "venv"]:
+            return
         name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
         assert (ROOT / name).is_file()
 
@@ -362,14 +384,59 @@ def test_the_python_of_the_readme_runs(fashion_mnist, tmp_path, monkeypatch):
     assert names["losses"]["bound"] == pytest.approx(names["report"]["bound"]["mean"], abs=1e-3)
 
 
-def test_the_guide_s_way_from_arrays_trains(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    [block] = [block for block in blocks if "splits=" in block]
+def python_of(page: str) -> str:
+    """The only example in Python of a page."""
+    [block] = re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    return block
+
+
+def test_the_documented_way_from_arrays_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(block, "guide.md", "exec"), names)
+    exec(compile(python_of("docs/own-images.md"), "own-images.md", "exec"), names)
     assert names["result"].finished
     assert names["result"].state.model.image_shape == (3, 28, 20)
+
+
+def test_the_model_and_its_loss_work_in_a_loop_of_another_package():
+    names = {}
+    exec(compile(python_of("docs/migrating.md"), "migrating.md", "exec"), names)
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def test_losses_of_other_packages_are_translated_to_the_same_gradients():
+    """The rows of the table in docs/migrating.md: the same up to a factor and a constant."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 3, 8, 8)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    mu = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.rand(shape, generator=generator, dtype=torch.float64)
+    size, weight = math.prod(shape[1:]), 0.00025
+    squares = (logits.sigmoid() - x).square()
+    entropies = functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    kl = kl_to_standard_normal(mu, torch.zeros_like(mu)).mean()
+
+    def ours(beta: float, likelihood: str, sigma: float = 1.0) -> Tensor:
+        return reconstruction_nats(logits, x, likelihood, sigma=sigma).mean() + beta * kl
+
+    pairs = (
+        (entropies.flatten(1).sum(1).mean() + kl, ours(1, "bernoulli")),
+        (0.5 * squares.flatten(1).sum(1).mean() + kl, ours(1, "gaussian")),
+        (squares.mean() + weight * kl, ours(weight * size / 2, "gaussian")),
+        (squares.mean() + weight * kl, ours(weight * size / (2 * 0.1**2), "gaussian", 0.1)),
+        (entropies.mean() + weight * kl, ours(weight * size, "bernoulli")),
+    )
+    for theirs, translated in pairs:
+        found = [
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(loss, (logits, mu), retain_graph=True)]
+            )
+            for loss in (theirs, translated)
+        ]
+        assert functional.cosine_similarity(*found, dim=0) == pytest.approx(1, abs=1e-12)
+    constant = ((pairs[1][1] - pairs[1][0]) / size).item()
+    assert constant == pytest.approx(0.919, abs=1e-3)
+    assert weight * 3 * 64 * 64 / 2 == pytest.approx(1.54, abs=0.005)
 
 
 def test_the_readme_is_short():
@@ -396,11 +463,19 @@ def test_every_link_of_a_page_leads_to_a_file_and_heading(page):
             assert anchor in anchors(path.read_text()), f"{file}#{anchor}"
 
 
-def test_every_page_but_the_readme_is_linked_from_the_readme():
-    linked = re.findall(r"\]\((?!http)([^)#]+)", README)
-    records = "benchmarks/RECORDS.md"  # linked from docs/results.md
-    assert set(PAGES) - {"README.md", records} <= set(linked)
-    assert "(../benchmarks/RECORDS.md)" in PAGES["docs/results.md"]
+def links_of(page: str) -> set[str]:
+    """The files that a page links to, as paths in the repository."""
+    found = re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page])
+    return {posixpath.normpath(posixpath.join(posixpath.dirname(page), name)) for name in found}
+
+
+def test_every_page_is_linked_from_the_page_of_tasks_and_that_from_the_readme():
+    assert set(PAGES) - {"README.md", "docs/index.md"} == {
+        name for name in links_of("docs/index.md") if name.endswith(".md")
+    }
+    assert {"docs/index.md", "docs/install.md", "PROMISES.md", "CONTRIBUTING.md"} <= links_of(
+        "README.md"
+    )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])

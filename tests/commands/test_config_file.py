@@ -168,7 +168,7 @@ def test_python_m_beta_vae_tsb_takes_it_too(tmp_path):
 
 
 def test_the_file_in_the_guide_is_one(parsed):
-    text = (Path(__file__).parents[2] / "docs/guide.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/training.md").read_text()
     [example] = re.findall(r"```toml\n# run\.toml\n(.*?)```", text, flags=re.DOTALL)
     found = parsed("train", example)
     assert found.training != TrainConfig()

@@ -21,7 +21,7 @@ from vae_hyperband.training.loop import fit
 from vae_hyperband.training.study import train_side_by_side
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs/guide.md").read_text()
+GUIDE = (ROOT / "docs/network.md").read_text()
 [EXAMPLE] = re.findall(r"```python\n(# the module my_network\n.*?)```", GUIDE, re.DOTALL)
 OWN = ["--network", "my_network:dense"]
 

@@ -44,7 +44,7 @@ def ckpt(tmp_path_factory, small_data):
 
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs/guide.md").read_text()
+GUIDE = (ROOT / "docs/network.md").read_text()
 [EXAMPLE] = re.findall(r"```python\n(# the module my_network\n.*?)```", GUIDE, re.DOTALL)
 
 #: Encoders that PyTorch cannot export for every batch.

@@ -124,11 +124,11 @@ class CommonConfig(DataConfig):
     pseudo_inputs: int = 100
     """vamp: learned images whose posteriors are the prior's components."""
     likelihood: Likelihood = "bernoulli"
-    """p(x|z) of a pixel (docs/guide.md); bounds of different likelihoods cannot be compared."""
+    """p(x|z) of a pixel (docs/choosing.md); bounds of different likelihoods cannot be compared."""
     sigma: float = 0.1
     """gaussian: standard deviation of a pixel, whose values lie in [0, 1]."""
     network: str = "conv"
-    """conv, residual (slower, better bounds), or your own package.module:function (the guide)."""
+    """conv, residual (slower, better), or your own package.module:function (docs/network.md)."""
     widths: Widths = (32, 64)
     """Channels of each stage, which halves the image; auto: stages until a side is at most 8."""
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
