@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run demo test faults soak browser-test slurm-test lint reproduce best bench notebook clean
+.PHONY: help setup data run demo test faults soak browser-test slurm-test lint docs wheel reproduce best bench notebook clean
 
 help:  ## Show this list
 	@echo "make setup   make $(VENV) with the tested set of packages; the others do so by themselves"
@@ -21,6 +21,8 @@ help:  ## Show this list
 	@echo "make browser-test  look at the pages in a real Chromium; root may install it"
 	@echo "make slurm-test  run slurm_job.sh on a real Slurm on this machine; root may install it"
 	@echo "make lint    check format, style and types"
+	@echo "make docs    build the documentation as a site, in site/"
+	@echo "make wheel   build the package for pip, in dist/"
 	@echo "make data    fetch Fashion-MNIST (mirrors, else the system's package) and check it"
 	@echo "make notebook  execute model.ipynb and store its outputs"
 	@echo "make reproduce  train and evaluate many models, for docs/results.json (hours)"
@@ -76,6 +78,18 @@ lint: $(READY)  ## Format, style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# MkDocs is for this target alone; make setup does not install it
+$(READY)-docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(READY).constraints -e '.[docs]'
+	@touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1  # each build says that Material for MkDocs ends in May 2027
+docs: $(READY)-docs  ## The documentation as a site; a link that leads nowhere is an error
+	$(BIN)/python -m mkdocs --quiet build
+
+wheel: $(READY)  ## The package for pip
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 reproduce: $(READY)  ## Train and evaluate every model of docs/results.json
 	$(BIN)/python benchmarks/reproduce.py
