@@ -1,5 +1,7 @@
 """A variational autoencoder for fashion images, and the repeatable experiment around it."""
 
+from importlib.metadata import version
+
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import VAEHyperbandError
 from vae_hyperband.data.batches import get_dataloader
@@ -15,7 +17,7 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.training.loop import fit, train_epoch
 from vae_hyperband.training.state import new_state
 
-__version__ = "0.2.0"
+__version__ = version("vae-hyperband")  # of pyproject.toml, where alone it is written
 
 __all__ = [
     "VAE",

@@ -6,7 +6,10 @@ and exits with ``exit_status``; from Python the same type is raised.
 
 
 class VAEHyperbandError(Exception):
-    """Base class of all of them."""
+    """Base class of this package's errors, which are one sentence each.
+
+    ``exit_status`` is what the command line ends with.
+    """
 
     exit_status = 2
 

@@ -197,7 +197,10 @@ class Checkpoint:
 
 
 def save_ckpt(path: Path | str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint. See :func:`save_pt`."""
+    """Write a checkpoint: whole and on disk when this returns, or not at all.
+
+    Raises :class:`RunFolderError`, and then a file that was there before is as it was.
+    """
     content = {
         "config": checkpoint.config.to_dict(),
         "model": checkpoint.model_state,

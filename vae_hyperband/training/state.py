@@ -86,7 +86,11 @@ def new_state(
     num_images: int,
     device: torch.device | str = "cpu",
 ) -> TrainState:
-    """The state before the first step: weights sampled from the seed, AdamW without memory."""
+    """The state before the first step: weights sampled from the seed, AdamW without memory.
+
+    ``image_shape`` is (C, H, W); ``num_images``, those of the training split, gives the number of
+    steps of an epoch.
+    """
     model = initialized_vae(
         image_size=image_shape[1:],
         channels=image_shape[0],
