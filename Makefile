@@ -84,9 +84,9 @@ $(READY)-docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(READY).constraints -e '.[docs]'
 	@touch $@
 
-docs: export NO_MKDOCS_2_WARNING = 1  # each build says that Material for MkDocs ends in May 2027
+docs: export NO_MKDOCS_2_WARNING = 1  # else each build says that Material for MkDocs ends in May 2027
 docs: $(READY)-docs  ## The documentation as a site; a link that leads nowhere is an error
-	$(BIN)/python -m mkdocs --quiet build
+	$(BIN)/python -m mkdocs build
 
 wheel: $(READY)  ## The package for pip
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
