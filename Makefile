@@ -86,7 +86,7 @@ $(READY)-docs: $(READY)
 
 docs: export NO_MKDOCS_2_WARNING = 1  # else each build says that Material for MkDocs ends in May 2027
 docs: $(READY)-docs  ## The documentation as a site; a link that leads nowhere is an error
-	$(BIN)/python -m mkdocs build
+	$(BIN)/python -m mkdocs build  # --quiet would let broken links pass
 
 wheel: $(READY)  ## The package for pip
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -73,7 +73,7 @@ def _linked(path: str, config: MkDocsConfig) -> File:
         return File.generated(config, path, abs_src_path=str(ROOT / path))
     text = (ROOT / path).read_text()
     page = (
-        f"---\ntitle: {path}\nsearch: {{exclude: true}}\n---\n# `{path}`\n\n"
+        f"---\ntitle: {path}\nsearch: {{exclude: true}}\nhide: [navigation, toc]\n---\n# `{path}`\n\n"
         f'````{language} linenums="1"\n{text}````\n'
     )
     uri = f"source/{path.removeprefix('.')}.md"  # some servers do not show hidden folders
@@ -84,7 +84,7 @@ def _options(text: str) -> str:
     """The help of each command, as a section of its own."""
     parts = re.split(r"^\$ (.+) --help\n", text, flags=re.MULTILINE)[1:]
     commands = zip(parts[::2], parts[1::2], strict=True)
-    return "# All options\n\n" + "\n".join(
+    return "---\nhide: [navigation]\n---\n# All options\n\n" + "\n".join(
         f"## {name.removeprefix('vae-hyperband ')}\n\n```text\n{said.rstrip()}\n```\n"
         for name, said in commands
     )
