@@ -73,8 +73,8 @@ def _linked(path: str, config: MkDocsConfig) -> File:
         return File.generated(config, path, abs_src_path=str(ROOT / path))
     text = (ROOT / path).read_text()
     page = (
-        f"---\ntitle: {path}\nsearch: {{exclude: true}}\nhide: [navigation, toc]\n---\n# `{path}`\n\n"
-        f'````{language} linenums="1"\n{text}````\n'
+        f"---\ntitle: {path}\nsearch: {{exclude: true}}\nhide: [navigation, toc]\n---\n"
+        f'# `{path}`\n\n````{language} linenums="1"\n{text}````\n'
     )
     uri = f"source/{path.removeprefix('.')}.md"  # some servers do not show hidden folders
     return File.generated(config, uri, content=page, inclusion=InclusionLevel.NOT_IN_NAV)
