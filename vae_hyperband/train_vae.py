@@ -72,7 +72,7 @@ def _status_of(argv: list[str]) -> int:
         return error.exit_status
     except BrokenPipeError:  # as in "--help | head": the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + getattr(signal, "SIGPIPE", 13)  # Windows has no such signal
     except OSError as error:
         # of a path that an option names: no permission, too long, not a folder, a stale handle
         if error.filename is None:

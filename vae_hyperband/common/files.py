@@ -40,7 +40,8 @@ class replacing:
 
     def __enter__(self) -> str:
         handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=_prefix(self.path))
-        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would hide it from colleagues
+        if hasattr(os, "fchmod"):
+            os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would hide it from colleagues
         os.close(handle)
         return self.temporary
 
@@ -68,7 +69,9 @@ def _umask() -> int:
 
 def fsync_folder(folder: Path) -> None:
     """Write a folder's list of names to disk: new, renamed and removed ones."""
-    handle = os.open(folder, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
     finally:
@@ -179,6 +182,8 @@ def _make_durably(folder: Path) -> None:
 
 def refuse_foreign(folder: Path) -> None:
     """Refuse a folder whose files another user may have written: this process would trust them."""
+    if not hasattr(os, "geteuid"):  # Windows: neither owners nor modes are in a stat
+        return
     facts = folder.stat()
     if facts.st_uid != os.geteuid() or facts.st_mode & 0o002:
         raise RunFolderError(
@@ -189,7 +194,16 @@ def refuse_foreign(folder: Path) -> None:
 
 def no_link(path: str | Path, flags: int) -> int:
     """An opener for ``open`` that refuses symbolic links, which would change another file."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def reserve(handle: int, num_bytes: int) -> None:
+    """Give a file its size, and its room on the disk where the system can do that."""
+    # writing to a mapped file without room would end the process by a signal
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, num_bytes)
+    else:
+        os.ftruncate(handle, num_bytes)
 
 
 class AppendedFile:

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import errno
-import fcntl
 import math
 import os
 import platform
@@ -18,15 +17,23 @@ from types import FrameType
 from typing import Any, TextIO, cast
 
 import torch
+from filelock import FileLock, Timeout, has_fcntl
 
 from vae_hyperband.common.errors import DeviceError, FolderInUseError, RunFolderError
-from vae_hyperband.common.files import make_folder, no_link
+from vae_hyperband.common.files import make_folder
 
 #: Exit status of a run or search that was told to stop, has saved, and continues when started
 #: again (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+HANGUP: Any = getattr(signal, "SIGHUP", None)  # Windows has none
+
+#: Those of the system: Windows has the first two, and SIGBREAK.
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK")
+    if hasattr(signal, name)
+)
 
 
 @contextlib.contextmanager
@@ -45,7 +52,7 @@ def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], boo
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         # a terminal that is closed may say so twice: by the shell and by the kernel
-        if stopped_by and number == signal.SIGHUP:
+        if stopped_by and number == HANGUP:
             return
         if stopped_by:
             os._exit(128 + number)
@@ -54,13 +61,13 @@ def stop_flag(doing: str = "saving, then stopping") -> Iterator[Callable[[], boo
             if isinstance(stream, _Lossy):
                 stream.reader_may_be_gone = True
         name = signal.Signals(number).name
-        again = "" if number == signal.SIGHUP else " (again: stop at once)"
+        again = "" if number == HANGUP else " (again: stop at once)"
         with contextlib.suppress(OSError):  # the output's reader may be gone, too
             os.write(2, f"\n{name}: {doing}{again}\n".encode())
 
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    if before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: the run is to outlive its terminal
-        del before[signal.SIGHUP]
+    if before.get(HANGUP) == signal.SIG_IGN:  # nohup: the run is to outlive its terminal
+        del before[HANGUP]
     for number in before:
         signal.signal(number, on_signal)
     try:
@@ -116,9 +123,34 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+def file_lock(path: Path) -> FileLock:
+    """A lock of one process at a time, to ``acquire``; without a timeout that does not wait.
+
+    The kernel releases it when the process dies, also if forks of it live on.
+    """
+    # no soft lock on a file system that has no locks: a file that a dead process of another host
+    # left would stay in the way
+    sign = _sign if has_fcntl else None  # Windows lets nobody read a locked file
+    return FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False, on_acquired=sign)
+
+
+def _sign(handle: int) -> None:
+    """Write into a lock who holds it."""
+    with contextlib.suppress(OSError):  # the lock holds; the text is for the message only
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        if has_fcntl and (text := path.read_text(encoding="utf-8").strip()):
+            return text
+    return "another process"
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Lock the folder against other processes; the kernel releases it when this one dies."""
+    """Lock the folder against other processes."""
     if folder.is_symlink():
         raise RunFolderError(
             f"{folder} is a symbolic link, so a run would write elsewhere than its options say: "
@@ -128,19 +160,13 @@ def only_writer(folder: Path) -> Iterator[None]:
     path = folder.parent / f".{folder.name}.lock"  # beside it, not in it
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(path, "a+", encoding="utf-8", opener=no_link))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
+            stack.enter_context(file_lock(path))
+        except Timeout as error:
             raise FolderInUseError(
-                f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, "
-                "or choose another --run."
+                f"{folder} is in use by {_holder(path)}: wait for it, or choose another --run."
             ) from error
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written: {error.strerror}.") from error
-        with contextlib.suppress(OSError):  # the lock holds; the text is for the message only
-            file.truncate(0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
@@ -150,14 +176,15 @@ def pick_device(name: str) -> torch.device:
         return pick_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if supported := device.type in ("cpu", "cuda"):
+            torch.empty(1, device=device)
     # torch raises what the backend raises: RuntimeError, AssertionError, NotImplementedError ...
     except Exception as error:
         raise DeviceError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}): use --device cpu."
         ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"--device {name} is not supported: use cpu or cuda.")
+    if not supported:
+        raise DeviceError(f"--device {name} is not supported: use --device cpu or cuda.")
     torch.backends.cudnn.deterministic = True  # else gradients are summed in varying order
     return device
 
@@ -180,7 +207,14 @@ def cpu_threads(num_threads: int | None) -> Iterator[None]:
 
 def available_cpus() -> int:
     """How many CPUs this process may keep busy: by its affinity and its control group's quota."""
-    return min([len(os.sched_getaffinity(0)), *(math.ceil(quota) for quota in cpu_quotas())])
+    return min([cpus_of_affinity(), *(math.ceil(quota) for quota in cpu_quotas())])
+
+
+def cpus_of_affinity() -> int:
+    """How many CPUs this process may run on; all of the machine where only Linux could say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_quotas(
@@ -194,7 +228,7 @@ def cpu_quotas(
     """
     quotas = []
     with contextlib.suppress(OSError):
-        for line in groups.read_text().splitlines():
+        for line in groups.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
@@ -220,10 +254,10 @@ def _quota(group: Path) -> list[float]:
     # a file that is not there, or says "max" or -1: no quota
     with contextlib.suppress(OSError, ValueError):
         if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
         else:
-            quota = (group / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu.cfs_period_us").read_text()
+            quota = (group / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+            period = (group / "cpu.cfs_period_us").read_text(encoding="utf-8")
         if int(quota) > 0:
             return [int(quota) / int(period)]
     return []
@@ -235,8 +269,9 @@ def keep_freed_memory() -> None:
     By default it returns tensors of a megabyte to the kernel, which then maps new pages one by
     one: thousands of page faults per step, a fifth of its time (benchmarks/RECORDS.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc; Windows cannot even look
         return
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     mallopt(mmap_threshold, 32 << 20)

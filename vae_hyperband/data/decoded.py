@@ -10,7 +10,6 @@ Shape suffixes: N images, C channels, H height, W width.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -32,8 +31,8 @@ from tqdm import tqdm
 
 from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import DataError, RunFolderError, StoppedError
-from vae_hyperband.common.files import cache_folder, fsync_folder, make_folder
-from vae_hyperband.common.process import available_cpus, on_terminal
+from vae_hyperband.common.files import cache_folder, fsync_folder, make_folder, reserve
+from vae_hyperband.common.process import available_cpus, file_lock, on_terminal
 from vae_hyperband.data.folders import find_source
 from vae_hyperband.data.pictures import PictureError, bombs_refused, decode, size_of
 from vae_hyperband.data.sources import (
@@ -210,18 +209,20 @@ def _short_digest(text: str) -> str:
 def _only_decoder(folder: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
     """Wait until no other process decodes these images."""
     said = False
-    with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not said:
-                    print("another process decodes these images: waiting for it", file=sys.stderr)
-                said = True
-                _stop_if(should_stop)
-                time.sleep(0.2)
+
+    def waiting() -> bool:
+        nonlocal said
+        if not said:
+            print("another process decodes these images: waiting for it", file=sys.stderr)
+        said = True
+        _stop_if(should_stop)
+        return False
+
+    path = folder.with_name(f".{folder.name}.lock")
+    with file_lock(path).acquire(timeout=-1, poll_interval=0.2, cancel_check=waiting):
         yield
+        with contextlib.suppress(OSError):  # on Windows it goes when it is released
+            path.unlink(missing_ok=True)
 
 
 def _stop_if(should_stop: Callable[[], bool]) -> None:
@@ -264,7 +265,7 @@ class _Decoding:
             self._check_unchanged()
             self._complete(records)
         except DataError:  # the same images would give the same error
-            shutil.rmtree(self.part)
+            shutil.rmtree(self.part, ignore_errors=True)  # Windows keeps a file that is mapped
             raise
         num = sum(not record.digest for record in records)
         lacks = [f"{plural(num, 'image')} skipped"] * (num > 0) + self.source.listing.remarks
@@ -272,7 +273,6 @@ class _Decoding:
             self._say(f"note: {'; '.join(lacks)} (vae-hyperband data --data says more)")
         # another process that finds the array complete may be removing these, too
         shutil.rmtree(self.part, ignore_errors=True)
-        self.folder.with_name(f".{self.folder.name}.lock").unlink(missing_ok=True)
 
     def _first_size(self) -> Size:
         """That of the first image that can be decoded: the one of all, if they agree."""
@@ -409,7 +409,8 @@ class _Decoding:
         complete.mkdir()
         labels_N = np.array([self.items[number].label for number in order], dtype=np.int64)
         np.save(complete / LABELS, labels_N)
-        (complete / NAMES).write_text(json.dumps([self.items[number].name for number in order]))
+        names = [self.items[number].name for number in order]
+        (complete / NAMES).write_text(json.dumps(names), encoding="utf-8")
         trained_on = counts["train"] + counts["validation"]
         digest = self._write_images(complete / IMAGES, order, channels, labels_N[:trained_on])
         facts = {
@@ -430,9 +431,9 @@ class _Decoding:
             "remarks": self.source.listing.remarks,
             **repetitions([(split_of[number], records[number].digest) for number in good]),
         }
-        (complete / FACTS).write_text(json.dumps(facts, indent=1))
+        (complete / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         for path in complete.iterdir():
-            with open(path, "rb") as file:
+            with open(path, "r+b") as file:  # Windows flushes no file that is open for reading
                 os.fsync(file.fileno())
         complete.rename(self.folder)
         fsync_folder(self.folder.parent)
@@ -442,7 +443,7 @@ class _Decoding:
         shape = (len(order), channels, *self.size)
         images_NCHW = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         with open(path, "r+b") as file:  # else a full disk would end the process by a signal
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            reserve(file.fileno(), path.stat().st_size)
         found = hashlib.sha256(repr((channels, *self.size)).encode())
         for start in range(0, len(order), COPY_ROWS):
             _stop_if(self.should_stop)
@@ -461,7 +462,7 @@ def _mapped(part: Path, shape: tuple[int, ...]) -> np.memmap:
         (part / "records").unlink(missing_ok=True)
         with open(path, "wb") as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is said now
+                reserve(file.fileno(), num_bytes)  # a full disk is said now
             except OSError as error:
                 path.unlink()
                 raise DataError(

@@ -4,7 +4,6 @@ Downloads are not trusted: a file gets its name only after its content matched t
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -17,8 +16,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from vae_hyperband.common.errors import DataError, VAEHyperbandError
 from vae_hyperband.common.files import cache_folder
+from vae_hyperband.common.process import file_lock
 from vae_hyperband.data.fashion_mnist import FASHION_MNIST_SHA256
 from vae_hyperband.data.idx import read_idx
 from vae_hyperband.data.splits import load_split
@@ -74,17 +76,15 @@ def _alone(deadline: float) -> Iterator[None]:
     """Be the only process that fills the cache; remove what a killed one left there."""
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / ".lock", "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"Another process is still downloading to {cache}: try again later."
-                    ) from error
-                time.sleep(0.2)
+    with contextlib.ExitStack() as stack:
+        lock = file_lock(cache / ".lock")
+        try:
+            seconds = max(0.0, deadline - time.monotonic())
+            stack.enter_context(lock.acquire(timeout=seconds, poll_interval=0.2))
+        except Timeout as error:
+            raise DataError(
+                f"Another process is still downloading to {cache}: try again later."
+            ) from error
         for leftover in cache.glob("download-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield

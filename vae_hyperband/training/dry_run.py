@@ -88,6 +88,8 @@ def _state(num_steps: int, done: int) -> str:
 
 def busy(advise: bool = False) -> list[str]:
     """A note where other programs use this machine's cores: what is measured is slower then."""
+    if not hasattr(os, "getloadavg"):  # Windows
+        return []
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     if load < cores / 2:
         return []

@@ -16,7 +16,7 @@ from ray._private import ray_constants
 
 from vae_hyperband.common.checks import plural
 from vae_hyperband.common.errors import SearchError
-from vae_hyperband.common.process import available_cpus, in_main_thread
+from vae_hyperband.common.process import HANGUP, available_cpus, cpus_of_affinity, in_main_thread
 from vae_hyperband.search.config import SearchOptions
 
 #: No usage report, no second set of logs, no advice between the console's lines. Ray reads these
@@ -59,7 +59,8 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
         clusters = ray_constants.ENABLE_RAY_CLUSTER
         ray_constants.ENABLE_RAY_CLUSTER = False
         # its processes inherit this: a closed terminal is for the search, which then ends them
-        hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN) if in_main_thread() else None
+        ignores = HANGUP is not None and in_main_thread()
+        hangup = signal.signal(HANGUP, signal.SIG_IGN) if ignores else None
         try:
             init(
                 address="local",
@@ -78,8 +79,8 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
             ) from error
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = clusters
-            if in_main_thread():
-                signal.signal(signal.SIGHUP, hangup)
+            if ignores:
+                signal.signal(HANGUP, hangup)
     if in_main_thread():
         signal.signal(signal.SIGTERM, before)  # ray.init sets a handler that exits at once
     try:
@@ -95,7 +96,7 @@ def local_cpus(options: SearchOptions) -> int:
     """
     # a search that began elsewhere has to go on with its threads, on which the bits depend; a
     # quota makes them wait, but an affinity without a CPU for each is for the user to know about
-    return max(available_cpus(), min(options.cpus_per_trial, len(os.sched_getaffinity(0))))
+    return max(available_cpus(), min(options.cpus_per_trial, cpus_of_affinity()))
 
 
 def quota_note(options: SearchOptions) -> list[str]:
@@ -112,8 +113,10 @@ def quota_note(options: SearchOptions) -> list[str]:
 def short_temp_dir() -> str | None:
     """A folder for the session of a local Ray; None where Ray's own choice will do.
 
-    The paths of its sockets may have 107 bytes, whatever TMPDIR is.
+    The paths of its sockets may have 107 bytes, whatever TMPDIR is. Windows has no such sockets.
     """
+    if not hasattr(os, "geteuid"):
+        return None
     # as Ray looks for it, whether the folder exists or not
     usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
     if len(os.fsencode(os.path.join(usual, "ray", SOCKET))) <= MAX_SOCKET_BYTES:

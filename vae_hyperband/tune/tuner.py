@@ -129,8 +129,9 @@ class StopOnRequest(Stopper):
     """Ends the experiment in order when ``should_stop`` returns True."""
 
     def __init__(self, should_stop: Callable[[], bool]) -> None:
-        self._should_stop, self._on_usr1 = should_stop, signal.getsignal(signal.SIGUSR1)
-        self._handles_signals = in_main_thread()
+        self._should_stop = should_stop
+        self._handles_usr1 = in_main_thread() and hasattr(signal, "SIGUSR1")
+        self._on_usr1 = signal.getsignal(signal.SIGUSR1) if self._handles_usr1 else None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -138,7 +139,7 @@ class StopOnRequest(Stopper):
     def stop_all(self) -> bool:
         # Tune has set a handler of its own by now, but this is the signal by which Slurm warns of
         # a time limit: it has to stop the search
-        if self._handles_signals:
+        if self._handles_usr1:
             signal.signal(signal.SIGUSR1, self._on_usr1)
         return self._should_stop()
 

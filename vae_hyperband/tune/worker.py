@@ -210,7 +210,7 @@ class Watchdog:
     # the stack of a running thread, as faulthandler's own timer does, gives half a stack, or none
     # and a crash. Code that hangs without releasing the interpreter's lock keeps that thread from
     # running; then a second process, which hears nothing from it, has faulthandler's signal handler
-    # write the report, and nothing moves then either.
+    # write the report, and nothing moves then either. That process needs Linux.
 
     def __init__(self, report: Path, seconds: float) -> None:
         self._report, self._seconds = report, seconds
@@ -221,11 +221,12 @@ class Watchdog:
         make_folder(self._report.parent)
         # opened now: a process that hangs may be short of memory, descriptors or disk
         self._file = self._report.open("w", encoding="utf-8")
-        faulthandler.register(REPORT_SIGNAL, file=self._file)
-        try:
-            self._hearing = _heartbeat(self._seconds + INTERPRETER_SECONDS, os.getpid())
-        except OSError:  # no process or memory to spare: the thread watches without it
-            self._hearing = lambda what: None
+        self._hearing: Callable[[bytes], None] = lambda what: None
+        if REPORT_SIGNAL:
+            faulthandler.register(REPORT_SIGNAL, file=self._file)
+            # no process or memory to spare: the thread watches without it
+            with contextlib.suppress(OSError):
+                self._hearing = _heartbeat(self._seconds + INTERPRETER_SECONDS, os.getpid())
         self._hearing(ALIVE)  # now: what hangs may never let the thread begin
         # a daemon, or a process that is done would wait for it
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -236,7 +237,8 @@ class Watchdog:
         self._done.set()
         self._thread.join()
         self._hearing(ASLEEP)
-        faulthandler.unregister(REPORT_SIGNAL)
+        if REPORT_SIGNAL:
+            faulthandler.unregister(REPORT_SIGNAL)
         self._file.close()
         self._report.unlink(missing_ok=True)  # what is left of a process tells how it ended
 
@@ -271,7 +273,8 @@ class Watchdog:
 
 
 ALIVE, ASLEEP = b"1", b"0"
-REPORT_SIGNAL = signal.SIGRTMAX - 1  # that nobody else sends
+#: That nobody else sends; 0 where there is none (macOS, Windows).
+REPORT_SIGNAL = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else 0
 
 #: Ends the process that started it if that is awake and says nothing for so many seconds of its own
 #: and of that process's running; with it, it ends itself. By its parent's id it knows that this is
