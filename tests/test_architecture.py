@@ -162,6 +162,23 @@ def test_nothing_on_a_load_path_runs_code(module):
                 assert "weights_only" in [keyword.arg for keyword in node.keywords]
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_files_of_text_have_the_same_encoding_on_every_system(module):
+    for node in ast.walk(TREES[module]):
+        if not isinstance(node, ast.Call):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if method else ast.unparse(node.func)
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        if name == "open":
+            modes = [*node.args[1 - method : 2 - method], ast.Constant("r")]
+            mode = ast.unparse(given.get("mode", modes[0])).strip("'")
+            text = re.fullmatch(r"[rwax]\+?t?", mode)  # not what archives and images open
+        else:
+            text = method and name in ("read_text", "write_text")
+        assert not text or "encoding" in given, f"{module}, line {node.lineno}: no encoding"
+
+
 def test_the_constraints_name_the_tested_pytorch():
     constraints = (ROOT / "constraints.txt").read_text()
     assert "torch==2.13.0\n" in constraints

@@ -1,6 +1,7 @@
 """Nothing runs because it was loaded, nobody outside is listened to, no run leaves its folder."""
 
 import errno
+import fcntl
 import os
 import re
 import tomllib
@@ -11,7 +12,6 @@ import pytest
 import torch
 
 from vae_hyperband import train_vae
-from vae_hyperband.common import process
 from vae_hyperband.common.checks import check_run_name
 from vae_hyperband.common.config import RunOptions
 from vae_hyperband.common.errors import ConfigError, RunFolderError
@@ -63,6 +63,13 @@ def test_a_run_name_that_would_leave_its_folder_is_refused(name):
         RunOptions(run=name)
 
 
+@pytest.mark.parametrize("name", ["con", "NUL", "aux.2", "Com1.x", "lpt9", "a."])
+def test_a_run_name_that_windows_does_not_have_is_refused(name):
+    with pytest.raises(ConfigError, match="no name of a folder on Windows"):
+        RunOptions(run=name)
+    check_run_name(f"a{name}2")
+
+
 def test_a_run_folder_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
@@ -92,7 +99,7 @@ def test_a_lock_that_the_file_system_does_not_have_is_not_somebody_else(tmp_path
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(process.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(RunFolderError, match="No locks available"), only_writer(tmp_path / "run"):
         pass
 

@@ -16,11 +16,12 @@ from conftest import command_line
 from vae_hyperband import train_vae
 from vae_hyperband.common import process
 from vae_hyperband.common.config import RunOptions, TrainConfig
-from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.errors import ConfigError, FolderInUseError
 from vae_hyperband.common.process import (
     available_cpus,
     cpu_quotas,
     cpu_threads,
+    only_writer,
     own_modes,
     stop_flag,
 )
@@ -187,6 +188,35 @@ def test_a_closed_terminal_is_a_signal_to_save_unless_it_is_ignored():
             assert not should_stop()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_fork_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path):
+    script = (
+        "import os, pathlib, sys, time\n"
+        "from vae_hyperband.common.process import only_writer\n"
+        "with only_writer(pathlib.Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        print(os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    folder = tmp_path / "a"
+    command = [sys.executable, "-c", script, folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        child = int(holder.stdout.readline())
+        try:
+            with (
+                pytest.raises(FolderInUseError, match=f"in use by process {holder.pid} on "),
+                only_writer(folder),
+            ):
+                pass
+            holder.kill()
+            holder.wait()
+            os.kill(child, 0)  # it lives
+            with only_writer(folder):
+                pass
+        finally:
+            holder.kill()
+            os.kill(child, signal.SIGKILL)
 
 
 def test_the_caller_s_modes_change_nothing(options, small_config):

@@ -87,13 +87,27 @@ def require_number(name: str, value: float, lowest: float, highest: float = math
     )
 
 
+#: Names of devices on Windows, with any ending.
+DEVICES = {"con", "prn", "aux", "nul"} | {
+    f"{port}{n}" for port in ("com", "lpt") for n in range(10)
+}
+
+
 def check_run_name(name: str) -> None:
-    """Refuse names that would leave their folder: separators, "..", NUL, a leading dot or dash."""
+    """Refuse names that would leave their folder: separators, "..", NUL, a leading dot or dash.
+
+    Also those that Windows does not have, so that every folder of a run can be copied there.
+    """
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=")
     require(
         0 < len(name) <= 100 and set(name) <= allowed and name[0] not in ".-",
         f"The run is called {name!r}, but needs a plain name: at most 100 letters, digits and "
         ". _ - + =, not starting with a dot or a dash.",
+    )
+    require(
+        name[-1] != "." and name.partition(".")[0].lower() not in DEVICES,
+        f"The run is called {name!r}, which is no name of a folder on Windows: choose another "
+        "--run.",
     )
 
 

@@ -176,6 +176,7 @@ def pick_device(name: str) -> torch.device:
         return pick_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        # not mps: it has no float64, in which averages are exact, and it was never measured
         if supported := device.type in ("cpu", "cuda"):
             torch.empty(1, device=device)
     # torch raises what the backend raises: RuntimeError, AssertionError, NotImplementedError ...
