@@ -50,7 +50,7 @@ def take_away() -> None:
     for module, names in ((os, OS), (signal, SIGNALS), (faulthandler, "register unregister")):
         for name in names.split():
             delattr(module, name)
-    shutil._use_fd_functions = False
+    shutil._use_fd_functions = shutil._USE_CP_SENDFILE = False
     tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # as on Windows
     ctypes.CDLL = _named_library(ctypes.CDLL)
     os.open = _files_only(os.open)
@@ -146,9 +146,12 @@ def main(places: dict[str, Any], settings: dict[str, Any], pictures: str) -> Non
     from vae_hyperband import train_vae
     from vae_hyperband.common.config import RunOptions, TrainConfig
     from vae_hyperband.common.errors import FolderInUseError
+    from vae_hyperband.common.files import refuse_foreign
     from vae_hyperband.common.process import only_writer
     from vae_hyperband.data.decoded import decoded_set
     from vae_hyperband.training.loop import fit
+    from vae_hyperband.tune.tuner import StopOnRequest
+    from vae_hyperband.tune.worker import Watchdog
 
     config, options = TrainConfig(**settings), RunOptions(**places)
     _train_until_signalled(config, options, 14)
@@ -174,8 +177,12 @@ def main(places: dict[str, Any], settings: dict[str, Any], pictures: str) -> Non
         ["evaluate", result.best, "--parts", "likelihood", *data],
         ["sample", result.best, "--out", Path(places["logs_dir"], "sample.png")],
         ["report", options.run, *data, *folders],
+        ["train", "--dry-run", "--dataset", "drawn", "--run", "dry", *folders],
     ):
         assert train_vae.main([str(word) for word in command]) == 0, command
+    with Watchdog(Path(places["logs_dir"], "hung.txt"), 60):
+        assert not StopOnRequest(lambda: False).stop_all()
+    refuse_foreign(options.log_folder)
     print(result.weights)
 
 
