@@ -2,9 +2,12 @@
 # A PyTorch that is already installed there is kept, CUDA build or not, as long as it is new enough.
 VENV ?= .venv
 PYTHON ?= python3
+# The build of PyTorch: auto (by the driver of a GPU, as uv finds it), cpu, cu130, rocm7.1 ...
+TORCH ?= auto
 BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 WORKERS ?= 2
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(READY).constraints
 # Tests that share what takes long to make are one group, for one of the processes.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
@@ -32,6 +35,7 @@ help:  ## Show this list
 	@echo
 	@echo "VENV=$(VENV)   the virtual environment to use or make"
 	@echo "WORKERS=$(WORKERS)   processes that run the tests"
+	@echo "TORCH=$(TORCH)   the build of PyTorch, if there is none yet: auto, cpu, cu130 ..."
 	@echo "PYTHON=$(PYTHON)   the Python (3.11 or newer) that makes it"
 
 setup: $(READY)
@@ -43,9 +47,13 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@if $(BIN)/python -c 'import sys, torch; v = torch.__version__.split("."); sys.exit((int(v[0]), int(v[1])) < (2, 10))' 2>/dev/null; \
 	then echo "keeping the PyTorch of this environment"; grep -v '^torch==' constraints.txt > $(READY).constraints; \
-	else cp constraints.txt $(READY).constraints; fi
-	@echo "installing the tested set of packages (about a minute and a half)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(READY).constraints -e '.[dev]'
+	else cp constraints.txt $(READY).constraints; \
+		$(PIP) uv; \
+		UV_HTTP_TIMEOUT=10 UV_HTTP_RETRIES=1 $(BIN)/uv pip install --quiet --python $(BIN)/python \
+			--torch-backend $(TORCH) -c constraints.txt torch 2>$(READY).torch || \
+		echo "PyTorch's own index is out of reach ($(READY).torch): taking the build that pip finds"; fi
+	@echo "installing the tested set of packages"
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 data: $(READY)  ## Fetch and check Fashion-MNIST

@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 
 from vae_hyperband.commands import COMMANDS, wrapped
-from vae_hyperband.common.errors import ConfigError, VAEHyperbandError
+from vae_hyperband.common.errors import ConfigError, VAEHyperbandError, optional_packages
 from vae_hyperband.common.process import keep_freed_memory, lossy_output
 from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.evaluation.bounds import eval_epoch
@@ -65,8 +65,9 @@ def _status_of(argv: list[str]) -> int:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"{argv[0]!r} is not a command: use one of {', '.join(COMMANDS)}.")
         module, _, function = COMMANDS[argv[0]].partition(":")
-        command = getattr(importlib.import_module(f"vae_hyperband.{module}"), function)
-        return command(argv[1:])
+        with optional_packages():
+            command = getattr(importlib.import_module(f"vae_hyperband.{module}"), function)
+            return command(argv[1:])
     except VAEHyperbandError as error:
         print(f"vae-hyperband: {error}", file=sys.stderr)
         return error.exit_status

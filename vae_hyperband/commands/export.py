@@ -1,10 +1,8 @@
 """The command ``export``: a trained model for other programs, or as a web page."""
 
-import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -137,12 +135,9 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _onnx(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
-    with needs_onnx():
-        from vae_hyperband.export.onnx_export import (
-            decoder_graph,
-            encoder_graph,
-            largest_difference,
-        )
+    # here, since it needs packages that the base installation lacks
+    from vae_hyperband.export.onnx_export import decoder_graph, encoder_graph, largest_difference
+
     model = checkpoint.model()
     graphs = {
         name: make(model, _facts(checkpoint)).SerializeToString()
@@ -156,8 +151,8 @@ def _onnx(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
 
 
 def _web(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
-    with needs_onnx():
-        from vae_hyperband.export.explorer import page
+    from vae_hyperband.export.explorer import page
+
     config = checkpoint.config
     model = checkpoint.model()
     split = _first(checkpoint.split(args.split, args.folders), args.num_images)
@@ -197,16 +192,3 @@ def _shown(checkpoint: Checkpoint, model: VAE) -> dict[str, str]:
 def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow | None:
     sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders)
     return None if isinstance(sampler, Prior) else sampler
-
-
-@contextlib.contextmanager
-def needs_onnx() -> Iterator[None]:
-    """Around imports of optional packages: a missing one becomes a :class:`ConfigError`."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnxruntime", "onnxscript"):
-            raise
-        raise ConfigError(
-            f"This format needs the package {error.name}: pip install 'vae-hyperband[export]'."
-        ) from error

@@ -4,6 +4,9 @@ Each message is one line: what was found, what was expected, what to do. The com
 and exits with ``exit_status``; from Python the same type is raised.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class VAEHyperbandError(Exception):
     """Base class of this package's errors, which are one sentence each.
@@ -80,3 +83,28 @@ class DivergedError(VAEHyperbandError):
     """A loss or gradient that is not finite; that step was not applied."""
 
     exit_status = 3
+
+
+#: The extra of this package that installs a package which the base installation lacks.
+EXTRAS = {
+    "ray": "search",
+    "optuna": "search",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+}
+
+
+@contextlib.contextmanager
+def optional_packages() -> Iterator[None]:
+    """Around what imports a package of an extra: a missing one becomes a :class:`ConfigError`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise ConfigError(
+            f"This needs the package {package}, which the base installation lacks: pip install "
+            f"'vae-hyperband[{EXTRAS[package]}]'."
+        ) from error
