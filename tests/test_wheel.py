@@ -76,3 +76,67 @@ def test_the_wheel_alone_exports_reports_and_evaluates(
     for name in ("py.typed", "slurm_job.sh", "model.ipynb"):  # which are for other programs
         content = (ROOT / "vae_hyperband" / name).read_bytes()
         assert (unpacked / "vae_hyperband" / name).read_bytes() == content
+
+
+# arguments: commands, each as a JSON list; until one fails, in a Python without the extras' packages
+BASE = """
+import json, sys
+from vae_hyperband.common.errors import EXTRAS
+
+sys.modules |= dict.fromkeys(EXTRAS)  # importing what is None says that there is no such module
+from vae_hyperband.train_vae import main
+sys.exit(next(filter(None, map(main, map(json.loads, sys.argv[1:]))), 0))
+"""
+
+
+def in_the_base_installation(folder: Path, *commands: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", BASE, *map(json.dumps, commands)],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_the_base_installation_trains_evaluates_samples_and_exports(small_data, tmp_path):
+    data = ["--data-dir", str(small_data)]
+    done = in_the_base_installation(
+        tmp_path,
+        [
+            "train",
+            "--run",
+            "a",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "16",
+            "--dataset",
+            "custom",
+            *data,
+        ],
+        ["evaluate", "a", "--parts", "likelihood", *data],
+        ["report", "a", *data],
+        ["sample", "a", "--num-samples", "4", "--out", "x.png"],
+        ["export", "a", "--format", "safetensors", "--out", "shared"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "shared/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "package", "extra"),
+    [
+        (["search", "--dry-run"], "ray", "search"),
+        (["run", "--dry-run"], "ray", "search"),
+        (["export", "a", "--format", "onnx", "--out", "x"], "onnx", "export"),
+        (["export", "a", "--format", "web", "--out", "x"], "onnx", "export"),
+    ],
+)
+def test_what_an_extra_brings_is_named_where_it_is_missing(
+    argv, package, extra, options, small_config, tmp_path
+):
+    if argv[0] == "export":
+        fit(small_config, options(), quiet=True)
+    done = in_the_base_installation(tmp_path, argv)
+    assert done.returncode == 2, done.stderr
+    assert f"needs the package {package}," in done.stderr
+    assert done.stderr.endswith(f"pip install 'vae-hyperband[{extra}]'.\n")
