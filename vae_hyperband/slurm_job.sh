@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# The hyperparameter search on a Slurm cluster. From the project's folder:
+# The hyperparameter search on a Slurm cluster. In the environment that has the package:
 #
-#   sbatch vae_hyperband/slurm_job.sh                                   # works without any edit
-#   sbatch --nodes=4 --cpus-per-task=16 vae_hyperband/slurm_job.sh --num-trials 64 --max-epochs 27
-#   sbatch --gres=gpu:2 vae_hyperband/slurm_job.sh --device cuda --gpus-per-trial 0.25
-#   sbatch --array=0-4 vae_hyperband/slurm_job.sh                       # five searches, seeds 0 to 4
+#   vae-hyperband slurm > slurm_job.sh    # prints this script
+#   sbatch slurm_job.sh                   # works without any edit
+#   sbatch --nodes=4 --cpus-per-task=16 slurm_job.sh --num-trials 64 --max-epochs 27
+#   sbatch --gres=gpu:2 slurm_job.sh --device cuda --gpus-per-trial 0.25
+#   sbatch --array=0-4 slurm_job.sh       # five searches, seeds 0 to 4
 #
 # Options before the script are Slurm's, options after it are those of "vae-hyperband search".
 # Before the time limit the search saves and stops, the job is requeued, and the same job continues.
-# The project's folder has to be on storage that all nodes share.
+# The folder that sbatch is called in has to be on storage that all nodes share.
 #
 # Environment variables, all optional (sbatch passes them on):
 #   RUN         name of the search (default search-JOBID; in an array search-ARRAYID-seed-N)
 #   SEARCH      more options of "vae-hyperband search", in one string
-#   VENV        virtual environment, created if missing (default .venv), or instead
-#   CONDA_ENV   conda environment, created if missing
+#   VENV        virtual environment (in a clone of the repository .venv by default; created there if
+#               missing; elsewhere the environment that sbatch was called in), or instead
+#   CONDA_ENV   conda environment (in a clone created if missing)
 #   MODULES     modules to load first, such as "python/3.11 cuda/12.4"
 #   RAY_PORT    port of this job's Ray (default: derived from the job's number)
 #
@@ -76,22 +78,27 @@ broke_down() { # finished work is on disk, so try again, but not forever
 for module in ${MODULES:-}; do
     module load "$module"
 done
+clone= # of the repository, where make can make the environment
+[[ ! -e Makefile || ! -e vae_hyperband/slurm_job.sh ]] || clone=1
 exec 9>logs/.setup.lock # jobs of an array start together
 flock 9
 if [[ -n ${CONDA_ENV:-} ]]; then
     set +u # conda's own scripts read variables that are not set
     # shellcheck disable=SC1091  # only the cluster knows where conda lies
     source "$(conda info --base)/etc/profile.d/conda.sh"
-    conda env list | grep -q "^$CONDA_ENV " || conda create -y -n "$CONDA_ENV" python=3.11
+    conda env list | grep -q "^$CONDA_ENV " || conda create -y -n "$CONDA_ENV" python=3.12
     conda activate "$CONDA_ENV"
     set -u
-    command -v vae-hyperband >/dev/null || make setup VENV="$CONDA_PREFIX"
+    [[ -z $clone ]] || make setup VENV="$CONDA_PREFIX"
 else
-    VENV=${VENV:-.venv}
-    make setup VENV="$VENV"
+    [[ -z $clone ]] || make setup VENV="${VENV:=.venv}"
     # shellcheck disable=SC1091
-    source "$VENV/bin/activate"
+    [[ -z ${VENV:-} ]] || source "$VENV/bin/activate"
 fi
+command -v vae-hyperband || {
+    say "there is no vae-hyperband in this environment: activate the one that has it, then sbatch"
+    exit 2
+}
 exec 9>&-
 
 # --- a Ray of this job alone: its own port, token and folder ----------------------------------------

@@ -25,6 +25,7 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
 
   run         run everything: data, search, training of the best configuration, evaluation, figures
   search      search hyperparameters with Ray Tune (ASHA, HyperBand)
+  slurm       print a job script that runs the search on a Slurm cluster
   train       train a VAE or beta-VAE, or continue its training
   evaluate    measure a trained model: bounds, latent space, FID ..., with standard errors
   sample      generate images with a trained model

@@ -60,14 +60,17 @@ def project(tmp_path, cluster) -> Path:
 
 
 class Job:
-    """One submitted job and where it writes."""
+    """One submitted job and where it writes: in the project's folder, or in one with a script."""
 
     def __init__(self, project: Path, data: Path, *options: object, **env: str) -> None:
         self.project = project
+        [script] = [*project.glob("slurm_job.sh"), *project.glob("vae_hyperband/slurm_job.sh")]
+        environment = {"VENV": sys.prefix, "PYTHONPATH": str(project)}
+        if script.parent == project:  # as after activating the environment
+            environment = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
         self.id = sbatch(
-            *options, project / "vae_hyperband/slurm_job.sh", "--data-dir", data, *SEARCH,
-            cwd=project, env={"VENV": sys.prefix, "PYTHONPATH": str(project), **env},
-        )  # fmt: skip
+            *options, script, "--data-dir", data, *SEARCH, cwd=project, env=environment | env
+        )
         self.run = env.get("RUN", f"search-{self.id}")
         self.log = project / f"logs/slurm-{self.id}.log"
 
@@ -185,8 +188,12 @@ def test_two_jobs_on_one_host_do_not_disturb_each_other(project, data, undisturb
         assert job.result == undisturbed
 
 
-def test_an_array_searches_once_per_seed(project, data, undisturbed):
-    job = Job(project, data, "--array=0", "--nodes=1", "--cpus-per-task=1", RUN="many")
+def test_the_printed_script_needs_no_clone_and_an_array_searches_once_per_seed(
+    tmp_path, cluster, data, undisturbed
+):
+    printed = subprocess.run(command_line("slurm"), check=True, capture_output=True, text=True)
+    (tmp_path / "slurm_job.sh").write_text(printed.stdout)
+    job = Job(tmp_path, data, "--array=0", "--nodes=1", "--cpus-per-task=1", RUN="many")
     job.wait()
-    found = json.loads((project / "checkpoints/many-seed-0/trials.json").read_text())
+    found = json.loads((tmp_path / "checkpoints/many-seed-0/trials.json").read_text())
     assert found == undisturbed

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 COMMANDS = {
     "run": "commands.run:run_command",
     "search": "commands.search:search_command",
+    "slurm": "commands.search:slurm_command",
     "train": "commands.train:train",
     "evaluate": "commands.evaluate:evaluate_command",
     "sample": "commands.sample:sample",
@@ -84,6 +85,7 @@ def _all_commands() -> Any:
     args = {
         "run": run.MainJob,
         "search": search.SearchArgs,
+        "slurm": search.SlurmArgs,
         "train": train.TrainArgs,
         "evaluate": evaluate.EvaluateArgs,
         "sample": sample.SampleArgs,

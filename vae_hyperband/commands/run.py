@@ -28,8 +28,6 @@ from vae_hyperband.search.space import Space, describe
 from vae_hyperband.search.trials import SearchResult
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult
-from vae_hyperband.tune.driver import STOPPING, begun_settings, move_aside
-from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +90,9 @@ class MainJob(ConfigFile, CommonConfig, Places):
 
 def main_job_dry_run(job: MainJob) -> str:
     """What :func:`run_main_job` would do, and how long that takes, as text; nothing is written."""
+    # in functions, so that --help and completion need no Ray, which is an extra and takes seconds
+    from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
+
     config, options = job.search()
     try:
         train = split_for(job, job, "train")
@@ -121,6 +122,8 @@ def run_command(argv: list[str]) -> int:
 
 def run_main_job(job: MainJob) -> bool:
     """Do the whole job; False if stopped on request (the same call continues)."""
+    from vae_hyperband.tune.driver import STOPPING, move_aside
+
     config, options = job.search()
     if config.dataset == "fashion-mnist":
         _heading("1/5  data: Fashion-MNIST, verified by its digests")
@@ -184,6 +187,8 @@ def _fitted(config: SearchConfig, train: Split, options: SearchOptions) -> Searc
     """
     if config.space and "batch_size" in config.space:
         return config
+    from vae_hyperband.tune.driver import begun_settings
+
     there = None if options.fresh else begun_settings(options.ckpt_folder)
     begun = (there or {}).get("batch_sizes")
     if isinstance(begun, list):

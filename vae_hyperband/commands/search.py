@@ -1,9 +1,10 @@
-"""The command ``search``: the search, its summary and figure, the winner's full training."""
+"""The commands ``search`` (with its summary, figure, and the winner's training) and ``slurm``."""
 
 import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import tyro
@@ -23,8 +24,6 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import WINNER, SearchResult
 from vae_hyperband.training.dry_run import NOTHING_WRITTEN
 from vae_hyperband.training.loop import FitResult, fit
-from vae_hyperband.tune.driver import STOPPING, search
-from vae_hyperband.tune.dry_run import search_dry_run, winner_dry_run
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,16 @@ def search_command(argv: list[str]) -> int:
     args = parse_options(SearchArgs, argv, "vae-hyperband search")
     require_number("final_epochs", args.final_epochs, 0)
     final = args.winner() if args.final_epochs else None  # checks it
+    # here, so that --help and completion need no Ray, which is an extra and takes seconds
+    from vae_hyperband.tune import driver, dry_run
+
     if args.dry_run:
-        print(search_dry_run(args.space, args.execution))
+        print(dry_run.search_dry_run(args.space, args.execution))
         if final:
-            print(winner_dry_run(args.space, args.execution, args.final_epochs, final))
+            print(dry_run.winner_dry_run(args.space, args.execution, args.final_epochs, final))
         print(NOTHING_WRITTEN)
         return 0
-    with stop_flag(STOPPING) as should_stop:
+    with stop_flag(driver.STOPPING) as should_stop:
         return _search_and_train(args, argv, should_stop)
 
 
@@ -78,11 +80,28 @@ def _search_and_train(args: SearchArgs, argv: list[str], should_stop: Callable[[
     return 0
 
 
+@dataclass(frozen=True)
+class SlurmArgs:
+    """Print the script that runs the search on a Slurm cluster; its head explains it.
+
+    vae-hyperband slurm > slurm_job.sh
+    """
+
+
+def slurm_command(argv: list[str]) -> int:
+    parse_options(SlurmArgs, argv, "vae-hyperband slurm")
+    script = resources.files("vae_hyperband") / "slurm_job.sh"
+    print(script.read_text(encoding="utf-8"), end="")
+    return 0
+
+
 def search_and_plot(
     config: SearchConfig, options: SearchOptions, should_stop: Callable[[], bool]
 ) -> tuple[SearchResult, Path] | None:
     """Search, print the summary and plot every trial's curve; None if told to stop."""
-    found = search(config, options, should_stop)
+    from vae_hyperband.tune import driver
+
+    found = driver.search(config, options, should_stop)
     if found is None:
         return None
     from vae_hyperband.reporting import search_figure  # a second of imports: this line only
