@@ -25,7 +25,7 @@ from vae_hyperband.training.tracker import COLUMNS, MARGIN, image_grid, is_ink
 FORMATS = {".gif": "GIF", ".webp": "WEBP"}
 MOST_FRAMES = 100  # of a training; more would take much memory
 BAR = 6  # height in pixels of the bar below samples over training
-SCALE = 3  # screen pixels per pixel
+SCALE, LARGEST_SIDE = 3, 1200  # screen pixels per pixel, fewer if a side would have more
 
 
 def logged_pictures(log_folder: Path, tag: str) -> dict[int, bytes]:
@@ -160,7 +160,9 @@ def _on_paper(grid: Image.Image) -> Image.Image:
 
 def _save(frames: list[Image.Image], durations: list[int], path: Path) -> Path:
     """Durations are in milliseconds."""
-    size = (frames[0].width * SCALE, frames[0].height * SCALE)
+    width, height = frames[0].size
+    scale = max(1, min(SCALE, LARGEST_SIDE // max(width, height)))
+    size = (width * scale, height * scale)
     first, *others = (frame.resize(size, Image.Resampling.NEAREST) for frame in frames)
     try:
         with replacing(path.resolve()) as temporary, open(temporary, "wb") as file:

@@ -20,7 +20,7 @@ from vae_hyperband.evaluation.latents import aggregate, encode_images, informati
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.tables import LOSS_NAMES
 from vae_hyperband.training.study import Row, grouped, over_seeds, value_of
-from vae_hyperband.training.tracker import LogRow, image_grid, is_ink, read_rows
+from vae_hyperband.training.tracker import MARGIN, LogRow, image_grid, is_ink, read_rows
 
 LEAST_WIDTH = 4.0  # inches: a title is no shorter for few images
 
@@ -198,14 +198,15 @@ def traversal(model: VAE, images_NCHW: Tensor, path: Path, num_dims: int = 8) ->
     mean_Z, variance_Z = aggregate(posteriors)
     steps = torch.linspace(-3, 3, 11)
     device = next(model.parameters()).device
-    figure = Figure(figsize=(8, 0.62 * len(dims) + 0.6))
+    height, width = images_NCHW.shape[-2:]
+    figure = Figure(figsize=(8, 0.62 * height / width * len(dims) + 0.6))
     axes = figure.subplots()
     z_BZ = posteriors.mu_NZ[:1].repeat(len(dims) * len(steps), 1)
     for row, dim in enumerate(dims):
         values = mean_Z[dim] + steps * variance_Z[dim].sqrt()
         z_BZ[row * len(steps) : (row + 1) * len(steps), dim] = values
     _show(axes, model.decode_images(z_BZ.to(device)).cpu(), columns=len(steps))
-    pitch = images_NCHW.shape[-1] + 2
+    pitch = height + MARGIN  # from row to row
     for row, dim in enumerate(dims):
         label = f"z[{dim}]  {nats_Z[dim]:.2f} nats"
         axes.text(-4, row * pitch + pitch / 2, label, ha="right", va="center")
