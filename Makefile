@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 # The build of PyTorch: auto (by the driver of a GPU, as uv finds it), cpu, cu130, rocm7.1 ...
 TORCH ?= auto
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 READY := $(VENV)/.vae-hyperband-ready
 WORKERS ?= 2
@@ -36,6 +37,7 @@ help:  ## Show this list
 	@echo "VENV=$(VENV)   the virtual environment to use or make"
 	@echo "WORKERS=$(WORKERS)   processes that run the tests"
 	@echo "TORCH=$(TORCH)   the build of PyTorch, if there is none yet: auto, cpu, cu130 ..."
+	@echo "EXTRAS=$(EXTRAS)   what of the package is installed: dev, or some of search,export"
 	@echo "PYTHON=$(PYTHON)   the Python (3.11 or newer) that makes it"
 
 setup: $(READY)
@@ -53,7 +55,7 @@ $(READY): pyproject.toml constraints.txt
 			--torch-backend $(TORCH) -c constraints.txt torch 2>$(READY).torch || \
 		echo "PyTorch's own index is out of reach ($(READY).torch): taking the build that pip finds"; fi
 	@echo "installing the tested set of packages"
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@
 
 data: $(READY)  ## Fetch and check Fashion-MNIST
@@ -103,7 +105,7 @@ reproduce: $(READY)  ## Train and evaluate every model of docs/results.json
 	$(BIN)/python benchmarks/reproduce.py
 
 best: $(READY)  ## The best generator found, and 10,000 of its images
-	$(BIN)/vae-hyperband train --run best --latent-dim 64 --beta 0.02 --epochs 25 --learning-rate 0.004
+	$(BIN)/vae-hyperband train --run best --preset images
 	$(BIN)/vae-hyperband sample checkpoints/best/best.pt --sampler mixture --components 40 --num-samples 10000 --out best.npy
 	$(BIN)/vae-hyperband sample checkpoints/best/best.pt --sampler mixture --components 40 --num-samples 100 --out best.png
 

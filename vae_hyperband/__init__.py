@@ -8,6 +8,7 @@ from vae_hyperband.data.batches import get_dataloader
 from vae_hyperband.data.splits import load_split
 from vae_hyperband.evaluation.bounds import eval_epoch
 from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
+from vae_hyperband.export.pretrained import load_pretrained
 from vae_hyperband.model.checkpoint import load_ckpt, load_model, save_ckpt
 from vae_hyperband.model.likelihoods import reconstruction_nats
 from vae_hyperband.model.networks import allow_network
@@ -35,6 +36,7 @@ __all__ = [
     "kl_to_standard_normal",
     "load_ckpt",
     "load_model",
+    "load_pretrained",
     "load_split",
     "nats_per_image",
     "new_state",

@@ -173,3 +173,23 @@ def test_the_file_in_the_guide_is_one(parsed):
     found = parsed("train", example)
     assert found.training != TrainConfig()
     assert found.execution.run != "vae"
+
+
+def test_a_preset_is_a_configuration_whose_settings_give_way_to_options(
+    monkeypatch, tmp_path, small_data, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data-dir", str(small_data), "--dataset", "custom", "--device", "cpu"]
+    argv = ["train", "--preset", "images", "--epochs", "3", "--batch-size", "16", *data]
+    argv.append("--dry-run")
+    assert train_vae.main(argv) == 0
+    said = capsys.readouterr().out
+    for line in ('"latent_dim": 64,', '"beta": 0.02,', '"epochs": 3,', '"batch_size": 16,'):
+        assert line in said
+    assert train_vae.main(["train", "--preset", "best", *data]) == 2
+    assert "'best' for argument '--preset'" in capsys.readouterr().err
+    (tmp_path / "run.toml").write_text("epochs = 1\n")
+    assert train_vae.main(["train", "--preset", "quick", "--config", "run.toml"]) == 2
+    assert "--config and --preset both name a configuration" in capsys.readouterr().err
+    assert train_vae.main(["train", "--preset", "quick", "--resume-ckpt", "x.pt"]) == 2
+    assert "--resume_ckpt and --preset both name a configuration" in capsys.readouterr().err

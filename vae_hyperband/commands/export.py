@@ -16,7 +16,7 @@ from vae_hyperband.commands.options import (
     find_ckpt,
     parse_options,
 )
-from vae_hyperband.commands.sample import sampler_for
+from vae_hyperband.commands.sample import sampler_for, usual_sampler
 from vae_hyperband.common.checks import flag, read_json, require, require_number
 from vae_hyperband.common.config import Folders
 from vae_hyperband.common.errors import ConfigError
@@ -61,8 +61,9 @@ class ExportArgs(ConfigFile):
     """safetensors: licence of the weights, for the model card."""
     evaluation: Path | None = None
     """safetensors: file of "evaluate --json" for the card (default: one beside the run's logs)."""
-    sampler: SamplerName = "prior"
-    """web: also sample z from the mixture or flow fitted to the training latents."""
+    sampler: SamplerName | None = None
+    """web: also sample z from the mixture or flow fitted to the training latents (default: the
+    mixture of a pretrained: model)."""
     split: Literal["validation", "test"] = "validation"
     """web: split whose images are on the map."""
     num_images: int = 1000
@@ -90,7 +91,7 @@ def export(argv: list[str]) -> int:
             f"{flag(name)} needs --format {format}: remove it.",
         )
     require(
-        args.sampler != "prior" or args.fitting == SamplerConfig(),
+        args.sampler in ("mixture", "flow") or args.fitting == SamplerConfig(),
         "The options for fitting a sampler (--components, --flow-...) need --sampler mixture or "
         "flow.",
     )
@@ -190,5 +191,6 @@ def _shown(checkpoint: Checkpoint, model: VAE) -> dict[str, str]:
 
 
 def _fitted(args: ExportArgs, checkpoint: Checkpoint) -> Mixture | LearnedFlow | None:
-    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders)
+    name = args.sampler or usual_sampler(args.run, checkpoint)
+    sampler = sampler_for(checkpoint, name, args.fitting, args.folders)
     return None if isinstance(sampler, Prior) else sampler

@@ -18,6 +18,7 @@ from vae_hyperband.commands import wrapped
 from vae_hyperband.common.checks import perhaps, read_settings, require, typed
 from vae_hyperband.common.config import NETWORKS, Folders, Places, former_holdout, in_effect
 from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.export.pretrained import PREFIX, pretrained_ckpt
 from vae_hyperband.model.checkpoint import BEST
 from vae_hyperband.model.networks import allow_network
 from vae_hyperband.reporting.runs import best_ckpt
@@ -243,7 +244,8 @@ NetworkOption = Annotated[str | None, tyro.conf.arg(help=NETWORK_HELP)]
 
 RUN_HELP = (
     "Name of a run (its folder below --checkpoints-dir), or path of its folder or of a checkpoint. "
-    "An existing .pt file, or a folder with a best.pt, is preferred to a run of that name."
+    "An existing .pt file, or a folder with a best.pt, is preferred to a run of that name. "
+    "pretrained:images and pretrained:bound come with the package."
 )
 RunArg = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
 RunArgs = Annotated[
@@ -253,12 +255,14 @@ RunArgs = Annotated[
 
 
 def find_ckpt(run: str, folders: Folders) -> Path:
-    """The checkpoint at a path, else the best one of a run.
+    """The checkpoint at a path, the best one of a run, or that of a model in the package.
 
     Raises :class:`CheckpointError`, which lists the runs there are, and :class:`ConfigError` for
     what cannot be a name. A path that could not be a run is returned as it is, for ``load_ckpt``
     to read or to refuse.
     """
+    if run.startswith(PREFIX):
+        return pretrained_ckpt(run.removeprefix(PREFIX))
     path = Path(run)
     if _is_ckpt(path):
         return path

@@ -27,7 +27,9 @@ from vae_hyperband.evaluation.samplers import (
     SamplerName,
     generate,
     get_sampler,
+    sampler_file,
 )
+from vae_hyperband.export.pretrained import PREFIX
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import animations, figures
 from vae_hyperband.reporting.summaries import print_progress
@@ -46,8 +48,9 @@ class SampleArgs(ConfigFile):
     fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
     num_samples: int = 64
     """Number of images."""
-    sampler: SamplerName = "prior"
-    """Distribution of z. A mixture or flow is fitted on first use and saved with the checkpoint."""
+    sampler: SamplerName | None = None
+    """Distribution of z (default: that of a pretrained: model, else the prior). A mixture or flow
+    is fitted on first use and saved with the checkpoint."""
     label: str = ""
     """mixture, flow: generate this class only, by its name (sneaker) or its number."""
     out: Path = Path("samples.png")
@@ -71,7 +74,8 @@ def sample(argv: list[str]) -> int:
     checkpoint = load_ckpt(find_ckpt(args.run, args.folders))
     names = checkpoint.class_names
     label = label_number(args.label, names)
-    sampler = sampler_for(checkpoint, args.sampler, args.fitting, args.folders)
+    sampler_name = args.sampler or usual_sampler(args.run, checkpoint)
+    sampler = sampler_for(checkpoint, sampler_name, args.fitting, args.folders)
     model = checkpoint.model(pick_device(args.device))
     images_NCHW = generate(model, sampler, args.num_samples, args.seed, label)
     if args.out.suffix == ".npy":
@@ -81,7 +85,7 @@ def sample(argv: list[str]) -> int:
     else:
         kind = "" if label is None else f", {names[label] if names else f'label {label}'}"
         title = (
-            f"{plural(args.num_samples, 'sample')}, z from the {args.sampler}{kind}, "
+            f"{plural(args.num_samples, 'sample')}, z from the {sampler_name}{kind}, "
             f"seed {args.seed}"
         )
         figures.images(images_NCHW / 255, title, args.out)
@@ -102,6 +106,12 @@ def _check_out(path: Path) -> None:
         raise RunFolderError(f"{path} exists: give the name of a new folder.")
     else:
         make_folder(path.parent)
+
+
+def usual_sampler(run: str, checkpoint: Checkpoint) -> SamplerName:
+    """The prior, which every model has, or the mixture that a model in the package comes with."""
+    with_mixture = run.startswith(PREFIX) and sampler_file(checkpoint.path, "mixture").exists()
+    return "mixture" if with_mixture else "prior"
 
 
 def sampler_for(

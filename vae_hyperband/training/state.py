@@ -169,6 +169,11 @@ def first_state(
     found, given = ckpt_to_resume(config, options, train)
     if found is None:
         return new_state(config, train.image_shape, len(train), device)
+    if not found.optimizer_state:
+        raise ResumeError(
+            f"{found.path} is a model of the package, without its optimizer's state, so it cannot "
+            "be trained further: train its --preset instead."
+        )
     state = _state_of(config, found.model(device), len(train))
     state.optimizer.load_state_dict(found.optimizer_state)
     state.step, state.sums = found.step, found.sums.to(device)
