@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= auto
 EXTRAS ?= dev
 BIN := $(VENV)/bin
-READY := $(VENV)/.vae-hyperband-ready
+READY := $(VENV)/.vae-hyperband-ready$(if $(filter-out dev,$(EXTRAS)),-$(EXTRAS))
 WORKERS ?= 2
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(READY).constraints
 # Tests that share what takes long to make are one group, for one of the processes.
@@ -51,9 +51,10 @@ $(READY): pyproject.toml constraints.txt
 	then echo "keeping the PyTorch of this environment"; grep -v '^torch==' constraints.txt > $(READY).constraints; \
 	else cp constraints.txt $(READY).constraints; \
 		$(PIP) uv; \
-		UV_HTTP_TIMEOUT=10 UV_HTTP_RETRIES=1 $(BIN)/uv pip install --quiet --python $(BIN)/python \
-			--torch-backend $(TORCH) -c constraints.txt torch 2>$(READY).torch || \
-		echo "PyTorch's own index is out of reach ($(READY).torch): taking the build that pip finds"; fi
+		UV_HTTP_TIMEOUT=$${UV_HTTP_TIMEOUT:-10} UV_HTTP_RETRIES=$${UV_HTTP_RETRIES:-1} $(BIN)/uv pip install --quiet --python $(BIN)/python \
+			--torch-backend "$(TORCH)" -c constraints.txt torch 2>$(READY).torch || \
+		{ ! grep -s "invalid value" $(READY).torch || exit 2; cat $(READY).torch; \
+		echo "uv could not install the build TORCH=$(TORCH) (see above): taking the one that pip finds"; }; fi
 	@echo "installing the tested set of packages"
 	$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@

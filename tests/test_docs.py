@@ -360,6 +360,13 @@ def test_every_command_of_the_documentation_is_valid(line, monkeypatch, tmp_path
     elif words[0] == "source":
         assert words[1] == ".venv/bin/activate"
         assert "\nVENV ?= .venv\n" in (ROOT / "Makefile").read_text()
+    elif words[:3] == ["uv", "pip", "install"]:
+        for name in re.findall(r"[\w,]+", words[-1]):
+            assert set(name.split(",")) <= set(PYPROJECT["project"]["optional-dependencies"])
+    elif words[0] == "docker":
+        assert '\nENTRYPOINT ["vae-hyperband"]\n' in (ROOT / "Dockerfile").read_text()
+    elif words[0] == "apptainer":
+        assert (ROOT / words[-1]).is_file()
     elif words[0] == "sbatch":
         assert any((PACKAGE / word).is_file() for word in words)
     elif words[1] == "-c":

@@ -48,7 +48,7 @@ def test_workflows_call_targets_of_the_makefile(path):
         commands = [step["run"] for step in job["steps"] if "run" in step]
         matrix = job["strategy"]["matrix"]
         targets = [*matrix["target"], *(row["target"] for row in matrix.get("include", ()))]
-        assert commands == ["make ${{ matrix.target }} PYTHON=python"]
+        assert commands == ["make ${{ matrix.target }} PYTHON=python TORCH=cpu"]
         for target in targets:
             assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
 

@@ -73,7 +73,7 @@ def test_the_wheel_alone_exports_reports_and_evaluates(
     assert done.stdout.startswith(f"{vae_hyperband.__version__}\n")
     assert (tmp_path / "page/index.html").read_text().count("<script") == 2
     assert "<h1>Run a</h1>" in (tmp_path / "logs/a/report.html").read_text()
-    for name in ("py.typed", "slurm_job.sh", "model.ipynb", "pretrained/bound.pt"):
+    for name in ("py.typed", "slurm_job.sh", "model.ipynb", "pretrained/images.pt"):
         content = (ROOT / "vae_hyperband" / name).read_bytes()
         assert (unpacked / "vae_hyperband" / name).read_bytes() == content
 

@@ -79,7 +79,7 @@ for module in ${MODULES:-}; do
     module load "$module"
 done
 clone= # of the repository, where make can make the environment
-[[ ! -e Makefile || ! -e vae_hyperband/slurm_job.sh ]] || clone=1
+[[ ! -e Makefile || ! -e constraints.txt || ! -e vae_hyperband/slurm_job.sh ]] || clone=1
 exec 9>logs/.setup.lock # jobs of an array start together
 flock 9
 if [[ -n ${CONDA_ENV:-} ]]; then
@@ -89,16 +89,16 @@ if [[ -n ${CONDA_ENV:-} ]]; then
     conda env list | grep -q "^$CONDA_ENV " || conda create -y -n "$CONDA_ENV" python=3.12
     conda activate "$CONDA_ENV"
     set -u
-    [[ -z $clone ]] || make setup VENV="$CONDA_PREFIX"
+    [[ -z $clone ]] || command -v vae-hyperband || make setup VENV="$CONDA_PREFIX"
 else
     [[ -z $clone ]] || make setup VENV="${VENV:=.venv}"
     # shellcheck disable=SC1091
-    [[ -z ${VENV:-} ]] || source "$VENV/bin/activate"
+    [[ ! -e ${VENV:-}/bin/activate ]] || source "$VENV/bin/activate"
 fi
-command -v vae-hyperband || {
-    say "there is no vae-hyperband in this environment: activate the one that has it, then sbatch"
+if ! command -v vae-hyperband || ! command -v ray; then
+    say "this environment lacks vae-hyperband[search]: activate one that has it, then sbatch"
     exit 2
-}
+fi
 exec 9>&-
 
 # --- a Ray of this job alone: its own port, token and folder ----------------------------------------

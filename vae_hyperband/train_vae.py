@@ -25,7 +25,6 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
 
   run         run everything: data, search, training of the best configuration, evaluation, figures
   search      search hyperparameters with Ray Tune (ASHA, HyperBand)
-  slurm       print a job script that runs the search on a Slurm cluster
   train       train a VAE or beta-VAE, or continue its training
   evaluate    measure a trained model: bounds, latent space, FID ..., with standard errors
   sample      generate images with a trained model
@@ -38,6 +37,7 @@ USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
   reconstruct draw images and what a model makes of them
   nearest     find the images whose codes are nearest to that of an image
   score       rank images by their bound: anomalies first
+  slurm       print a job script that runs the search on a Slurm cluster
   data        find or download Fashion-MNIST, or decode and show your own images
   completion  print a shell-completion script
 

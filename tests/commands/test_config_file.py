@@ -191,5 +191,8 @@ def test_a_preset_is_a_configuration_whose_settings_give_way_to_options(
     (tmp_path / "run.toml").write_text("epochs = 1\n")
     assert train_vae.main(["train", "--preset", "quick", "--config", "run.toml"]) == 2
     assert "--config and --preset both name a configuration" in capsys.readouterr().err
+    (tmp_path / "preset.toml").write_text('preset = "quick"\n')
+    assert train_vae.main(["train", "--config", "preset.toml", "--dry-run"]) == 2
+    assert "preset cannot be a setting of a file" in capsys.readouterr().err
     assert train_vae.main(["train", "--preset", "quick", "--resume-ckpt", "x.pt"]) == 2
     assert "--resume_ckpt and --preset both name a configuration" in capsys.readouterr().err

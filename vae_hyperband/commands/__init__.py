@@ -11,7 +11,6 @@ from typing import Annotated, Any
 COMMANDS = {
     "run": "commands.run:run_command",
     "search": "commands.search:search_command",
-    "slurm": "commands.search:slurm_command",
     "train": "commands.train:train",
     "evaluate": "commands.evaluate:evaluate_command",
     "sample": "commands.sample:sample",
@@ -24,6 +23,7 @@ COMMANDS = {
     "reconstruct": "commands.evaluate:reconstruct_command",
     "nearest": "commands.evaluate:nearest_command",
     "score": "commands.evaluate:score_command",
+    "slurm": "commands.search:slurm_command",
     "data": "commands.data:data",
     "completion": "commands:completion",
 }
@@ -85,7 +85,6 @@ def _all_commands() -> Any:
     args = {
         "run": run.MainJob,
         "search": search.SearchArgs,
-        "slurm": search.SlurmArgs,
         "train": train.TrainArgs,
         "evaluate": evaluate.EvaluateArgs,
         "sample": sample.SampleArgs,
@@ -98,6 +97,7 @@ def _all_commands() -> Any:
         "reconstruct": evaluate.ReconstructArgs,
         "nearest": evaluate.NearestArgs,
         "score": evaluate.ScoreArgs,
+        "slurm": search.SlurmArgs,
         "data": data.DataArgs,
         "completion": options.CompletionArgs,
     }

@@ -31,6 +31,7 @@ from vae_hyperband.evaluation.samplers import (
     SamplerName,
 )
 from vae_hyperband.export.hub import DATA_NAMES, write_shared
+from vae_hyperband.export.pretrained import PREFIX
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.vae import VAE
 from vae_hyperband.reporting.report import EVALUATIONS
@@ -62,8 +63,8 @@ class ExportArgs(ConfigFile):
     evaluation: Path | None = None
     """safetensors: file of "evaluate --json" for the card (default: one beside the run's logs)."""
     sampler: SamplerName | None = None
-    """web: also sample z from the mixture or flow fitted to the training latents (default: the
-    mixture of a pretrained: model)."""
+    """web: also sample z from the mixture or flow fitted to the training latents; None: from the
+    mixture that pretrained:images comes with."""
     split: Literal["validation", "test"] = "validation"
     """web: split whose images are on the map."""
     num_images: int = 1000
@@ -91,7 +92,9 @@ def export(argv: list[str]) -> int:
             f"{flag(name)} needs --format {format}: remove it.",
         )
     require(
-        args.sampler in ("mixture", "flow") or args.fitting == SamplerConfig(),
+        args.sampler in ("mixture", "flow")
+        or args.run.startswith(PREFIX)
+        or args.fitting == SamplerConfig(),
         "The options for fitting a sampler (--components, --flow-...) need --sampler mixture or "
         "flow.",
     )

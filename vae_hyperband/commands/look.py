@@ -12,6 +12,7 @@ from vae_hyperband.commands.options import (
     NetworkOption,
     RunArg,
     RunArgs,
+    find_ckpt,
     find_run,
     parse_options,
 )
@@ -24,7 +25,6 @@ from vae_hyperband.evaluation.latents import encode_split
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting import animations, figures, runs
 from vae_hyperband.reporting.report import write_report
-from vae_hyperband.reporting.runs import best_ckpt
 from vae_hyperband.reporting.summaries import print_progress
 
 
@@ -108,11 +108,10 @@ def animate(argv: list[str]) -> int:
     args = parse_options(AnimateArgs, argv, "vae-hyperband animate")
     out = args.out or Path(f"{args.kind}.gif")
     check_place(out, *animations.FORMATS)
-    place = find_run(args.run, args.folders)
     if args.kind == "training":
-        animations.over_training(place.log_folder, out)
+        animations.over_training(find_run(args.run, args.folders).log_folder, out)
     else:
-        checkpoint = load_ckpt(best_ckpt(place))
+        checkpoint = load_ckpt(find_ckpt(args.run, args.folders))
         model = checkpoint.model()
         split = as_trained(checkpoint.split("validation", args.folders), checkpoint.config)
         posteriors = encode_split(model, eval_dataloader(split))

@@ -277,6 +277,11 @@ def find_run(run: str, folders: Folders) -> Places:
 
     Raises :class:`ConfigError` for what cannot be a name.
     """
+    require(
+        not run.startswith(PREFIX),
+        f"{run} is a model of the package, without logs: train --preset "
+        f"{run.removeprefix(PREFIX)} makes a run like it.",
+    )
     path = Path(run)
     if _is_ckpt(path):
         path = path.parent

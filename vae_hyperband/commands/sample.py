@@ -49,8 +49,8 @@ class SampleArgs(ConfigFile):
     num_samples: int = 64
     """Number of images."""
     sampler: SamplerName | None = None
-    """Distribution of z (default: that of a pretrained: model, else the prior). A mixture or flow
-    is fitted on first use and saved with the checkpoint."""
+    """Distribution of z; None: the prior, or the mixture that pretrained:images comes with. A
+    mixture or flow is fitted on first use and saved with the checkpoint."""
     label: str = ""
     """mixture, flow: generate this class only, by its name (sneaker) or its number."""
     out: Path = Path("samples.png")

@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from vae_hyperband.commands.options import ConfigFile, option_value, parse_options
+from vae_hyperband.common.checks import require
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import stop_flag
@@ -45,6 +46,10 @@ class TrainArgs(ConfigFile):
 
 def train(argv: list[str]) -> int:
     args = parse_options(TrainArgs, argv, "vae-hyperband train", default=_defaults(argv))
+    require(
+        args.preset is None or option_value(argv, "--preset") is not None,
+        "preset cannot be a setting of a file: give --preset.",
+    )
     if args.dry_run:
         print(dry_run(args.training, args.execution), NOTHING_WRITTEN, sep="\n")
         return 0

@@ -8,13 +8,14 @@ cache, so that there is a place beside them for what is fitted to the model.
 Shape suffixes: L labels, K components, Z latent dimensions, T entries of a lower triangle.
 """
 
+import contextlib
 import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.errors import CheckpointError, ConfigError
 from vae_hyperband.common.files import cache_folder, make_folder
 from vae_hyperband.evaluation import samplers
 from vae_hyperband.model import checkpoint
@@ -38,7 +39,8 @@ def load_pretrained(name: str) -> VAE:
 def pretrained_ckpt(name: str) -> Path:
     """The checkpoint of a model that comes with the package, in the user's cache.
 
-    Its mixture, if it has one, is beside it. Raises :class:`ConfigError` for an unknown name.
+    Its mixture, if it has one, is beside it: what has been lost, damaged or replaced by another fit
+    is written again. Raises :class:`ConfigError` for an unknown name.
     """
     names = sorted(path.stem for path in FOLDER.glob("*.pt"))
     if name not in names:
@@ -49,9 +51,11 @@ def pretrained_ckpt(name: str) -> Path:
     packed = FOLDER / f"{name}.pt"
     version = hashlib.sha256(packed.read_bytes()).hexdigest()[:12]
     path = cache_folder() / "pretrained" / version / name / BEST
-    if not path.exists():
-        make_folder(path.parent)
-        _unpack(load_pt(packed, FORMAT, KEYS), path)
+    make_folder(path.parent)
+    content, mixture = _unpacked(load_pt(packed, FORMAT, KEYS))
+    if mixture:
+        _restore(samplers.sampler_file(path, "mixture"), mixture, samplers.FORMAT, samplers.KEYS)
+    _restore(path, content, checkpoint.FORMAT, checkpoint.KEYS)
     return path
 
 
@@ -72,8 +76,16 @@ def pack(path: Path, out: Path) -> None:
     save_pt(out, {"checkpoint": content, "mixture": mixture}, FORMAT, KEYS)
 
 
-def _unpack(packed: Content, path: Path) -> None:
-    """Write checkpoint and mixture as :func:`save_ckpt` and :func:`get_sampler` write theirs."""
+def _restore(path: Path, content: Content, kind: str, keys: Keys) -> None:
+    """Write a file, unless it is there with that content."""
+    with contextlib.suppress(CheckpointError):  # it is missing, or damaged
+        if load_pt(path, kind, keys)["digest"] == tree_digest(content):
+            return
+    save_pt(path, content, kind, keys)
+
+
+def _unpacked(packed: Content) -> tuple[Content, Content | None]:
+    """What the files of the checkpoint and of its mixture hold."""
     content, mixture = packed["checkpoint"], packed["mixture"]
     model = {name: x.float() for name, x in content["model"].items()}
     content |= {"model": model, "weights": tree_digest(model)}
@@ -87,9 +99,7 @@ def _unpack(packed: Content, path: Path) -> None:
             "tensors": tensors | {"roots_LKZZ": roots_LKZZ},
             "checkpoint": tree_digest(content),  # of which it is
         }
-        save_pt(samplers.sampler_file(path, "mixture"), mixture, samplers.FORMAT, samplers.KEYS)
-    # last: where there is a checkpoint, all is there
-    save_pt(path, content, checkpoint.FORMAT, checkpoint.KEYS)
+    return content, mixture
 
 
 def _triangle(means_LKZ: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,11 +169,6 @@ def first_state(
     found, given = ckpt_to_resume(config, options, train)
     if found is None:
         return new_state(config, train.image_shape, len(train), device)
-    if not found.optimizer_state:
-        raise ResumeError(
-            f"{found.path} is a model of the package, without its optimizer's state, so it cannot "
-            "be trained further: train its --preset instead."
-        )
     state = _state_of(config, found.model(device), len(train))
     state.optimizer.load_state_dict(found.optimizer_state)
     state.step, state.sums = found.step, found.sums.to(device)
@@ -209,6 +204,11 @@ def ckpt_to_resume(
     found, given = _ckpt_found(options)
     if found:
         _check_same_run(config, found, train)
+        if not found.optimizer_state:
+            raise ResumeError(
+                f"{found.path} is a model of the package, without its optimizer's state, so it "
+                "cannot be trained further: train its --preset instead."
+            )
         # more epochs stretch the schedule; fewer would make steps that are taken undone
         epochs = found.step / math.ceil(len(train) / config.batch_size)
         if epochs > config.epochs:
