@@ -25,7 +25,7 @@ ROOT_FILES = {"__init__", "train_vae", "beta_vae_tsb"}
 ONLY_IN = {
     "ray": {"tune"},
     "tyro": {"commands"},
-    "optuna": {"search/suggest"},
+    "optuna": {"search/suggest", "search/optuna_study"},
     "pyarrow": {"tune/storage", "data/sources", "commands/evaluate"},
     "sklearn": {"evaluation/latents", "evaluation/samplers"},
     "scipy": {"training/study"},
@@ -34,8 +34,17 @@ ONLY_IN = {
     "onnxruntime": {"export/onnx_export"},
     "onnxscript": {"export/onnx_export"},
     "matplotlib": {"reporting/figures", "reporting/search_figure"},
-    "tensorboard": {"training/tracker", "reporting/animations"},
-    "PIL": {"data/pictures", "training/tracker", "reporting/animations", "reporting/page"},
+    "tensorboard": {"training/tracker"},
+    "PIL": {
+        "data/pictures",
+        "training/tracker",
+        "training/tracking",
+        "reporting/animations",
+        "reporting/page",
+    },
+    "wandb": {"training/tracking"},
+    "mlflow": {"training/tracking"},
+    "trackio": {"training/tracking"},
 }
 
 MAX_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 10, 500, 60, 6

@@ -18,13 +18,13 @@ from vae_hyperband.evaluation.latents import Posteriors
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.reporting import figures, report
-from vae_hyperband.reporting.animations import Walk, latent_walk, logged_pictures, logged_samples
+from vae_hyperband.reporting.animations import Walk, latent_walk, logged_samples
 from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import SearchResult, TrialRecord, write_result
 from vae_hyperband.train_vae import main
 from vae_hyperband.training.loop import fit
-from vae_hyperband.training.tracker import Tracker
+from vae_hyperband.training.tracker import Tracker, logged_pictures
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +450,8 @@ def test_pictures_of_steps_that_were_taken_back_do_not_count(tmp_path):
             tracker.pictures(step, random_samples=grey(0.25))
     with Tracker(tmp_path, start_step=1) as tracker:
         tracker.pictures(2, random_samples=grey(0.75))
-    found = logged_pictures(tmp_path, "images/random_samples")
+    tag = "images/random_samples"
+    found = {step: pngs[tag] for step, pngs in logged_pictures(tmp_path, tag).items()}
     assert sorted(found) == [1, 2]
     for step, grey in ((1, 63), (2, 191)):
         with Image.open(io.BytesIO(found[step])) as picture:

@@ -6,6 +6,7 @@ says where and how a run is computed, which changes rounding (and on a GPU the n
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -281,20 +282,34 @@ class Folders:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Folders)}
 
 
+TrackerName = Literal["none", "wandb", "mlflow", "trackio"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Places(Folders, RunName):
     """Where a run or a search computes, reads and writes."""
 
+    track: TrackerName = "none"
+    """Copy scalars, images and settings to W&B, MLflow or Trackio: local files, no network."""
+
     def __post_init__(self) -> None:
         check_types(self)
         check_run_name(self.run)
+        if self.track != "none":
+            found = importlib.util.find_spec(self.track)
+            # no origin: a mere folder of that name, as W&B makes them
+            require(
+                found is not None and found.origin is not None,
+                f"--track {self.track} needs the package {self.track}: pip install "
+                "'vae-hyperband[track]'.",
+            )
         # realpath, since Path.resolve raises for a loop of links
         same = os.path.realpath(self.checkpoints_dir) == os.path.realpath(self.logs_dir)
         require(not same, "--checkpoints-dir and --logs-dir are the same folder: give two folders.")
 
     def options(self, run: str) -> dict[str, Any]:
         """The same places for the run of another name, as keyword arguments."""
-        return {**self.folders(), "device": self.device, "run": run}
+        return {**self.folders(), "device": self.device, "run": run, "track": self.track}
 
     @property
     def ckpt_folder(self) -> Path:
@@ -321,6 +336,8 @@ class RunOptions(Places):
     """Earlier checkpoints to keep beside latest.pt and best.pt, in case those get damaged."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    track_group: str = ""
+    """Group of the run in the tracker that --track names; searches and studies are groups."""
     compile: bool = False
     """Hand the losses of a step to torch.compile (mode "reduce-overhead": CUDA graphs on a GPU)."""
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
 from torch import Tensor
 
 from vae_hyperband.common.errors import ConfigError, RunFolderError
@@ -20,7 +18,13 @@ from vae_hyperband.common.files import make_folder, replacing
 from vae_hyperband.common.randomness import generator
 from vae_hyperband.evaluation.latents import Posteriors
 from vae_hyperband.model.vae import VAE
-from vae_hyperband.training.tracker import COLUMNS, MARGIN, image_grid, is_ink
+from vae_hyperband.training.tracker import (
+    COLUMNS,
+    MARGIN,
+    image_grid,
+    is_ink,
+    logged_pictures,
+)
 
 FORMATS = {".gif": "GIF", ".webp": "WEBP"}
 MOST_FRAMES = 100  # of a training; more would take much memory
@@ -28,33 +32,13 @@ BAR = 6  # height in pixels of the bar below samples over training
 SCALE, LARGEST_SIDE = 3, 1200  # screen pixels per pixel, fewer if a side would have more
 
 
-def logged_pictures(log_folder: Path, tag: str) -> dict[int, bytes]:
-    """The PNGs of a run's event files under a tag ("images/random_samples"), by their step.
-
-    A run that resumed from a checkpoint has logged some steps twice: the last one counts. Raises
-    :class:`RunFolderError` if a file cannot be read.
-    """
-    found: dict[int, bytes] = {}
-    for path in sorted(log_folder.glob("events.out.tfevents.*")):
-        try:
-            for record in RawEventFileLoader(str(path)).Load():
-                event = Event.FromString(record)
-                if event.HasField("session_log"):  # what follows takes the place of these
-                    found = {step: png for step, png in found.items() if step < event.step}
-                for value in event.summary.value:
-                    if value.tag == tag:
-                        found[event.step] = value.image.encoded_image_string
-        except OSError as error:
-            raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
-    return found
-
-
 def logged_samples(log_folder: Path, most: int) -> dict[int, Image.Image]:
     """A run's samples of the same noise after validations, by their step.
 
     The first, the last, and others evenly between them; ``most`` in all, at least two.
     """
-    pngs = logged_pictures(log_folder, "images/random_samples")
+    tag = "images/random_samples"
+    pngs = {step: found[tag] for step, found in logged_pictures(log_folder, tag).items()}
     steps = sorted(pngs)
     most = min(most, len(steps))
     shown = sorted({round(i * (len(steps) - 1) / max(most - 1, 1)) for i in range(most)})

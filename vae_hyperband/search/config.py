@@ -309,6 +309,8 @@ class SearchOptions(Places):
     storage: str | None = None
     """Keep the trials' files in this folder or URL (s3://bucket/...), which all nodes must reach
     (default: in the search's own folder; fine if the nodes share a file system)."""
+    optuna: str | None = None
+    """Also write the trials to this storage of Optuna's (sqlite:///FILE), for optuna-dashboard."""
     cpus_per_trial: int = 1
     """CPU cores, and threads, of each trial; trials run in parallel as far as cores allow."""
     gpus_per_trial: float | None = None

@@ -109,12 +109,13 @@ def _category(value: Value) -> Category:
     return json.dumps(value) if isinstance(value, tuple) else value
 
 
-def _params(hyperparameters: Hyperparameters) -> dict[str, Category]:
+def params_of(hyperparameters: Hyperparameters) -> dict[str, Category]:
+    """Hyperparameters as Optuna takes them."""
     return {name: _category(value) for name, value in hyperparameters.items()}
 
 
 def _from_params(config: SearchConfig, params: Mapping[str, Category]) -> Hyperparameters:
-    """The inverse of :func:`_params`."""
+    """The inverse of :func:`params_of`."""
 
     def value(domain: Domain, param: Category) -> Value:
         lists = domain.values if isinstance(domain, Choice) else ()
@@ -145,7 +146,7 @@ def suggest_tpe(config: SearchConfig, number: int, trials: list[TrialRecord]) ->
                 create_trial(
                     state=TrialState.PRUNED if trial.outcome == "stopped" else TrialState.COMPLETE,
                     value=trial.score(config.metric),
-                    params=_params(trial.hyperparameters),
+                    params=params_of(trial.hyperparameters),
                     distributions=space,
                     intermediate_values=dict(enumerate(trial.curve(config.metric))),
                 )
@@ -167,7 +168,7 @@ def importance(config: SearchConfig, trials: list[TrialRecord]) -> dict[str, flo
     if len(usable) < MIN_FOR_IMPORTANCE:
         return None
     epoch = min(trial.num_epochs for trial in usable)
-    tried = [_params(trial.hyperparameters) for trial in usable]
+    tried = [params_of(trial.hyperparameters) for trial in usable]
     space = {
         name: domain
         for name, domain in distributions(config).items()

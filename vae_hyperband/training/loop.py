@@ -65,6 +65,7 @@ from vae_hyperband.training.step import (
     take_step,
 )
 from vae_hyperband.training.tracker import Progress, Tracker
+from vae_hyperband.training.tracking import Mirror
 
 NUM_PICTURES = 32  # held-out images whose reconstructions TensorBoard shows
 
@@ -288,7 +289,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             # innermost last: logs and bar are closed when an error becomes a sentence
             self.tracker = stack.enter_context(
-                Tracker(options.log_folder, state.step, options.tensorboard)
+                Tracker(options.log_folder, state.step, options.tensorboard, self._mirror())
             )
             self.progress = stack.enter_context(Progress(state.step, state.num_steps, self._quiet))
             stack.enter_context(_memory_explained(state, self._train))
@@ -297,8 +298,23 @@ class Trainer:
             )
             # everything is open; from here on it is for __exit__ to close
             self._stack = stack.pop_all()
+        # a kill may have come between the checkpoint and the tracker that --track names
+        self.tracker.saved(state.step, state.best["step"])
         self._last_saved = time.monotonic()
         return self
+
+    def _mirror(self) -> Mirror | None:
+        state, options = self.state, self._options
+        if options.track == "none":
+            return None
+        return Mirror(options, self._settings(), state.step, state.num_steps)
+
+    def _settings(self) -> dict[str, object]:
+        """What the run is, for people to read."""
+        settings = in_effect(self.state.config.to_dict())
+        if self._features:
+            settings["FID"] = f"{self._features.name}: {self._features.protocol()}"
+        return settings
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
@@ -315,10 +331,8 @@ class Trainer:
             )
         if self.state.step == 0:
             self.tracker.pictures(0, input=held_out.pixels(slice(NUM_PICTURES)))
-            settings = in_effect(config.to_dict())
-            if self._features:
-                settings["FID"] = f"{self._features.name}: {self._features.protocol()}"
-            self.tracker.configuration(train_command(config, options.run, options.data), settings)
+            command = train_command(config, options.run, options.data)
+            self.tracker.configuration(command, self._settings())
 
     def after_step(self, should_stop: Callable[[], bool]) -> bool:
         """Log, save if it is time to; whether the run was asked to stop."""
@@ -341,6 +355,7 @@ class Trainer:
         try:
             data = DataFacts.of(self._train, self._options.data)
             self.keeper.save(snapshot(self.state, data, self._environment), improved)
+            self.tracker.saved(self.state.step, self.state.best["step"])
         except RunFolderError as error:
             if required:
                 raise

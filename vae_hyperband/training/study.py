@@ -4,6 +4,7 @@ The same call continues after a stop: nothing is trained or evaluated a second t
 configurations on the validation split; the test split is for the numbers that are published.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -85,7 +86,7 @@ def run_study(
     make_folder(places.log_folder)
     for number, (name, config) in enumerate(configs.items(), start=1):
         say(f"run {number} of {len(configs)}: {name}")
-        where = RunOptions(**places.options(f"{places.run}-{name}"))
+        where = _run_options(places, name)
         # a run that is trained returns at once, so a second call costs only its evaluation
         trained = fit(config, where, should_stop=should_stop, quiet=True)
         if not trained.finished or should_stop():
@@ -101,6 +102,11 @@ def run_study(
         # after every run, so that a stopped study can be looked at
         write_rows(rows, split, places.log_folder / "study.json")
     return rows
+
+
+def _run_options(places: Places, name: str) -> RunOptions:
+    """Where the run of the configuration with that name is computed."""
+    return RunOptions(**places.options(f"{places.run}-{name}"), track_group=places.run)
 
 
 def train_side_by_side(
@@ -129,7 +135,7 @@ def train_side_by_side(
                     _train,
                     config,
                     # one thread each: bits depend on their number, and the runs share the cores
-                    RunOptions(**places.options(f"{places.run}-{name}"), num_threads=1),
+                    dataclasses.replace(_run_options(places, name), num_threads=1),
                     stop_file,
                     os.getpid(),
                     allowed_networks(),
@@ -202,7 +208,7 @@ def study_dry_run(
     with cpu_threads(None if jobs == 1 else 1):  # as the runs have them
         threads = torch.get_num_threads()
         for name, config in configs.items():
-            where = RunOptions(**places.options(f"{places.run}-{name}"))
+            where = _run_options(places, name)
             num_steps, done = steps_and_done(config, where, train)
             # of the grid's settings only the latent dimension changes the cost of a step
             if done < num_steps and config.latent_dim not in speeds:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.api_pb2 import Status
@@ -36,6 +37,7 @@ from vae_hyperband.common.files import (
     write_text,
 )
 from vae_hyperband.common.process import on_terminal
+from vae_hyperband.training.tracking import Mirror
 
 COLUMNS = 8  # of a logged grid
 MARGIN = 2  # pixels between the images of a grid
@@ -77,7 +79,13 @@ class Tracker:
     are removed, and TensorBoard is told to purge them.
     """
 
-    def __init__(self, folder: Path, start_step: int, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int,
+        tensorboard: bool = True,
+        mirror: Mirror | None = None,
+    ) -> None:
         make_folder(folder)
         # a run that starts over must not append to the log of another
         if start_step == 0:
@@ -89,11 +97,24 @@ class Tracker:
             write_bytes(folder / name, _rows_until(folder / name, start_step))
             self._files.append(AppendedFile(folder / name))
         self._metrics, self._timing = self._files
+        self._mirror = mirror
+        if mirror and start_step:
+            with mirror.harmless():
+                self._repeat(folder, start_step, mirror)
         self._board = None
         if tensorboard:
             file = AppendedFile(next_event_file(folder))
             self._board = EventFile(file, purge_step=start_step + 1 if start_step else 0)
             self._files.append(file)
+
+    def _repeat(self, folder: Path, start_step: int, mirror: Mirror) -> None:
+        """Log for the mirror once more what it may lack of the steps before."""
+        for row in read_rows(folder / "metrics.jsonl"):
+            mirror.values(row["step"], _by_tag(row))
+        for step, pictures in logged_pictures(folder).items():
+            for tag, png in pictures.items():
+                if step <= start_step:
+                    mirror.picture(step, tag, png)
 
     def __enter__(self) -> Self:
         return self
@@ -104,15 +125,19 @@ class Tracker:
         finally:
             for file in self._files:
                 file.close()
+            if self._mirror:
+                self._mirror.close()
 
     def scalars(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """One row of losses in nats per image; TensorBoard tags are ``recon_loss/train`` etc."""
         # no clock in it: a run that was killed and resumed leaves the same bytes
         row = {"step": step, "epoch": epoch, "split": split, **values}
         self._metrics.write(_line(row))
-        for name, value in values.items():
-            tag = name if name == "learning_rate" else f"{name}/{split}"
+        by_tag = _by_tag(row)
+        for tag, value in by_tag.items():
             self._show(scalar(tag, value), step)
+        if self._mirror:
+            self._mirror.values(step, by_tag)
 
     def speed(self, step: int, images_per_second: float) -> None:
         # in a file of its own, since it differs from run to run
@@ -125,7 +150,11 @@ class Tracker:
         if self._board:
             for name, images in images_NCHW.items():
                 grid = image_grid(images, COLUMNS)
-                self._show(image(f"images/{name}", grid, dataformats="CHW"), step)
+                summary = image(f"images/{name}", grid, dataformats="CHW")
+                self._show(summary, step)
+                if self._mirror:
+                    [shown] = summary.value
+                    self._mirror.picture(step, shown.tag, shown.image.encoded_image_string)
 
     def configuration(self, command: str, config: Mapping[str, Any]) -> None:
         """What the run is, as text: the command that repeats it, and a table."""
@@ -147,6 +176,11 @@ class Tracker:
     def _show(self, summary: Summary, step: int) -> None:
         if self._board:
             self._board.add(summary=summary, step=step)
+
+    def saved(self, step: int, best_step: float) -> None:
+        """A checkpoint is on disk that supposes what was logged up to its step."""
+        if self._mirror:
+            self._mirror.send(step, best_step)
 
     def flush(self) -> None:
         """On disk, durably: a checkpoint may be saved only after the rows that it supposes.
@@ -184,6 +218,29 @@ class EventFile:
     def add(self, **what: Any) -> None:
         """Add an event; its fields are those of TensorBoard's event.proto."""
         self._records.write(Event(wall_time=time.time(), **what).SerializeToString())
+
+
+def logged_pictures(log_folder: Path, *tags: str) -> dict[int, dict[str, bytes]]:
+    """The PNGs of a run's event files by their step and tag ("images/input"); some tags, or all.
+
+    A run that resumed from a checkpoint has logged some steps twice: the last one counts. Raises
+    :class:`RunFolderError` if a file cannot be read.
+    """
+    found: dict[int, dict[str, bytes]] = {}
+    for path in sorted(log_folder.glob(f"{EVENTS}.*")):
+        try:
+            for record in RawEventFileLoader(str(path)).Load():
+                event = Event.FromString(record)
+                if event.HasField("session_log"):  # what follows takes the place of these
+                    found = {step: pngs for step, pngs in found.items() if step < event.step}
+                for value in event.summary.value:
+                    if value.HasField("image") and (not tags or value.tag in tags):
+                        found.setdefault(event.step, {})[value.tag] = (
+                            value.image.encoded_image_string
+                        )
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
+    return found
 
 
 def _hyperparameters(
@@ -241,6 +298,15 @@ def _usable(name: str, value: Any) -> bool:
     if name == "split":
         return isinstance(value, str)
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _by_tag(row: LogRow) -> dict[str, float]:
+    """A row's values by the tags that TensorBoard shows them under."""
+    return {
+        name if name == "learning_rate" else f"{name}/{row['split']}": value
+        for name, value in row.items()
+        if name not in ("step", "epoch", "split")
+    }
 
 
 def _line(row: LogRow) -> bytes:

@@ -43,6 +43,7 @@ from vae_hyperband.model.initialization import initialized_vae
 from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.console import Console
 from vae_hyperband.search.decisions import Board, Journal, TrialEvent, read_events
+from vae_hyperband.search.optuna_study import OptunaStudy
 from vae_hyperband.search.suggest import importance, suggest
 from vae_hyperband.search.trials import (
     RESULT,
@@ -86,23 +87,32 @@ def search(
         if options.fresh:
             _start_over(options)
         search_id = existing_search(config, options)
-        store = store_for(options, _begin(config, options) if search_id is None else search_id)
-        if not (folder / RESULT).exists() and not _run(config, options, store, should_stop):
-            return None
-        return read_result(folder)
+        if search_id is None:
+            search_id = _begin(config, options)
+        store, study = store_for(options, search_id), None
+        if options.optuna:
+            study = OptunaStudy(options.optuna, options.run, search_id, config)
+        if (folder / RESULT).exists():
+            result = read_result(folder)
+            if study:  # which may be asked for after the search
+                study.add(result.trials)
+            return result
+        logs = SearchLogs(options, study)
+        return read_result(folder) if _run(config, options, store, logs, should_stop) else None
 
 
 def _run(
     config: SearchConfig,
     options: SearchOptions,
     store: TrialStore,
+    logs: SearchLogs,
     should_stop: Callable[[], bool],
 ) -> bool:
     """Run or resume a search; whether it finished, and its result was written."""
     folder = options.ckpt_folder
     store.check()
     with Journal(folder / DECISIONS) as journal:
-        begun, console, logs = bool(journal.events), Console(), SearchLogs(options)
+        begun, console = bool(journal.events), Console()
 
         def on_event(board: Board, event: TrialEvent) -> None:
             console(board, event)

@@ -3,7 +3,8 @@
 In the search's log folder each trial gets ``result.json`` (a line per validation), ``progress.csv``
 and ``params.json``; beside them lies ``experiment_state-search.json``, with which
 ``ray.tune.ExperimentAnalysis`` opens the whole search. A trial that did not get to its end gets its
-row of the HParams table here; one that did wrote it itself.
+row of the HParams table here; one that did wrote it itself. With ``--optuna`` the trials that have
+ended go to a storage of Optuna's, too.
 
 Ray's own callbacks would write what arrived, with a row twice where a killed trial computed it
 again. These files follow from the decision log alone: they are the same whatever was killed.
@@ -29,6 +30,7 @@ from vae_hyperband.common.files import make_folder, write_text
 from vae_hyperband.common.process import TimeShare
 from vae_hyperband.search.config import SearchOptions
 from vae_hyperband.search.decisions import Board, TrialEvent
+from vae_hyperband.search.optuna_study import OptunaStudy
 from vae_hyperband.search.trials import TrialRecord
 from vae_hyperband.training.tracker import write_hyperparameters
 from vae_hyperband.tune.session import trial_resources
@@ -45,8 +47,8 @@ STATE_SHARE = 0.02
 class SearchLogs:
     """Keeps the logs of one search as its board changes: give it the board's events."""
 
-    def __init__(self, options: SearchOptions) -> None:
-        self._folder = options.log_folder
+    def __init__(self, options: SearchOptions, study: OptunaStudy | None = None) -> None:
+        self._folder, self._study = options.log_folder, study
         self._resources = resource_dict_to_pg_factory(trial_resources(options))
         # where the trials' own logs go to the store, the driver's have a row of each
         self._has_all_rows = options.storage is not None and "://" in options.storage
@@ -66,6 +68,8 @@ class SearchLogs:
                     self._write_end(board, trial)
             if self._state_time.due:
                 self._write_state(board)
+        if event["event"] == "end":
+            self._add_to_study([trial])
 
     def write(self, board: Board) -> None:
         """All files as the board is now: rows that a kill has torn or lost are whole then."""
@@ -75,6 +79,12 @@ class SearchLogs:
                 self._write_trial(board, trial)
                 self._write_end(board, trial)
             self._write_state(board)
+        self._add_to_study(board.trials)
+
+    def _add_to_study(self, trials: list[TrialRecord]) -> None:
+        if self._study:
+            with self._no_reason_to_stop():
+                self._study.add(trials)
 
     def write_state(self, board: Board) -> None:
         """``experiment_state-search.json``: all trials, how they ended and their best values."""

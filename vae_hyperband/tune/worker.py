@@ -102,6 +102,8 @@ class TrialJob:
             logs_dir=folder / "logs" if self.store.is_url else options.log_folder,
             # bits depend on the number of threads, so it must not depend on the machine
             num_threads=options.cpus_per_trial,
+            track=options.track,
+            track_group=options.run,
             keep_ckpts=0,  # a trial whose files are damaged can be trained again
         )
 
