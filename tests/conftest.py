@@ -276,8 +276,9 @@ def searched(tmp_path_factory, small_data) -> tuple[Path, str]:
     for file in small_data.glob("train-*"):
         (train_only / file.name).write_bytes(file.read_bytes())
     command = search_command(
-        train_only, "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3
-    )
+        train_only, "s", "--num-trials", 9, "--max-epochs", 9, "--reduction-factor", 3,
+        "--track", "mlflow", "--optuna", "sqlite:///optuna.db",
+    )  # fmt: skip
     said, addresses = "", set()
     with subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

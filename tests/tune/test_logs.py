@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from ray.tune import ExperimentAnalysis, ResultGrid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.api_pb2 import Status
@@ -17,6 +19,7 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.decisions import Board, Journal
 from vae_hyperband.search.space import Hyperparameters
 from vae_hyperband.search.trials import read_result
+from vae_hyperband.training.tracking import PROJECT
 from vae_hyperband.tune.logs import PARAMS, PROGRESS, RESULTS, SearchLogs
 
 FILES = (RESULTS, PROGRESS, PARAMS)
@@ -131,11 +134,50 @@ def test_ray_s_analysis_finds_the_trials_and_the_winner_of_a_search(searched):
         assert table["training_iteration"].tolist() == trial.curve("epoch")
         lines = (folder / "logs/s" / trial.name / RESULTS).read_text().splitlines()
         assert [json.loads(line)["bound"] for line in lines] == trial.curve("bound")
+        table = pd.read_json(folder / "logs/s" / trial.name / RESULTS, lines=True)
+        assert table["bound"].tolist() == pytest.approx(trial.curve("bound"), rel=1e-9)
+        params = json.loads((folder / "logs/s" / trial.name / PARAMS).read_text())
+        assert params == found.get_all_configs()[str(folder / "logs/s" / trial.name)]
         assert found.trial_dataframes[trial.name]["step"].tolist() == trial.curve("step")
         last = table["done"].tolist()  # as Ray has it: also of a trial that was stopped
         assert last == [False] * (len(last) - 1) + [True]
     best = ResultGrid(found).get_best_result(metric="bound", mode="min")
     assert best.metrics["bound"] == result.best_score
+
+
+def test_optuna_finds_the_trials_and_the_winner_of_a_search(searched):
+    folder = searched[0]
+    result = read_result(folder / "checkpoints/s")
+    found = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'optuna.db'}")
+    assert found.best_trial.user_attrs["name"] == result.winner.name
+    assert found.best_value == result.best_score
+    there = {one.user_attrs["number"]: one for one in found.trials}
+    assert sorted(there) == [trial.number for trial in result.trials]
+    assert len(found.trials) == len(there)
+    states = {"finished": "COMPLETE", "stopped": "PRUNED"}
+    for trial in result.trials:
+        one = there[trial.number]
+        assert one.state.name == states[trial.outcome]
+        assert list(one.intermediate_values.values()) == trial.curve("bound")
+        assert one.params == trial.hyperparameters.to_dict()
+
+
+def test_each_trial_of_a_search_is_a_run_of_its_group_in_mlflow(searched):
+    folder = searched[0]
+    result = read_result(folder / "checkpoints/s")
+    client = MlflowClient(f"sqlite:///{folder / 'logs/s/mlflow.db'}")
+    experiment = client.get_experiment_by_name(PROJECT).experiment_id
+    runs = {
+        run.info.run_name: run
+        for run in client.search_runs([experiment], "tags.group = 's'", max_results=99)
+    }
+    assert sorted(runs) == [f"s/{trial.name}" for trial in result.trials]
+    for trial in result.trials:
+        run = runs[f"s/{trial.name}"]
+        history = client.get_metric_history(run.info.run_id, "bound/validation")
+        expected = list(zip(trial.curve("step"), trial.curve("bound"), strict=True))
+        assert sorted((value.step, value.value) for value in history) == expected
+        assert run.data.params["latent_dim"] == str(trial.hyperparameters["latent_dim"])
 
 
 def hparams_row(folder: Path) -> tuple[dict, str, dict[str, float]]:

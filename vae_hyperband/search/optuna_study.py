@@ -35,7 +35,7 @@ class OptunaStudy:
             there = study.user_attrs.get("search")
             if there is None and not study.get_trials(deepcopy=False):
                 study.set_user_attr("search", search_id)
-                study.set_metric_names([config.metric])
+                study.set_user_attr("value", config.metric_name)
                 there = search_id
             added = [trial.user_attrs.get("number") for trial in study.get_trials(deepcopy=False)]
         # of Optuna, SQLAlchemy, a driver of some database: they have no common type

@@ -172,7 +172,8 @@ class Wandb:
         folder = Path(os.environ.get("WANDB_DIR", run.folder))
         if mode == "offline":
             for former in folder.glob(f"wandb/offline-run-*-{run.id}"):
-                shutil.rmtree(former)
+                # W&B's own process may still be ending, after a kill, and write there
+                shutil.rmtree(former, ignore_errors=True)
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=run.id,
@@ -303,7 +304,7 @@ class Trackio:
 
     def close(self, finished: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            self._trackio.finish()  # of the run, and of what would finish it at exit
 
 
 def _opened(png: bytes) -> Any:
