@@ -137,7 +137,7 @@ def test_ray_s_analysis_finds_the_trials_and_the_winner_of_a_search(searched):
         table = pd.read_json(folder / "logs/s" / trial.name / RESULTS, lines=True)
         assert table["bound"].tolist() == pytest.approx(trial.curve("bound"), rel=1e-9)
         params = json.loads((folder / "logs/s" / trial.name / PARAMS).read_text())
-        assert params == found.get_all_configs()[str(folder / "logs/s" / trial.name)]
+        assert params == found.get_all_configs()[trial.name]
         assert found.trial_dataframes[trial.name]["step"].tolist() == trial.curve("step")
         last = table["done"].tolist()  # as Ray has it: also of a trial that was stopped
         assert last == [False] * (len(last) - 1) + [True]
