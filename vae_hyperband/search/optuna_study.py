@@ -4,7 +4,10 @@ A copy of the decision log: a trial is added when it has ended, in one transacti
 number, so any number of kills and repetitions leaves each trial there once.
 """
 
+import warnings
+
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from vae_hyperband.common.errors import RunFolderError, SearchError
@@ -36,6 +39,9 @@ class OptunaStudy:
             if there is None and not study.get_trials(deepcopy=False):
                 study.set_user_attr("search", search_id)
                 study.set_user_attr("value", config.metric_name)
+                with warnings.catch_warnings():  # a mere label, which Optuna calls experimental
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    study.set_metric_names([config.metric])
                 there = search_id
             added = [trial.user_attrs.get("number") for trial in study.get_trials(deepcopy=False)]
         # of Optuna, SQLAlchemy, a driver of some database: they have no common type
