@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import signal
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import command_line
 from killing import sigkill
+from mlflow import MlflowClient
 from PIL import Image
 from test_resume import outcome, stop_after
 
@@ -37,6 +39,28 @@ def trackio_folder(tmp_path_factory):
         patch.setenv("TRACKIO_DIR", str(folder))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder
+
+
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory):
+    """An empty store of MLflow's: it takes seconds to make one."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").get_experiment_by_name(PROJECT)
+    return path
+
+
+@pytest.fixture
+def tracked(options, mlflow_tables):
+    """The places of a run that is tracked; MLflow's store has its tables already."""
+
+    def places(kind: str) -> RunOptions:
+        place = options(track=kind)
+        if kind == "mlflow":
+            place.logs_dir.mkdir(exist_ok=True)
+            shutil.copy(mlflow_tables, place.logs_dir / "mlflow.db")
+        return place
+
+    return places
 
 
 @dataclasses.dataclass
@@ -103,8 +127,6 @@ def leveldb_records(content: bytes) -> list[bytes]:
 
 
 def read_mlflow(place: RunOptions, run_id: str) -> Found:
-    from mlflow import MlflowClient
-
     client = MlflowClient(f"sqlite:///{place.logs_dir / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(PROJECT).experiment_id
     [run] = client.search_runs([experiment], f"tags.vae_hyperband_id = '{run_id}'")
@@ -203,20 +225,22 @@ def test_a_run_that_was_stopped_is_there_once_and_whole(options, small_config, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_logged_before_the_option_was_given_is_sent_too(options, small_config, kind):
+def test_what_was_logged_before_the_option_was_given_is_sent_too(
+    options, tracked, small_config, kind
+):
     """So it is after a kill between a checkpoint and the sending of what it supposes."""
     fit(small_config, options(), should_stop=stop_after(26), quiet=True)
-    place = options(track=kind)
+    place = tracked(kind)
     fit(small_config, place, quiet=True)
     assert_mirrored(place)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_goes_back_to_an_older_checkpoint_is_another_one_there(
-    options, small_config, kind
+    tracked, small_config, kind
 ):
     """With more epochs the steps that it takes again have other values."""
-    place = options(track=kind)
+    place = tracked(kind)
     fit(small_config, place, quiet=True)
     before = logged(place)
     for name in ("latest.pt", "best.pt"):  # what is left is of step 20
@@ -227,12 +251,24 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_is_another_one_there(
     assert_mirrored(place)
 
 
-def test_a_run_of_more_epochs_continues_in_mlflow(options, small_config):
+def test_a_run_of_more_epochs_continues_in_mlflow(tracked, small_config):
     """Its parameters are for ever: what a resumed run changed stands beside them."""
-    place = options(track="mlflow")
+    place = tracked("mlflow")
     fit(small_config, place, quiet=True)
     fit(dataclasses.replace(small_config, epochs=4), place, quiet=True)
     assert assert_mirrored(place).settings["epochs"] == "3"
+
+
+def test_a_run_that_dies_before_its_first_checkpoint_leaves_nothing_there(options, small_config):
+    def dies() -> bool:
+        raise RuntimeError("killed")
+
+    for kind in KINDS:
+        place = options(run=kind, track=kind)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(small_config, place, should_stop=dies, quiet=True)
+        assert not (place.log_folder / IDENTITY).exists()
+    assert {path.name for path in place.logs_dir.iterdir() if path.is_dir()} == set(KINDS)
 
 
 class Broken:

@@ -299,7 +299,8 @@ class Trainer:
             # everything is open; from here on it is for __exit__ to close
             self._stack = stack.pop_all()
         # a kill may have come between the checkpoint and the tracker that --track names
-        self.tracker.saved(state.step, state.best["step"])
+        if state.step > 0:
+            self.tracker.saved(state.step, state.best["step"])
         self._last_saved = time.monotonic()
         return self
 

@@ -78,13 +78,16 @@ class Mirror:
         self._best: tuple[float, dict[str, str]] = (0, {})  # its step, what is said of it
         self._failed = False
         if start_step == 0:  # another run may have had this folder
-            (options.log_folder / IDENTITY).unlink(missing_ok=True)
+            with self.harmless():
+                (options.log_folder / IDENTITY).unlink(missing_ok=True)
 
     def values(self, step: int, values: Mapping[str, float]) -> None:
-        self._values.setdefault(step, {}).update(values)
+        if not self._failed:
+            self._values.setdefault(step, {}).update(values)
 
     def picture(self, step: int, tag: str, png: bytes) -> None:
-        self._pictures.setdefault(step, {})[tag] = png
+        if not self._failed:
+            self._pictures.setdefault(step, {})[tag] = png
 
     def send(self, step: int, best_step: float) -> None:
         """Send what was logged up to a step, whose checkpoint is on disk."""
