@@ -25,6 +25,7 @@ from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.training import tracking
 from vae_hyperband.training.loop import fit
+from vae_hyperband.training.study import train_side_by_side
 from vae_hyperband.training.tracker import logged_pictures, read_rows
 from vae_hyperband.training.tracking import IDENTITY, PROJECT
 
@@ -269,6 +270,17 @@ def test_a_run_that_dies_before_its_first_checkpoint_leaves_nothing_there(option
             fit(small_config, place, should_stop=dies, quiet=True)
         assert not (place.log_folder / IDENTITY).exists()
     assert {path.name for path in place.logs_dir.iterdir() if path.is_dir()} == set(KINDS)
+
+
+def test_the_runs_of_a_study_side_by_side_are_a_group_in_one_store(small_config, options):
+    """Two processes make the store's tables, and send to it, at the same time."""
+    place = options(run="rd", track="mlflow")
+    configs = {f"s{seed}": dataclasses.replace(small_config, seed=seed) for seed in (1, 2)}
+    assert train_side_by_side(configs, place, 2, lambda: False, lambda name, losses: None)
+    for name in configs:
+        one = dataclasses.replace(place, run=f"rd-{name}")
+        found = assert_mirrored(one)
+        assert (found.name, found.group) == (f"rd/rd-{name}", "rd")
 
 
 class Broken:

@@ -139,7 +139,7 @@ class Mirror:
     def _opened(self, path: Path) -> External:
         options = self._options
         run = TrackedRun(
-            id=str(json.loads(path.read_text())["id"]),
+            id=str(json.loads(path.read_text(encoding="utf-8"))["id"]),
             name=f"{options.track_group}/{options.run}" if options.track_group else options.run,
             group=options.track_group,
             folder=real(options.logs_dir),
