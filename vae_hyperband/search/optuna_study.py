@@ -35,6 +35,7 @@ class OptunaStudy:
             study = optuna.create_study(
                 storage=storage, study_name=name, direction="minimize", load_if_exists=True
             )
+            # its name alone does not say whose it is: searches of one name may follow each other
             there = study.user_attrs.get("search")
             if there is None and not study.get_trials(deepcopy=False):
                 study.set_user_attr("search", search_id)
@@ -43,6 +44,7 @@ class OptunaStudy:
                     warnings.simplefilter("ignore", ExperimentalWarning)
                     study.set_metric_names([config.metric])
                 there = search_id
+            # by our number: Optuna numbers trials as they are added, that is, as they end
             added = [trial.user_attrs.get("number") for trial in study.get_trials(deepcopy=False)]
         # of Optuna, SQLAlchemy, a driver of some database: they have no common type
         except Exception as error:
@@ -65,7 +67,7 @@ class OptunaStudy:
                 continue
             try:
                 self._study.add_trial(self._frozen(trial, STATES[trial.outcome]))
-            except Exception as error:
+            except Exception as error:  # whatever a database's driver raises
                 raise RunFolderError(
                     f"--optuna {self._storage} cannot be written: {_first_line(error)}"
                 ) from error

@@ -157,6 +157,7 @@ class Mirror:
 
 
 def _write_identity(path: Path) -> None:
+    # of random bits: two runs of one name, one after another, are two runs in the tracker
     write_text(path, json.dumps({"id": secrets.token_hex(8)}) + "\n")
 
 
@@ -188,6 +189,7 @@ class Wandb:
             resume="allow" if mode == "online" else None,
             reinit="create_new",  # another run of this process is not ended by it
             settings=wandb.Settings(
+                # nothing of the machine, its packages or its screen: logs are shown to others
                 silent=True,
                 console="off",
                 disable_git=True,
@@ -197,6 +199,7 @@ class Wandb:
                 x_save_requirements=False,
             ),
         )
+        # W&B says which step comes next
         self.last_step = int(self._run.step) - 1
 
     def log(self, moment: Moment) -> None:
@@ -233,6 +236,7 @@ class MLflow:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             there = client.get_experiment_by_name(name)
             experiment = there.experiment_id if there else client.create_experiment(name, place)
+        # by an id of ours: names of MLflow's runs may repeat
         mine = client.search_runs([experiment], f"tags.vae_hyperband_id = '{run.id}'")
         tags = {"vae_hyperband_id": run.id, "group": run.group}
         found = mine[0] if mine else client.create_run(experiment, tags=tags, run_name=run.name)
@@ -265,6 +269,7 @@ class MLflow:
             # under a name of its step, so that a second time it takes the place of the first
             name = f"{tag}/step-{moment.step:08d}.png"
             self._client.log_image(self._id, _opened(png), artifact_file=name)
+        # read once: the values of a step belong together
         now = int(time.time() * 1000)
         metrics = [
             self._entities.Metric(name, value, now, moment.step)
@@ -288,6 +293,7 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
+        # it prints how to start its dashboard, at each start and end of a run
         with contextlib.redirect_stdout(io.StringIO()):
             self._run: Any = trackio.init(
                 project=PROJECT,
