@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Pages that are files outside of docs/, or no Markdown.
 PAGES = {
+    "pretrained.md": "vae_hyperband/pretrained/README.md",
     "promises.md": "PROMISES.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
