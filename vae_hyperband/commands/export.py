@@ -30,7 +30,7 @@ from vae_hyperband.evaluation.samplers import (
     SamplerConfig,
     SamplerName,
 )
-from vae_hyperband.export.hub import DATA_NAMES, write_shared
+from vae_hyperband.export.hub import DATA_NAMES, push, write_shared
 from vae_hyperband.export.pretrained import PREFIX
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.model.vae import VAE
@@ -40,7 +40,7 @@ from vae_hyperband.reporting.summaries import print_progress
 
 @dataclass(frozen=True)
 class ExportArgs(ConfigFile):
-    """Write a trained model for other programs, or as an interactive web page. Nothing is uploaded.
+    """Write a trained model for other programs, or as an interactive web page.
 
     vae-hyperband export mine --format web --out explorer
 
@@ -58,8 +58,11 @@ class ExportArgs(ConfigFile):
     out: Path
     """Folder to write to; created if missing."""
     fitting: tyro.conf.OmitArgPrefixes[SamplerConfig]
-    license: str = "mit"
-    """safetensors: licence of the weights, for the model card."""
+    license: str | None = None
+    """safetensors: licence of the weights, for the model card; None: mit, of your own images
+    other."""
+    push: str | None = None
+    """safetensors: upload the files to this repository of the Hugging Face hub, ORG/NAME."""
     evaluation: Path | None = None
     """safetensors: file of "evaluate --json" for the card (default: one beside the run's logs)."""
     sampler: SamplerName | None = None
@@ -76,6 +79,7 @@ class ExportArgs(ConfigFile):
 #: Options of a single format, with their defaults.
 ONLY_FOR: dict[str, tuple[str, Any]] = {
     "license": ("safetensors", ExportArgs.license),
+    "push": ("safetensors", ExportArgs.push),
     "evaluation": ("safetensors", ExportArgs.evaluation),
     "sampler": ("web", ExportArgs.sampler),
     "split": ("web", ExportArgs.split),
@@ -112,7 +116,11 @@ def _safetensors(args: ExportArgs, checkpoint: Checkpoint) -> list[Path]:
         evaluation = Evaluation.from_dict(read_json(args.evaluation), str(args.evaluation))
         if evaluation.checkpoint_digest != checkpoint.digest:
             raise ConfigError(f"{args.evaluation} is not an evaluation of {checkpoint.path}.")
-    return write_shared(checkpoint, args.out, args.license, evaluation)
+    usual = "mit" if checkpoint.config.dataset in ("fashion-mnist", "drawn") else "other"
+    files = write_shared(checkpoint, args.out, args.license or usual, evaluation)
+    if args.push:
+        print(f"pushed: {push(files, args.push)}")
+    return files
 
 
 def _saved_evaluation(logs_dir: Path, checkpoint: Checkpoint) -> Evaluation | None:

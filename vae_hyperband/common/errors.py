@@ -92,6 +92,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "huggingface_hub": "hub",
 }
 
 

@@ -1,6 +1,6 @@
 """Export for model hubs: a folder with safetensors, config.json and a model card.
 
-Nothing is uploaded.
+Nothing is uploaded unless :func:`push` is called.
 """
 
 import json
@@ -59,7 +59,7 @@ Kingma & Welling 2014 (beta: Higgins et al. 2017), {parameters:,} parameters, li
 ```python
 from vae_hyperband import load_model
 
-model = load_model("path/to/this/folder"{network})
+model = load_model("path/to/this/folder"{network})  # or "hf:ORG/NAME", its place on the hub
 images = model.sample(64)  # (64, {channels}, {height}, {width}), in [0, 1]
 ```
 
@@ -68,7 +68,7 @@ images = model.sample(64)  # (64, {channels}, {height}, {width}), in [0, 1]
 {architecture}
 ## Data
 
-{data_name}, {num_images} of {height}x{width}x{channels}, SHA-256 of the file
+{data_name}, {num_images} of {height}x{width}x{channels}, SHA-256 of the {digest_of}
 `{data_digest}`.
 
 ## Metrics
@@ -122,6 +122,27 @@ def write_shared(
     }
     write_together(files)
     return list(files)
+
+
+def push(files: list[Path], repository: str) -> str:
+    """Upload the files of :func:`write_shared` to the Hugging Face hub, in one commit; its address.
+
+    The repository, ORG/NAME, is created if it is missing. Server, token and proxies are settings of
+    the package huggingface_hub. Raises :class:`ConfigError` if the hub refuses or is out of reach.
+    """
+    import huggingface_hub
+
+    hub = huggingface_hub.HfApi()
+    changes = [huggingface_hub.CommitOperationAdd(path.name, path) for path in files]
+    try:
+        hub.create_repo(repository, exist_ok=True)
+        commit = hub.create_commit(repository, changes, commit_message="Model of vae-hyperband")
+    except Exception as error:  # of httpx or of the hub: they have no common type
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--push {repository} failed: {said} The files are in {files[0].parent}."
+        ) from error
+    return str(commit.commit_url)
 
 
 def _arguments(model: VAE) -> dict[str, object]:
@@ -194,6 +215,7 @@ def card(checkpoint: Checkpoint, model: VAE, license: str, evaluation: Evaluatio
         width=width,
         channels=channels,
         num_images=plural(checkpoint.data.num_images, "training image"),
+        digest_of="decoded images" if config.dataset == "images" else "file",
         data_digest=checkpoint.data.digest,
         metrics=_metrics(checkpoint, evaluation),
         config=json.dumps(in_effect(config.to_dict()), indent=2),

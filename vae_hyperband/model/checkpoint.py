@@ -32,6 +32,7 @@ from vae_hyperband.common.errors import (
     DamagedError,
     NetworkError,
     RunFolderError,
+    optional_packages,
 )
 from vae_hyperband.common.files import write_bytes
 from vae_hyperband.common.process import Environment
@@ -352,13 +353,15 @@ def load_model(
 ) -> VAE:
     """The model of a checkpoint, or of a folder that ``export`` wrote, in eval mode.
 
+    "hf:ORG/NAME", or "hf:ORG/NAME@REVISION", is such a folder in a repository of the Hugging Face
+    hub, from which it is downloaded into the hub's own cache.
     ``network`` allows a network of your own to be imported, by the name that it was trained under
     (:func:`~vae_hyperband.allow_network`). Raises :class:`CheckpointError` and
     :class:`NetworkError`.
     """
     if network is not None:
         allow_network(network)
-    path = Path(path)
+    path = _from_hub(str(path).removeprefix(HUB)) if str(path).startswith(HUB) else Path(path)
     if path.is_dir():
         return load_shared(path).to(device).eval()
     return load_ckpt(path).model(device)
@@ -367,9 +370,27 @@ def load_model(
 # ---- a model to be handed on: weights alone, in a format that other libraries read, too
 
 SHARED_FORMAT = "vae-hyperband model"
+HUB = "hf:"  # before the name of a repository
 SHARED_WEIGHTS, SHARED_CONFIG = "model.safetensors", "config.json"
 #: The last version is written, all are read. In version 1 "model" held the model's arguments.
 SHARED_VERSION = 2
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a model of the Hugging Face hub, which its own package keeps and verifies."""
+    with optional_packages():
+        import huggingface_hub
+    repository, _, revision = name.partition("@")
+    files = [SHARED_WEIGHTS, SHARED_CONFIG]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=files
+            )
+        )
+    except Exception as error:  # of httpx, the hub, the cache: they have no common type
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{HUB}{name} cannot be had from the hub: {said}") from error
 
 
 def load_shared(folder: Path) -> VAE:
