@@ -61,15 +61,20 @@ def test_a_model_is_pushed_and_loaded_back(hub, run_with, options, small_config,
         assert (tmp_path / "shared" / name).read_bytes() == content
     assert b"secret" not in b"".join(files.values())
 
-    first = hub.oid("org/name", 1)
-    assert run_with(*push).returncode == 0  # a repository that is there gets another commit
-    for number, name in enumerate(("hf:org/name", f"hf:org/name@{first}")):
-        out = tmp_path / f"{number}.pt"
-        done = run_with(sys.executable, "-c", LOAD, name, out)
+    def check(name: str) -> None:
+        done = run_with(sys.executable, "-c", LOAD, name, tmp_path / "x.pt")
         assert done.returncode == 0, done.stderr
-        found = torch.load(out)
+        found = torch.load(tmp_path / "x.pt")
         for key, tensor in trained.state.model.state_dict().items():
             assert torch.equal(found[key], tensor)
+
+    check("hf:org/name")
+    hub.repositories["org/name"].append({"README.md": b""})  # somebody removes the weights
+    check(f"hf:org/name@{hub.oid('org/name', 1)}")
+    done = run_with(sys.executable, "-c", LOAD, "hf:org/name", tmp_path / "x.pt")
+    assert "holds no model that can be read" in done.stderr
+    assert run_with(*push).returncode == 0  # a repository that is there gets another commit
+    check("hf:org/name")
     assert not any("README" in path for path in hub.asked if path.startswith("GET"))
 
 

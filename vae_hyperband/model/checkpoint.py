@@ -361,7 +361,9 @@ def load_model(
     """
     if network is not None:
         allow_network(network)
-    path = _from_hub(str(path).removeprefix(HUB)) if str(path).startswith(HUB) else Path(path)
+    if str(path).startswith(HUB):
+        return load_shared(_from_hub(str(path).removeprefix(HUB))).to(device).eval()
+    path = Path(path)
     if path.is_dir():
         return load_shared(path).to(device).eval()
     return load_ckpt(path).model(device)
