@@ -248,8 +248,8 @@ def test_a_package_that_is_missing_is_one_sentence(ckpt, tmp_path, missing, monk
     assert main(["export", str(ckpt), "--format", "onnx", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said == (
-        f"vae-hyperband: This format needs the package {missing}: "
-        "pip install 'vae-hyperband[export]'.\n"
+        f"vae-hyperband: This needs the package {missing}, which the base installation lacks: pip "
+        "install 'vae-hyperband[export]'.\n"
     )
     assert not (tmp_path / "out").exists()
 
