@@ -29,6 +29,7 @@ from forking import Forks, kill
 
 from vae_hyperband.common.errors import CheckpointError
 from vae_hyperband.common.process import EXIT_STOPPED, STOP_SIGNALS
+from vae_hyperband.model.likelihoods import LIKELIHOODS
 from vae_hyperband.training import keeper
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
@@ -47,14 +48,7 @@ CHOICES: dict[str, list[object]] = {
     "schedule": ["one-cycle", "constant"],
     "objective": ["elbo", "free-bits", "capacity", "beta-tc", "iwae"],
     "prior": ["normal", "vamp"],
-    "likelihood": [
-        "bernoulli",
-        "continuous-bernoulli",
-        "gaussian",
-        "learned-gaussian",
-        "laplace",
-        "discretized-logistic",
-    ],
+    "likelihood": list(LIKELIHOODS),
     "binarize": ["none", "dynamic"],
     "kl-warmup-epochs": [0, 1],
     "seed": [0, 1],

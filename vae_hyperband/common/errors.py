@@ -85,6 +85,11 @@ class DivergedError(VAEHyperbandError):
     exit_status = 3
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another package says, for a sentence: its first line, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 #: The extra of this package that installs a package which the base installation lacks.
 EXTRAS = {
     "ray": "search",

@@ -13,7 +13,7 @@ import safetensors.torch
 
 from vae_hyperband.common.checks import plural
 from vae_hyperband.common.config import CommonConfig, in_effect, is_own_network
-from vae_hyperband.common.errors import ConfigError
+from vae_hyperband.common.errors import ConfigError, first_line
 from vae_hyperband.common.files import make_folder, write_together
 from vae_hyperband.evaluation.results import Evaluation, GeneratedImages
 from vae_hyperband.model.checkpoint import (
@@ -138,9 +138,8 @@ def push(files: list[Path], repository: str) -> str:
         hub.create_repo(repository, exist_ok=True)
         commit = hub.create_commit(repository, changes, commit_message="Model of vae-hyperband")
     except Exception as error:  # of httpx or of the hub: they have no common type
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--push {repository} failed: {said} The files are in {files[0].parent}."
+            f"--push {repository} failed: {first_line(error)} The files are in {files[0].parent}."
         ) from error
     return str(commit.commit_url)
 

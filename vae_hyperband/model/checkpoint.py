@@ -32,6 +32,7 @@ from vae_hyperband.common.errors import (
     DamagedError,
     NetworkError,
     RunFolderError,
+    first_line,
     optional_packages,
 )
 from vae_hyperband.common.files import write_bytes
@@ -391,8 +392,9 @@ def _from_hub(name: str) -> Path:
             )
         )
     except Exception as error:  # of httpx, the hub, the cache: they have no common type
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{HUB}{name} cannot be had from the hub: {said}") from error
+        raise CheckpointError(
+            f"{HUB}{name} cannot be had from the hub: {first_line(error)}"
+        ) from error
 
 
 def load_shared(folder: Path) -> VAE:

@@ -10,7 +10,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from vae_hyperband.common.errors import RunFolderError, SearchError
+from vae_hyperband.common.errors import RunFolderError, SearchError, first_line
 from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.suggest import distributions, params_of
 from vae_hyperband.search.trials import TrialRecord
@@ -48,7 +48,7 @@ class OptunaStudy:
             added = [trial.user_attrs.get("number") for trial in study.get_trials(deepcopy=False)]
         # of Optuna, SQLAlchemy, a driver of some database: they have no common type
         except Exception as error:
-            raise SearchError(f"--optuna {storage} cannot be used: {_first_line(error)}") from error
+            raise SearchError(f"--optuna {storage} cannot be used: {first_line(error)}") from error
         if there != search_id:
             raise SearchError(
                 f"--optuna {storage} has a study {name} of another search: give another storage, "
@@ -69,7 +69,7 @@ class OptunaStudy:
                 self._study.add_trial(self._frozen(trial, STATES[trial.outcome]))
             except Exception as error:  # whatever a database's driver raises
                 raise RunFolderError(
-                    f"--optuna {self._storage} cannot be written: {_first_line(error)}"
+                    f"--optuna {self._storage} cannot be written: {first_line(error)}"
                 ) from error
             self._added.add(trial.number)
 
@@ -83,7 +83,3 @@ class OptunaStudy:
             intermediate_values={row["epoch"]: row[metric] for row in trial.rows},
             user_attrs={"number": trial.number, "name": trial.name, "why": trial.why},
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vae_hyperband.common.config import TrainConfig
-from vae_hyperband.common.errors import DeviceError, DivergedError
+from vae_hyperband.common.errors import DeviceError, DivergedError, first_line
 from vae_hyperband.common.process import lacks_memory
 from vae_hyperband.common.randomness import generator, standard_normal
 from vae_hyperband.data.batches import EpochOrder
@@ -104,7 +104,7 @@ def compiled_losses(device: torch.device) -> BatchLosses:
         probe(torch.ones(2, device=device))
     # torch.compile raises whatever its back ends do: a missing compiler, Triton or header
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise DeviceError(
             f"--compile cannot be used on {device} here ({why}): leave it out."
         ) from error

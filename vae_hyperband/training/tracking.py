@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vae_hyperband.common.config import RunOptions
+from vae_hyperband.common.errors import first_line
 from vae_hyperband.common.files import real, write_text
 from vae_hyperband.model.checkpoint import BEST, load_ckpt
 
@@ -115,10 +116,9 @@ class Mirror:
             yield
         except Exception as error:  # anything: it is only a copy
             if not self._failed:
-                first = (str(error).splitlines() or [""])[0] or type(error).__name__
                 print(
                     f"warning: --track {self._options.track} failed, and gets nothing more until "
-                    f"the next start: {first}",
+                    f"the next start: {first_line(error)}",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -15,7 +15,7 @@ import ray
 from ray._private import ray_constants
 
 from vae_hyperband.common.checks import plural
-from vae_hyperband.common.errors import SearchError
+from vae_hyperband.common.errors import SearchError, first_line
 from vae_hyperband.common.process import HANGUP, available_cpus, cpus_of_affinity, in_main_thread
 from vae_hyperband.search.config import SearchOptions
 
@@ -72,7 +72,7 @@ def ray_for(options: SearchOptions) -> Iterator[None]:
             )
         # whatever its processes and its own code raise: a full disk, a path, a port, a time-out
         except Exception as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             raise SearchError(
                 f"Ray cannot be started on this machine ({said}): correct that, or join a running "
                 "cluster with --address."
