@@ -42,6 +42,7 @@ ONLY_IN = {
         "reporting/animations",
         "reporting/page",
     },
+    "jinja2": {"reporting/page"},
     "huggingface_hub": {"model/checkpoint", "export/hub"},
     "wandb": {"training/tracking"},
     "mlflow": {"training/tracking"},

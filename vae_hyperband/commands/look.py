@@ -24,7 +24,7 @@ from vae_hyperband.evaluation.bounds import eval_dataloader
 from vae_hyperband.evaluation.latents import encode_split
 from vae_hyperband.model.checkpoint import load_ckpt
 from vae_hyperband.reporting import animations, figures, runs
-from vae_hyperband.reporting.report import write_report
+from vae_hyperband.reporting.report import follow_search, write_report
 from vae_hyperband.reporting.summaries import print_progress
 
 
@@ -71,13 +71,21 @@ class ReportArgs(ConfigFile):
     run: RunArg
     out: Path | None = None
     """File to write (default: report.html in the run's folder below --logs-dir)."""
+    watch: bool = False
+    """Follow a search until it has finished: rewrite the file, which an open page reloads."""
     network: NetworkOption = None
     folders: tyro.conf.OmitArgPrefixes[Folders] = field(default_factory=Folders)
 
 
 def report(argv: list[str]) -> int:
     args = parse_options(ReportArgs, argv, "vae-hyperband report")
-    print(write_report(find_run(args.run, args.folders), args.out))
+    place = find_run(args.run, args.folders)
+    if not args.watch:
+        print(write_report(place, args.out))
+        return 0
+    for number, path in enumerate(follow_search(place, args.out)):
+        if number == 0:
+            print(path, flush=True)
     return 0
 
 

@@ -10,10 +10,7 @@ components.
 import base64
 import gzip
 import hashlib
-import html
-import json
 import lzma
-import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +36,7 @@ from vae_hyperband.export.onnx_export import (
     velocity_graph,
 )
 from vae_hyperband.model.vae import VAE
-from vae_hyperband.reporting.page import csp_digest, style
+from vae_hyperband.reporting.page import render
 
 FOLDER = Path(__file__).with_name("web")
 SCRIPTS = ("engine.js", "page.js", "drawing.js")
@@ -86,30 +83,23 @@ def page(
         "mixture": _mixture(sampler) if isinstance(sampler, Mixture) else None,
         "flow": _flow(sampler) if isinstance(sampler, LearnedFlow) else None,
     }
-    script = "\n".join([_as_global(_runtime("ort.wasm.bundle.min.mjs").decode()), *_scripts()])
-    css = style(FOLDER / "explorer.css")
-    parts = {
-        "csp": _policy(script, css),
-        "css": css,
-        "script": script,
-        "title": html.escape(title),
-        "facts": html.escape(" · ".join(f"{name} {value}" for name, value in facts.items())),
-        "map": html.escape(
-            f"Posterior means of {plural(len(split), 'image')}, in the plane of their first two "
-            f"principal components ({share:.0%} of the variance)."
-        ),
-        "nats": html.escape(
-            "mean KL over the map's images"
-            if model.vamp is None
-            else "mean KL over the map's images to the Gaussian of all their z together"
-        ),
+    values = {
+        "title": title,
+        "facts": " · ".join(f"{name} {value}" for name, value in facts.items()),
+        "map": f"Posterior means of {plural(len(split), 'image')}, in the plane of their first two "
+        f"principal components ({share:.0%} of the variance).",
+        "nats": "mean KL over the map's images"
+        if model.vamp is None
+        else "mean KL over the map's images to the Gaussian of all their z together",
         "footer": "Made by vae-hyperband. Runs in the browser with ONNX Runtime Web (MIT License, "
         "Copyright (c) Microsoft Corporation); nothing is loaded or sent.",
-        # in a script element only </script and <!-- have a meaning
-        "data": json.dumps(data).replace("<", "\\u003c"),
+        "data": data,
     }
-    template = (FOLDER / "explorer.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    script = "\n".join([_as_global(_runtime("ort.wasm.bundle.min.mjs").decode()), *_scripts()])
+    allowed = {"script-src": "'wasm-unsafe-eval'", "img-src": "blob:"}
+    return render(
+        FOLDER / "explorer.html.jinja", values, FOLDER / "explorer.css", [script], allowed
+    )
 
 
 def _scripts() -> list[str]:
@@ -127,19 +117,6 @@ def _as_global(module: str) -> str:
     fields = ",".join(f"{name}:{names[name]}" for name in ("InferenceSession", "Tensor", "env"))
     # in a function, so that its short names do not collide with those of the page
     return f"const ort=(()=>{{{head}return {{{fields}}};}})();"
-
-
-def _policy(script: str, css: str) -> str:
-    return "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src {csp_digest(script)} 'wasm-unsafe-eval'",
-            f"style-src {csp_digest(css)}",
-            "img-src data: blob:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
 
 
 def _data(model: VAE, split: Split) -> tuple[Data, float]:

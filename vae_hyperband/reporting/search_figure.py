@@ -53,7 +53,7 @@ def best_config(result: SearchResult, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _tried(values: tuple[Value, ...], name: str, result: SearchResult) -> list[Value]:
+def tried(values: tuple[Value, ...], name: str, result: SearchResult) -> list[Value]:
     """The values of a choice that a trial has, numbers in their order."""
     tried = {trial.hyperparameters[name] for trial in result.trials}
     numbers = [value for value in values if isinstance(value, int | float)]
@@ -158,7 +158,7 @@ def _mark(
 def _draw_relation(axes: Axes, result: SearchResult, name: str) -> None:
     """The trials' scores against one hyperparameter."""
     domain = result.config.domains[name]
-    choices = _tried(domain.values, name, result) if isinstance(domain, Choice) else []
+    choices = tried(domain.values, name, result) if isinstance(domain, Choice) else []
 
     def place(trial: TrialRecord) -> tuple[float, float]:
         value: Any = trial.hyperparameters[name]

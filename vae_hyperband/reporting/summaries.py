@@ -66,8 +66,9 @@ def summary_of(found: SearchResult) -> str:
     """The result of a search in a few sentences."""
     config, failed = found.config, found.with_outcome("failed")
     full = config.total_trials * config.max_epochs
+    verb = "won" if found.finished else "leads"
     lines = [
-        f"{found.winner.name} won with {found.best_score:.2f} ({config.metric_name}): "
+        f"{found.winner.name} {verb} with {found.best_score:.2f} ({config.metric_name}): "
         f"{describe(found.winner.hyperparameters)}.",
         f"{len(found.with_outcome('stopped'))} of {plural(len(found.trials), 'trial')} stopped "
         f"early, {len(failed)} failed; {plural(found.epochs_spent, 'epoch')} trained, "

@@ -17,12 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, TypedDict
 
-from vae_hyperband.common.errors import RunFolderError, SearchError
+from vae_hyperband.common.checks import read_json
+from vae_hyperband.common.errors import ConfigError, RunFolderError, SearchError, first_line
 from vae_hyperband.common.files import fsync_folder, no_link
 from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.schedulers import Verdict, scheduler_for
 from vae_hyperband.search.space import Hyperparameters
-from vae_hyperband.search.trials import Outcome, TrialRecord, ValidationRow
+from vae_hyperband.search.trials import (
+    DECISIONS,
+    RESULT,
+    SETTINGS_FILE,
+    Outcome,
+    SearchResult,
+    TrialRecord,
+    ValidationRow,
+    config_of,
+    read_result,
+)
 
 # The lines of the log. Keys and their order are those of version 0.1, whose searches can resume.
 
@@ -175,6 +186,40 @@ def _event(line: bytes) -> Event | None:
 
 def _check(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _follow(event: Event, config: SearchConfig, trials: list[TrialRecord]) -> None:
+    """Add to the trials what an event says of one of them."""
+    match event["event"]:
+        case "draw":
+            hyperparameters = config.hyperparameters(event["drawn"])
+            trials.append(TrialRecord(event["trial"], hyperparameters))
+        case "result":
+            trials[event["trial"]].rows.append(event["row"])
+        case "end":
+            trial = trials[event["trial"]]
+            trial.outcome, trial.why = event["outcome"], event["why"]
+
+
+def read_search(folder: Path) -> SearchResult:
+    """The trials of a search so far, without changing anything, while it runs or after its end.
+
+    Raises :class:`ConfigError` for a folder without a search that has begun, and
+    :class:`SearchError` for a damaged log.
+    """
+    if (folder / RESULT).exists():
+        return read_result(folder)
+    settings, events = read_json(folder / SETTINGS_FILE), read_events(folder / DECISIONS)
+    trials = list[TrialRecord]()
+    try:
+        config = config_of(settings)
+        for event in events:
+            _follow(event, config, trials)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ConfigError) as error:
+        raise ConfigError(
+            f"{folder} is damaged, or of another version: {first_line(error)}"
+        ) from error
+    return SearchResult(config, trials, folder)
 
 
 # ---- The state of a search: its trials, what they reported, and what the scheduler decided.
@@ -341,15 +386,13 @@ class Board:
 
     def _apply(self, event: Event) -> None:
         """Change the state as an event says, whether it is new or read from the log."""
+        _follow(event, self.config, self.trials)
         match event["event"]:
             case "draw":
-                hyperparameters = self.config.hyperparameters(event["drawn"])
-                self.trials.append(TrialRecord(event["trial"], hyperparameters))
                 self.under_way.add(event["trial"])
                 self._changed({event["trial"]})
             case "result":
                 row, trial = event["row"], self.trials[event["trial"]]
-                trial.rows.append(row)
                 self.totals.epochs += 1
                 score = trial.score(self.config.metric)
                 heapq.heappush(self._ranking, (score, trial.number))
@@ -357,7 +400,6 @@ class Board:
                 self._changed(self._scheduler.report(trial.number, row["epoch"], value))
             case "end":
                 trial = self.trials[event["trial"]]
-                trial.outcome, trial.why = event["outcome"], event["why"]
                 self.under_way.discard(trial.number)
                 self.totals.count(trial, self.config.max_epochs)
                 failed = trial.outcome == "failed"

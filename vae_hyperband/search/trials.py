@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NotRequired, Self, TypedDict
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from vae_hyperband.common.checks import read_json
 from vae_hyperband.common.config import TrainConfig, former_holdout
@@ -15,8 +15,10 @@ from vae_hyperband.common.files import write_text
 from vae_hyperband.search.config import Metric, SearchConfig
 from vae_hyperband.search.space import Hyperparameters, describe
 
-# Files of a search's folder: its settings, its result, and the best trial's best checkpoint.
-SETTINGS_FILE, RESULT, WINNER = "search.json", "trials.json", "winner.pt"
+# Files of a search's folder: its settings, its decision log, its result, and the best trial's best
+# checkpoint.
+SETTINGS_FILE, DECISIONS = "search.json", "decisions.jsonl"
+RESULT, WINNER = "trials.json", "winner.pt"
 
 
 class ValidationRow(TypedDict):
@@ -125,12 +127,18 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All trials of a finished search, in the order of their numbers, and which of them won."""
+    """All trials of a search so far, in the order of their numbers, and which of them won."""
 
     config: SearchConfig
     trials: list[TrialRecord]
     folder: Path
     importance: dict[str, float] | None = None  # of each hyperparameter, adding up to 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether all trials were suggested and have ended."""
+        ended = sum(trial.outcome is not None for trial in self.trials)
+        return ended == self.config.total_trials
 
     @functools.cached_property
     def winner(self) -> TrialRecord:
@@ -172,12 +180,20 @@ def write_result(result: SearchResult) -> None:
     write_text(result.folder / RESULT, json.dumps(content, indent=1) + "\n")
 
 
+def config_of(settings: Mapping[str, Any]) -> SearchConfig:
+    """The configuration of a search from its settings as search.json or trials.json has them.
+
+    Raises what a dictionary of another kind leads to: :class:`TypeError`, :class:`ConfigError`.
+    """
+    settings = {k: v for k, v in settings.items() if k not in ("id", "data", "storage")}
+    return SearchConfig(**{"holdout": former_holdout(settings.get("dataset")), **settings})
+
+
 def read_result(folder: Path) -> SearchResult:
     """The result of a finished search. Raises :class:`ConfigError` if there is none."""
     content = read_json(folder / RESULT)
     try:
-        settings = content["search"]
-        config = SearchConfig(**{"holdout": former_holdout(settings.get("dataset")), **settings})
+        config = config_of(content["search"])
         trials = [TrialRecord.from_dict(record, config) for record in content["trials"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(

@@ -46,6 +46,7 @@ from vae_hyperband.search.decisions import Board, Journal, TrialEvent, read_even
 from vae_hyperband.search.optuna_study import OptunaStudy
 from vae_hyperband.search.suggest import importance, suggest
 from vae_hyperband.search.trials import (
+    DECISIONS,
     RESULT,
     SETTINGS_FILE,
     WINNER,
@@ -59,7 +60,6 @@ from vae_hyperband.tune.session import check_resources, nodes, ray_for, with_gpu
 from vae_hyperband.tune.storage import TrialStore, store_for
 from vae_hyperband.tune.tuner import run_trials
 
-DECISIONS = "decisions.jsonl"
 STOPPING = "stopping; finished work is kept"
 
 

@@ -16,9 +16,9 @@ from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.decisions import read_events
 from vae_hyperband.search.space import describe
 from vae_hyperband.search.suggest import num_random, suggest
-from vae_hyperband.search.trials import RESULT, read_result
+from vae_hyperband.search.trials import DECISIONS, RESULT, read_result
 from vae_hyperband.training.dry_run import a_line_each, busy, dry_run, seconds_per_step
-from vae_hyperband.tune.driver import DECISIONS, existing_search, load_splits, with_known_data
+from vae_hyperband.tune.driver import existing_search, load_splits, with_known_data
 from vae_hyperband.tune.session import (
     Resources,
     check_resources,
