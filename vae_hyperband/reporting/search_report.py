@@ -32,6 +32,7 @@ def search_report(found: SearchResult, name: str) -> str:
     values = {
         "title": f"Search {name}",
         "head": _head(found),
+        "live": not found.finished,
         "charts": _charts(found) if has_result else None,
         "picture": _picture(found) if has_result else None,
         "importance": sorted((_importance(found) or {}).items(), key=lambda item: -item[1]),
@@ -110,7 +111,6 @@ def _charts(found: SearchResult) -> Data:
         "short": config.metric,
         "maxEpochs": config.max_epochs,
         "winner": found.winner.number,
-        "live": not found.finished,
         "trials": [
             {
                 "number": trial.number,

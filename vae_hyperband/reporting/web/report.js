@@ -24,3 +24,15 @@ const widths = new ResizeObserver((boxes) => {
   }
 });
 for (const box of document.querySelectorAll(".wide")) widths.observe(box);
+
+// The file of a search that is still running is rewritten: the page reloads itself, unless in use.
+const follow = document.getElementById("follow");
+if (follow) {
+  let used = 0;
+  for (const sign of ["pointermove", "pointerdown", "keydown", "wheel"]) {
+    addEventListener(sign, () => { used = Date.now(); });
+  }
+  setInterval(() => {
+    if (follow.checked && !document.hidden && Date.now() - used > 4000) location.reload();
+  }, 5000);
+}

@@ -340,7 +340,7 @@ function drawLegend() {
     .attr("fill", (i) => color({ score: best + (i / 29) * (worst - best) }));
   legend.append("span").text(" to the worst. ");
   legend.append("span").attr("class", "winner").text("Orange: the best trial. ");
-  legend.append("span").text(`Filled marks: trained to the end; open ones: stopped early${data.live ? "; dotted ones: under way" : ""}.`);
+  legend.append("span").text(`Filled marks: trained to the end; open ones: stopped early${document.getElementById("follow") ? "; dotted ones: under way" : ""}.`);
 }
 
 // ---- Filters by keyboard, the table, the address
@@ -399,7 +399,11 @@ function remember() {
   for (const [name, range] of filters) words.set(name, range.map((end) => (Number.isFinite(end) ? end : "")).join(".."));
   const head = document.querySelector("th[aria-sort]");
   words.set("sort", `${head.cellIndex} ${head.getAttribute("aria-sort")}`);
-  history.replaceState(null, "", `#${words}`);
+  try {
+    history.replaceState(null, "", `#${words}`);
+  } catch {
+    // a page within another one, as notebooks show it, may have no address of its own
+  }
 }
 
 function recall() {
@@ -423,13 +427,3 @@ addEventListener("resize", () => {
   drawnFor = innerWidth;
   requestAnimationFrame(draw);
 });
-
-// A search that is still running: its file is rewritten, so the page reloads itself, unless in use.
-if (data.live) {
-  let used = 0;
-  for (const sign of ["pointermove", "pointerdown", "keydown", "wheel"]) addEventListener(sign, () => (used = Date.now()));
-  setInterval(() => {
-    const follow = document.getElementById("follow").checked && !document.hidden;
-    if (follow && Date.now() - used > 4000) location.reload();
-  }, 5000);
-}
