@@ -1,5 +1,5 @@
-"""What the README shows of TensorBoard and the explorer: docs/tensorboard1.png, tensorboard2.png,
-explorer.png.
+"""What the pages show of TensorBoard, the explorer and a search's report: docs/tensorboard1.png,
+tensorboard2.png, explorer.png, search_report.png.
 
 python -m vae_hyperband.beta_vae_tsb --betas 1 4 --epochs 5 --no-serve
 vae-hyperband export checkpoints/betas-beta-1/best.pt --format web --sampler mixture --out explorer
@@ -7,10 +7,13 @@ python tests/screenshots.py logs explorer/index.html docs
 """
 
 import contextlib
+import functools
 import io
+import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +22,16 @@ from pathlib import Path
 from chromium import Watched, browser
 from PIL import Image
 from playwright.sync_api import Browser, Page
+
+from vae_hyperband.common.config import Places
+from vae_hyperband.reporting.report import write_report
+from vae_hyperband.search.config import SearchConfig
+from vae_hyperband.search.decisions import Board, Journal
+from vae_hyperband.search.space import Hyperparameters
+from vae_hyperband.search.suggest import importance, suggest
+from vae_hyperband.search.trials import DECISIONS, SearchResult, write_result
+
+ROOT = Path(__file__).parent.parent
 
 
 @contextlib.contextmanager
@@ -101,10 +114,66 @@ def explorer(chromium: Browser, html: Path, path: Path) -> None:
     assert watched.troubles == []
 
 
+def searched(folder: Path) -> Path:
+    """The report of a search over the measured learning curves of benchmarks/learning_curves.json.
+
+    It takes a grid's 36 configurations, and the scheduler stops them as in any search.
+    """
+    content = json.loads((ROOT / "benchmarks/learning_curves.json").read_text())
+    curves = {Hyperparameters(**row["drawn"]): row for row in content["curves"]}
+    config = SearchConfig(algorithm="grid", grid_points=4, max_epochs=content["epochs"])
+    place = Places(run="sweep", checkpoints_dir=folder / "checkpoints", logs_dir=folder / "logs")
+    place.ckpt_folder.mkdir(parents=True)
+    with Journal(place.ckpt_folder / DECISIONS) as journal:
+        board = Board(config, journal, functools.partial(suggest, config))
+        while not board.finished:
+            while len(board.runnable()) < 2 and board.suggest_next():
+                pass
+            trial = board.trials[board.runnable()[0]]
+            curve, epoch = curves[trial.hyperparameters], trial.num_epochs
+            bound, nats = curve["bounds"][epoch], curve["kls"][epoch]
+            board.reported(
+                trial.number,
+                {
+                    "step": epoch + 1, "epoch": epoch + 1, "recon_loss": bound - nats,
+                    "KL_divergence": nats, "total_loss": bound, "bound": bound,
+                },
+            )  # fmt: skip
+    trials = board.trials
+    write_result(SearchResult(config, trials, place.ckpt_folder, importance(config, trials)))
+    return write_report(place)
+
+
+def search_report(chromium: Browser, html: Path, path: Path) -> None:
+    """The charts, filtered to the best scores, with the pointer at a trial."""
+    size = {"width": 1040, "height": 1700}
+    watched = Watched(chromium, viewport=size, color_scheme="light", device_scale_factor=1.25)
+    page = watched.page
+    page.goto(html.as_uri())
+    box = page.locator("#parallel .brush .overlay").last.bounding_box()
+    assert box
+    across, down = box["x"] + box["width"] / 2, box["y"]
+    page.mouse.move(across, down + 0.72 * box["height"])
+    page.mouse.down()
+    page.mouse.move(across, down + 1.1 * box["height"], steps=5)
+    page.mouse.up()
+    mark = page.locator("#curves .all circle").nth(2).bounding_box()
+    assert mark
+    page.mouse.move(mark["x"] + mark["width"] / 2, mark["y"] + mark["height"] / 2)
+    page.wait_for_timeout(300)
+    charts = page.locator("#charts").bounding_box()
+    assert charts
+    clip = {"x": 0, "y": charts["y"] - 40, "width": 1040, "height": charts["height"] + 50}
+    page.screenshot(path=path, clip=clip)
+    assert watched.troubles == []
+
+
 def main(logs: str, html: str, out: str) -> None:
     size = {"width": 1500, "height": 640}
     with tensorboard(Path(logs)) as url, browser() as chromium:
         explorer(chromium, Path(html), Path(out) / "explorer.png")
+        with tempfile.TemporaryDirectory() as folder:
+            search_report(chromium, searched(Path(folder)), Path(out) / "search_report.png")
         page = Watched(chromium, viewport=size, color_scheme="light", device_scale_factor=1.5).page
         curves = "?smoothing=0&tagFilter=(bound|KL_divergence|recon_loss)%2Fvalidation#timeseries"
         show(page, url + curves, "scalar-card")

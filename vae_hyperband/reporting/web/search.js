@@ -334,7 +334,7 @@ function draw() {
 function drawLegend() {
   const legend = d3.select("#legend").text("");
   legend.append("span").text(`Colour: ${data.short}, from the best `);
-  const strip = legend.append("svg").attr("width", 90).attr("height", 10).attr("aria-hidden", "true");
+  const strip = legend.append("svg").attr("width", 90).attr("height", 10).attr("aria-hidden", "true").attr("shape-rendering", "crispEdges");
   const [best, worst] = axes.at(-1).ends;
   strip.selectAll("rect").data(d3.range(30)).join("rect").attr("x", (i) => 3 * i).attr("width", 3).attr("height", 10)
     .attr("fill", (i) => color({ score: best + (i / 29) * (worst - best) }));
