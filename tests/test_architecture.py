@@ -19,7 +19,7 @@ WINGS = [
     "commands",
 ]  # fmt: skip
 #: Files of the package itself, which may import everything.
-ROOT_FILES = {"__init__", "train_vae", "beta_vae_tsb"}
+ROOT_FILES = {"__init__", "__main__", "train_vae", "beta_vae_tsb"}
 
 #: Which wing, or which files of one, may import a heavy or optional library.
 ONLY_IN = {

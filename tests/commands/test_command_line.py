@@ -5,8 +5,10 @@ import errno
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from conftest import NAMES, command_line, write_idx_folder, written
 from PIL import Image
 
+import vae_hyperband
 from vae_hyperband import train_vae
 from vae_hyperband.commands.options import option_value
 from vae_hyperband.commands.run import MainJob
@@ -38,6 +41,13 @@ BASE = ["--dataset", "custom", "--device", "cpu", "--num-threads", "1"]
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def test_python_m_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vae_hyperband", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("vae_hyperband", run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"{vae_hyperband.__version__}\n")
 
 
 def test_train_takes_hyphens_and_underscores_alike(small_data, capsys):
