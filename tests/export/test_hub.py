@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from vae_hyperband.common.errors import CheckpointError
 from vae_hyperband.evaluation.results import Evaluation
@@ -105,7 +106,8 @@ def test_the_head_of_the_card_has_the_evaluation_where_hubs_look(ckpt, tmp_path,
         argv += ["--evaluation", str(logs / "evaluation.json")]
     assert main(argv) == 0
     [entry] = head(tmp_path / "hub")["model-index"]
-    assert entry["name"] == "vae-custom-z4-beta1"
+    read = ModelCard.load(tmp_path / "hub/README.md").data  # raises for what hubs cannot read
+    assert read.model_name == entry["name"] == "vae-custom-z4-beta1"
     [result] = entry["results"]
     assert result["task"] == {"type": "unconditional-image-generation"}
     split = "validation" if given else "test"
@@ -113,6 +115,7 @@ def test_the_head_of_the_card_has_the_evaluation_where_hubs_look(ckpt, tmp_path,
     kinds = ["bound", "recon_loss", "KL_divergence", "bits_per_dimension", "iwae_bound"]
     kinds += 3 * ["fid_fashion_mnist_features"] + ["fid"]
     assert [metric["type"] for metric in result["metrics"]] == kinds
+    assert [metric.metric_type for metric in read.eval_results] == kinds
     found = {metric["name"]: metric["value"] for metric in result["metrics"]}
     name = "bound (beta = 1), nats per image, bernoulli likelihood"
     assert found[name] == pytest.approx(golden["bound"]["mean"], abs=1e-4)

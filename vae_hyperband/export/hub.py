@@ -138,8 +138,11 @@ def push(files: list[Path], repository: str) -> str:
         hub.create_repo(repository, exist_ok=True)
         commit = hub.create_commit(repository, changes, commit_message="Model of vae-hyperband")
     except Exception as error:  # of httpx or of the hub: they have no common type
+        # what the hub has against a card is in the lines below "Invalid metadata"
+        is_of_card = isinstance(error, ValueError)
+        why = " ".join(str(error).split()) if is_of_card else first_line(error)
         raise ConfigError(
-            f"--push {repository} failed: {first_line(error)} The files are in {files[0].parent}."
+            f"--push {repository} failed: {why} The files are in {files[0].parent}."
         ) from error
     return str(commit.commit_url)
 
