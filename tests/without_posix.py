@@ -21,6 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ SIGNALS = """
 
 
 def take_away() -> None:
+    resource_tracker.ensure_running()  # on Linux, Python 3.14 starts it with pthread_sigmask
     for name in [name for name in sys.modules if name.partition(".")[0] == "filelock"]:
         del sys.modules[name]  # Ray has imported it; it has to choose without the names
     for name in MODULES.split():

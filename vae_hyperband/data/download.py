@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 from filelock import Timeout
 
@@ -61,7 +62,7 @@ def ensure_data(install: bool = False, mirrors: tuple[str, ...] = MIRRORS) -> No
             raise DataError(
                 f"Fashion-MNIST could not be downloaded: on Debian or Ubuntu run "
                 f'"sudo apt-get install {PACKAGE}", elsewhere give the folder of its four files '
-                "with --data-dir."
+                "with --data-dir; --dataset drawn needs no download."
             ) from error
     check_data()
 
@@ -113,7 +114,8 @@ def _download(name: str, sha256: str, mirrors: tuple[str, ...], deadline: float)
             return
         if time.monotonic() > deadline:
             break
-    raise DataError(f"Could not download {name}.gz ({'; '.join(failures)}).")
+    said = "; ".join(dict.fromkeys(failures))  # each once, in their order
+    raise DataError(f"Could not download {name}.gz ({said}).")
 
 
 def _fetch(url: str, name: str, sha256: str, deadline: float) -> None:
@@ -149,10 +151,12 @@ def _in_time(work: Callable[[], None], deadline: float) -> None:
 
 def _copy_from(url: str, path: Path, deadline: float) -> None:
     """Save a server's response, if it arrives in time and has the announced length."""
-    with (
-        urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer,  # noqa: S310, http(s) above
-        path.open("wb") as file,
-    ):
+    try:
+        answer = urllib.request.urlopen(url, timeout=SILENCE_SECONDS)  # noqa: S310, http(s) above
+    except HTTPError as refusal:  # is also the response, whose socket is open
+        refusal.close()
+        raise
+    with answer, path.open("wb") as file:
         promised = answer.headers.get("Content-Length")
         while chunk := answer.read1(1 << 16):
             file.write(chunk)
