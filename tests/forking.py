@@ -55,7 +55,7 @@ class Forks:
         self._child = int(self._server.stdout.readline())
         return self._child
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 900) -> int:
         """The status of the one that was started last, as subprocess gives it.
 
         One that takes longer than that is killed.
