@@ -375,8 +375,8 @@ def test_every_command_of_the_documentation_is_valid(line, monkeypatch, tmp_path
         assert words[0] in ("python", "python3")
         if words[1:3] == ["-m", "venv"]:
             return
-        name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
-        assert (ROOT / name).is_file()
+        name = words[2].replace(".", "/") if words[1] == "-m" else words[1].removesuffix(".py")
+        assert (ROOT / f"{name}.py").is_file() or (ROOT / name / "__main__.py").is_file()
 
 
 @pytest.mark.faults
