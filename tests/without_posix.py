@@ -53,6 +53,7 @@ def take_away() -> None:
         for name in names.split():
             delattr(module, name)
     shutil._use_fd_functions = shutil._USE_CP_SENDFILE = False
+    shutil._rmtree_impl = shutil._rmtree_unsafe  # type: ignore[attr-defined]  # since Python 3.14
     tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # as on Windows
     ctypes.CDLL = _named_library(ctypes.CDLL)
     os.open = _files_only(os.open)
