@@ -158,6 +158,25 @@ def test_the_training_core_needs_only_torch_numpy_and_tensorboard():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "--version", "slurm", "train --help", "search --help", "train --epochs few"],
+)
+def test_what_computes_nothing_starts_without_the_libraries_that_compute(words):
+    """PyTorch takes more than a second to import."""
+    script = (
+        "import sys\n"
+        "from vae_hyperband.train_vae import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit: status = 0\n"
+        "assert not {'torch', 'sklearn', 'ray', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(status)\n"
+    )
+    command = [sys.executable, "-c", script, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (2 if "few" in words else 0), done.stderr
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_on_a_load_path_runs_code(module):
     assert not {"pickle", "dill", "marshal", "shelve", "yaml"} & set(imports(module))

@@ -10,16 +10,27 @@ import os
 import signal
 import sys
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
+import vae_hyperband
 from vae_hyperband.commands import COMMANDS, wrapped
 from vae_hyperband.common.errors import ConfigError, VAEHyperbandError, optional_packages
 from vae_hyperband.common.process import keep_freed_memory, lossy_output
-from vae_hyperband.data.batches import get_dataloader
-from vae_hyperband.evaluation.bounds import eval_epoch
-from vae_hyperband.model.checkpoint import save_ckpt
-from vae_hyperband.training.loop import train_epoch
+
+if TYPE_CHECKING:
+    from vae_hyperband.data.batches import get_dataloader
+    from vae_hyperband.evaluation.bounds import eval_epoch
+    from vae_hyperband.model.checkpoint import save_ckpt
+    from vae_hyperband.training.loop import train_epoch
 
 __all__ = ["eval_epoch", "get_dataloader", "main", "save_ckpt", "train_epoch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(vae_hyperband, name)
+
 
 USAGE = """usage: vae-hyperband COMMAND [OPTIONS]
 

@@ -18,10 +18,6 @@ from vae_hyperband.commands import wrapped
 from vae_hyperband.common.checks import perhaps, read_settings, require, typed
 from vae_hyperband.common.config import NETWORKS, Folders, Places, former_holdout, in_effect
 from vae_hyperband.common.errors import ConfigError
-from vae_hyperband.export.pretrained import PREFIX, pretrained_ckpt
-from vae_hyperband.model.checkpoint import BEST
-from vae_hyperband.model.networks import allow_network
-from vae_hyperband.reporting.runs import best_ckpt
 from vae_hyperband.search.space import Space, read_space
 
 Args = TypeVar("Args")
@@ -68,6 +64,8 @@ def parse_options(
     # from the command line itself: after parsing, the name may be that of a checkpoint or a file
     network = option_value(words, "--network")
     if network is not None and network not in NETWORKS:
+        from vae_hyperband.model.networks import allow_network  # PyTorch takes a second
+
         allow_network(network)
     file = option_value(words, "--config") if issubclass(args_type, ConfigFile) else None
     if file is None:
@@ -261,6 +259,9 @@ def find_ckpt(run: str, folders: Folders) -> Path:
     what cannot be a name. A path that could not be a run is returned as it is, for ``load_ckpt``
     to read or to refuse.
     """
+    from vae_hyperband.export.pretrained import PREFIX, pretrained_ckpt
+    from vae_hyperband.reporting.runs import best_ckpt
+
     if run.startswith(PREFIX):
         return pretrained_ckpt(run.removeprefix(PREFIX))
     path = Path(run)
@@ -277,6 +278,9 @@ def find_run(run: str, folders: Folders) -> Places:
 
     Raises :class:`ConfigError` for what cannot be a name.
     """
+    from vae_hyperband.export.pretrained import PREFIX
+    from vae_hyperband.model.checkpoint import BEST
+
     require(
         not run.startswith(PREFIX),
         f"{run} is a model of the package, without logs: train --preset "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -13,17 +14,11 @@ from vae_hyperband.commands.options import ConfigFile, parse_options
 from vae_hyperband.common.checks import require_number
 from vae_hyperband.common.config import Folders, RunOptions, changed_options, network_option
 from vae_hyperband.common.process import stop_flag
-from vae_hyperband.model.checkpoint import load_ckpt
-from vae_hyperband.reporting.summaries import (
-    executable,
-    print_resume_hint,
-    print_training_summary,
-    summary_of,
-)
 from vae_hyperband.search.config import SearchConfig, SearchOptions
 from vae_hyperband.search.trials import WINNER, SearchResult
-from vae_hyperband.training.dry_run import NOTHING_WRITTEN
-from vae_hyperband.training.loop import FitResult, fit
+
+if TYPE_CHECKING:
+    from vae_hyperband.training.loop import FitResult
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,8 @@ def search_command(argv: list[str]) -> int:
     args = parse_options(SearchArgs, argv, "vae-hyperband search")
     require_number("final_epochs", args.final_epochs, 0)
     final = args.winner() if args.final_epochs else None  # checks it
-    # here, so that --help and completion need no Ray, which is an extra and takes seconds
+    # here, so that --help and completion need neither PyTorch nor Ray, which is an extra
+    from vae_hyperband.training.dry_run import NOTHING_WRITTEN
     from vae_hyperband.tune import driver, dry_run
 
     if args.dry_run:
@@ -65,6 +61,8 @@ def search_command(argv: list[str]) -> int:
 
 
 def _search_and_train(args: SearchArgs, argv: list[str], should_stop: Callable[[], bool]) -> int:
+    from vae_hyperband.reporting.summaries import print_resume_hint, print_training_summary
+
     result = search_and_plot(args.space, args.execution, should_stop)
     if result is None:
         return print_resume_hint("search", argv)
@@ -105,6 +103,7 @@ def search_and_plot(
     if found is None:
         return None
     from vae_hyperband.reporting import search_figure  # a second of imports: this line only
+    from vae_hyperband.reporting.summaries import summary_of
 
     print(summary_of(found), flush=True)
     return found, search_figure.best_config(found, options.log_folder / "best_config.png")
@@ -112,8 +111,11 @@ def search_and_plot(
 
 def train_winner(
     found: SearchResult, epochs: int, options: RunOptions, should_stop: Callable[[], bool]
-) -> FitResult:
+) -> "FitResult":
     """Train the best configuration in full; a run that was begun is continued."""
+    from vae_hyperband.model.checkpoint import load_ckpt
+    from vae_hyperband.training.loop import fit
+
     config = dataclasses.replace(found.best_config, epochs=epochs)
     if config.dataset == "images" and options.data is None:  # a search that was resumed without it
         path = load_ckpt(found.folder / WINNER).data.path
@@ -123,6 +125,8 @@ def train_winner(
 
 def _train_command(options: SearchOptions, network: str) -> str:
     """The command that trains the best configuration in full."""
+    from vae_hyperband.reporting.summaries import executable
+
     config = options.ckpt_folder / "best_config.json"
     words = ["train", "--run", f"{options.run}-best", "--config", str(config), "--epochs", "10"]
     words += network_option(network)

@@ -12,10 +12,6 @@ from vae_hyperband.common.checks import require
 from vae_hyperband.common.config import RunOptions, TrainConfig
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.process import stop_flag
-from vae_hyperband.model.checkpoint import load_ckpt
-from vae_hyperband.reporting.summaries import print_resume_hint, print_training_summary
-from vae_hyperband.training.dry_run import NOTHING_WRITTEN, dry_run
-from vae_hyperband.training.loop import fit
 
 #: What --preset stands for: a first look, and the recipes of the models in the package.
 PRESETS = {
@@ -50,6 +46,11 @@ def train(argv: list[str]) -> int:
         args.preset is None or option_value(argv, "--preset") is not None,
         "preset cannot be a setting of a file: give --preset.",
     )
+    # after the options: an invalid one is refused, and --help printed, without PyTorch
+    from vae_hyperband.reporting.summaries import print_resume_hint, print_training_summary
+    from vae_hyperband.training.dry_run import NOTHING_WRITTEN, dry_run
+    from vae_hyperband.training.loop import fit
+
     if args.dry_run:
         print(dry_run(args.training, args.execution), NOTHING_WRITTEN, sep="\n")
         return 0
@@ -76,6 +77,8 @@ def _defaults(argv: list[str]) -> TrainArgs | None:
     resume_ckpt = given.get("--resume-ckpt")
     if resume_ckpt is None:
         return None
+    from vae_hyperband.model.checkpoint import load_ckpt
+
     training, where = load_ckpt(resume_ckpt).config, RunOptions()
     with contextlib.suppress(ConfigError):  # a folder whose name cannot name a run
         where = RunOptions(run=Path(resume_ckpt).resolve().parent.name)

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-import torch
 from filelock import FileLock, Timeout, has_fcntl
 
 from vae_hyperband.common.errors import DeviceError, FolderInUseError, RunFolderError
 from vae_hyperband.common.files import make_folder
+
+if TYPE_CHECKING:
+    import torch  # functions import it: without it the command line has begun before a second
 
 #: Exit status of a run or search that was told to stop, has saved, and continues when started
 #: again (EX_TEMPFAIL of sysexits.h).
@@ -84,6 +86,8 @@ def own_modes() -> Iterator[None]:
     Also a decorator. The default dtype is the process's, so other threads see float32, too, until
     the last one leaves; the other modes are a thread's own.
     """
+    import torch
+
     with contextlib.ExitStack() as modes:
         modes.enter_context(_float32_by_default())
         modes.enter_context(torch.inference_mode(False))
@@ -103,12 +107,16 @@ class _float32_by_default:
     """A block with float32 as the process's default dtype, also if other threads are in one."""
 
     def __enter__(self) -> None:
+        import torch
+
         with _float32_lock:
             self._before = torch.get_default_dtype()
             _float32_blocks.append(self)
             torch.set_default_dtype(torch.float32)
 
     def __exit__(self, *_: object) -> None:
+        import torch
+
         with _float32_lock:
             place = _float32_blocks.index(self)
             del _float32_blocks[place]
@@ -170,8 +178,10 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """The device by its name; "auto" is the GPU if there is one. Raises :class:`DeviceError`."""
+    import torch
+
     if name == "auto":
         return pick_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -196,6 +206,8 @@ def cpu_threads(num_threads: int | None) -> Iterator[None]:
 
     None: as before, but no more than a control group's quota has CPUs for.
     """
+    import torch
+
     before = torch.get_num_threads()
     # PyTorch looks at the machine's cores; more threads than the quota wait for each other
     usual = min([before, *(math.ceil(quota) for quota in cpu_quotas())])
@@ -282,6 +294,8 @@ def keep_freed_memory() -> None:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error of Python or PyTorch reports a lack of memory."""
+    import torch
+
     said = str(error)  # on a CPU, PyTorch raises RuntimeError; Ray has a type of its own
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return memory or "allocate memory" in said or "not enough memory" in said
@@ -291,8 +305,10 @@ def lacks_memory(error: BaseException) -> bool:
 Environment = dict[str, str | int | bool]
 
 
-def environment(device: torch.device) -> Environment:
+def environment(device: "torch.device") -> Environment:
     """What equal bits depend on besides configuration and data: the class of machine."""
+    import torch
+
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "torch": str(torch.__version__),  # a TorchVersion is not plain data

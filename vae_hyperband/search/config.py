@@ -24,7 +24,6 @@ from vae_hyperband.common.checks import (
 from vae_hyperband.common.config import CommonConfig, Places, TrainConfig, in_effect
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.common.files import real
-from vae_hyperband.evaluation.features import features_name
 from vae_hyperband.search.space import (
     Choice,
     Domain,
@@ -226,6 +225,8 @@ class SearchConfig(CommonConfig):
     @property
     def metric_name(self) -> str:
         """What trials are compared by, in words."""
+        from vae_hyperband.evaluation.features import features_name  # PyTorch takes a second
+
         return METRICS[self.metric].format(features=features_name(self.dataset))
 
     @property
