@@ -43,6 +43,7 @@ from vae_hyperband.evaluation.features import (
     Features,
     features_for,
     file_features,
+    kept,
     why_no_features,
 )
 from vae_hyperband.evaluation.image_quality import ImageMetrics
@@ -60,6 +61,7 @@ from vae_hyperband.evaluation.latents import (
 )
 from vae_hyperband.evaluation.results import (
     VERSION,
+    Estimate,
     Evaluation,
     Factors,
     GeneratedImages,
@@ -282,8 +284,16 @@ def _probes(train: Split, held_out: Split, train_PF: Tensor, held_out_NF: Tensor
 
 @per_split
 def _pixel_probes(train: Split, held_out: Split) -> Probes:
-    flat = (split.pixels(slice(None)).flatten(1) for split in (train, held_out))
-    return _probes(train, held_out, *flat)
+    def measured() -> Tensor:
+        flat = (split.pixels(slice(None)).flatten(1) for split in (train, held_out))
+        probes = _probes(train, held_out, *flat)
+        return torch.tensor(
+            [[x.mean, x.standard_error] for x in (probes.linear_probe, probes.knn_probe)],
+            dtype=torch.float64,
+        )
+
+    found_22 = kept(train, ("probes of pixels", held_out.content_digest()), measured)
+    return Probes(*(Estimate(*row) for row in found_22.tolist()))
 
 
 def _factors(context: EvaluationContext, mu_NZ: Tensor) -> Factors:

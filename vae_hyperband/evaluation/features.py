@@ -10,10 +10,12 @@ features cannot be compared.
 Shape suffixes: B images of a batch, N images of a split, C channels, H height, W width, F features.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -77,7 +79,63 @@ class Features:
 @per_split
 def split_features(split: Split, features: Features) -> Tensor:
     """Features of a whole split, kept for the next evaluation."""
-    return features(split.images_NCHW)
+    facts = ("features", features.digest, features.device.type)
+    return kept(split, facts, lambda: features(split.images_NCHW))
+
+
+# ---- What depends on images alone, in the user's cache
+
+#: Of what is kept: a change of how it is computed needs a new one.
+KEPT_VERSION = 1
+
+#: Fewer images are measured again in a second; more bytes, or older files, are not kept.
+LEAST_KEPT, MOST_KEPT_BYTES, MOST_KEPT_FILES = 5000, 64 << 20, 12
+
+
+def kept(split: Split, facts: tuple[str, ...], compute: Callable[[], Tensor]) -> Tensor:
+    """A tensor of a split and the facts that it depends on besides: from the cache, or computed
+    and put there."""
+    if len(split) < LEAST_KEPT:
+        return compute()
+    content = [KEPT_VERSION, split.image_shape, split.content_digest(), *facts]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    try:
+        folder = cache_folder() / "measured"
+    except DataError:  # a user without a home directory
+        return compute()
+    path = folder / f"{key[:32]}.safetensors"
+    found = _read_kept(path, key)
+    if found is None:
+        found = compute()
+        if found.nbytes <= MOST_KEPT_BYTES:
+            _write_kept(path, key, found)
+    return found
+
+
+def _read_kept(path: Path, key: str) -> Tensor | None:
+    from safetensors import SafetensorError, safe_open
+
+    # whatever a damaged file makes the reader raise
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):
+        with safe_open(path, "pt") as file:
+            about, found = file.metadata() or {}, file.get_tensor("found")
+        if about == {"key": key, "digest": tree_digest({"found": found})}:
+            os.utime(path)
+            return found
+    return None
+
+
+def _write_kept(path: Path, key: str, found: Tensor) -> None:
+    import safetensors.torch
+
+    about = {"key": key, "digest": tree_digest({"found": found})}
+    # a cache that cannot be written, or that another process tidies at the same time
+    with contextlib.suppress(RunFolderError, OSError):
+        make_folder(path.parent)
+        write_bytes(path, safetensors.torch.save({"found": found.contiguous()}, about))
+        files = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+        for old in files[:-MOST_KEPT_FILES]:
+            old.unlink()
 
 
 # ---- Which features
@@ -132,7 +190,7 @@ def features_for(
 
 def _of_net(net: FeatureNet, name: str, of: str, digest: str, device: torch.device) -> Features:
     net = net.to(device).eval().requires_grad_(False)
-    channels = len(net.settings.pixel_mean)
+    folded, channels = net.folded(), len(net.settings.pixel_mean)
 
     def compute(x_BCHW: Tensor) -> Tensor:
         if x_BCHW.shape[1] != channels:
@@ -140,7 +198,7 @@ def _of_net(net: FeatureNet, name: str, of: str, digest: str, device: torch.devi
                 f"The features of {of} are of images with {plural(channels, 'channel')}, these "
                 f"have {x_BCHW.shape[1]}."
             )
-        return net.features(x_BCHW / 255 if x_BCHW.dtype == torch.uint8 else x_BCHW)
+        return folded.features(x_BCHW / 255 if x_BCHW.dtype == torch.uint8 else x_BCHW)
 
     return Features(name, of, digest, device, compute, net)
 

@@ -17,7 +17,7 @@ from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.data.splits import SplitName
 
 #: Of the layout of evaluation.json and of the protocols that its numbers follow.
-VERSION = 6
+VERSION = 7
 
 #: What tables call the features of the shipped classifier; evaluations before version 6 had these
 #: alone, for all data sets.

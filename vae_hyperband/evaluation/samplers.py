@@ -44,7 +44,7 @@ class SamplerConfig:
 
     components: int = 20
     """Gaussians per class of the mixture; their covariances are full, or diagonal if too large."""
-    flow_epochs: int = 40
+    flow_epochs: int = 20
     """Passes of the flow over the training split's latents."""
     flow_width: int = 256
     """Hidden units of the flow's layers."""
@@ -75,6 +75,10 @@ class Prior:
             raise ConfigError("The prior knows no labels: use --sampler mixture or flow.")
         return self.model.sample_prior(num, stream)
 
+
+#: Nats per image that a round of expectation-maximisation has to gain to be followed by another:
+#: with a tenth of it a fit takes twice as long, and images are no better (benchmarks/RECORDS.md).
+TOLERANCE = 0.01
 
 MAX_ROOTS_BYTES = 256 << 20  # of a mixture, in memory and in its file
 MAX_CHUNK_BYTES = 64 << 20  # of the matrices that samples are multiplied by at a time
@@ -116,8 +120,9 @@ class Mixture:
         for label in (counts_L > 1).nonzero()[:, 0].tolist():
             num = min(components, int(counts_L[label]))  # fewer for a rare label
             model = GaussianMixture(
-                num, covariance_type=kind, reg_covar=1e-4, random_state=seed & 0xFFFFFFFF
-            )
+                num, covariance_type=kind, tol=TOLERANCE, reg_covar=1e-4,
+                random_state=seed & 0xFFFFFFFF,
+            )  # fmt: skip
             # the matrices are small: two threads take two to four times as long as one
             with warnings.catch_warnings(), threadpool_limits(1):
                 # a fit that has not converged after 100 rounds is good enough
