@@ -20,6 +20,7 @@ from vae_hyperband.evaluation.features import (
     WEIGHTS_SHA256,
     features_for,
     file_features,
+    kept,
     own_features,
     shipped_features,
 )
@@ -353,3 +354,48 @@ def test_folders_of_an_evaluation_may_be_given(tmp_path):
     moved = Folders(data=tmp_path / "moved")
     found = evaluate(trained.best, "validation", moved, "cpu", IMAGES)
     assert "own classifier" in evaluation_text(found)
+
+
+def test_what_depends_on_images_alone_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "LEAST_KEPT", 20)
+    monkeypatch.setattr(features_module, "MOST_KEPT_FILES", 2)
+    folder, measured = tmp_path / "cache" / "measured", []
+
+    def measure(num, *facts, seed=0):
+        measured.clear()
+
+        def compute():
+            measured.append(facts)
+            return torch.arange(3.0) + num
+
+        return kept(colours(num, seed=seed), facts, compute).tolist()
+
+    assert [measure(20, "a"), len(measured)] == [[20, 21, 22], 1]
+    assert [measure(20, "a"), len(measured)] == [[20, 21, 22], 0]
+    # other facts, other images, too few images to be kept
+    for others in ((20, "b", 0), (20, "a", 1), (19, "a", 0), (19, "a", 0)):
+        num, fact, seed = others
+        assert [measure(num, fact, seed=seed)[0], len(measured)] == [num, 1]
+    assert len(list(folder.iterdir())) == 2
+    assert [measure(20, "b")[0], len(measured)] == [20, 0]
+    [path] = [path for path in folder.iterdir() if path.stat().st_mtime_ns == newest(folder)]
+    content = path.read_bytes()
+    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:50], b""):
+        path.write_bytes(damaged)
+        assert [measure(20, "b"), len(measured)] == [[20, 21, 22], 1]
+        assert [measure(20, "b"), len(measured)] == [[20, 21, 22], 0]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VAE_HYPERBAND_CACHE", str(tmp_path / "file"))
+    assert [measure(20, "a"), len(measured)] == [[20, 21, 22], 1]
+
+
+def newest(folder):
+    return max(path.stat().st_mtime_ns for path in folder.iterdir())
+
+
+def test_a_folded_network_is_the_same_function():
+    net = shipped_features().net
+    images_NCHW = load_split("validation", dataset="drawn").pixels(slice(200))
+    plain, folded = net.features(images_NCHW), net.folded().features(images_NCHW)
+    assert torch.allclose(plain, folded, rtol=1e-4, atol=1e-5)
+    assert plain.std() > 0.1
