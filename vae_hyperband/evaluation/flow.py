@@ -24,11 +24,10 @@ from vae_hyperband.model.initialization import initialize
 from vae_hyperband.model.schedules import learning_rate_at
 
 TIME_FEATURES = 32
-BATCH_SIZE, LEAST_BATCH = 1024, 64
-BATCHES = 48  # of an epoch, at least, unless they would have fewer rows than LEAST_BATCH
-PEAK = 4e-3
+BATCH_SIZE = 512
+PEAK = 2e-3
 NUM_STEPS = 50  # from noise to z
-AVERAGED = 0.998  # decay of the weights' moving average, which is what is kept
+AVERAGED = 0.999  # decay of the weights' moving average, which is what is kept
 
 
 class Block(nn.Module):
@@ -122,13 +121,12 @@ def fit_flow(
     flow.std_Z.clamp_(min=1e-6)
     kept = copy.deepcopy(flow)
     optimizer = torch.optim.AdamW(flow.parameters(), lr=PEAK, fused=True, weight_decay=0.0)
-    batch_size = min(BATCH_SIZE, max(LEAST_BATCH, len(label_P) // BATCHES))
-    num_batches = math.ceil(len(label_P) / batch_size)
+    num_batches = math.ceil(len(label_P) / BATCH_SIZE)
     for epoch in range(epochs):
         z_PZ = (draw_z(epoch) - flow.mean_Z) / flow.std_Z
         order = torch.randperm(len(z_PZ), generator=generator(seed, "flow order", epoch))
         total = 0.0
-        for number, index_B in enumerate(order.split(batch_size)):
+        for number, index_B in enumerate(order.split(BATCH_SIZE)):
             step = epoch * num_batches + number
             rate = learning_rate_at(step, epochs * num_batches, PEAK, "one-cycle")
             optimizer.param_groups[0]["lr"] = rate

@@ -44,7 +44,7 @@ class SamplerConfig:
 
     components: int = 20
     """Gaussians per class of the mixture; their covariances are full, or diagonal if too large."""
-    flow_epochs: int = 20
+    flow_epochs: int = 40
     """Passes of the flow over the training split's latents."""
     flow_width: int = 256
     """Hidden units of the flow's layers."""
