@@ -125,7 +125,7 @@ def _child(
     import traceback
 
     from vae_hyperband import train_vae
-    from vae_hyperband.commands import train
+    from vae_hyperband.reporting import summaries
 
     os.chdir(cwd)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -133,7 +133,7 @@ def _child(
     for handle, number in ((nothing, 0), (out, 1), (os.open(errors, flags) if errors else out, 2)):
         os.dup2(handle, number)
     if not pictures:  # they take seconds, and are others' subject
-        train.print_training_summary = lambda *_: None
+        summaries.print_training_summary = lambda *_: None
     if umask is not None:
         os.umask(umask)
     status = 1

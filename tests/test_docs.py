@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vae_hyperband import kl_to_standard_normal, reconstruction_nats, train_vae
-from vae_hyperband.commands import COMMANDS, options, train
+from vae_hyperband.commands import COMMANDS, options
 from vae_hyperband.common.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -337,7 +337,8 @@ def test_every_command_of_the_documentation_is_valid(line, monkeypatch, tmp_path
             monkeypatch.setattr(module, "parse_options", stop_after_parsing)
         # what these commands name is made by the commands before them
         config = TrainConfig()
-        monkeypatch.setattr(train, "load_ckpt", lambda path: SimpleNamespace(config=config))
+        checkpoint = SimpleNamespace(config=config)
+        monkeypatch.setattr("vae_hyperband.model.checkpoint.load_ckpt", lambda path: checkpoint)
         files = dict(re.findall(r"```toml\n# (\S+)\n(.*?)```", EXAMPLES, flags=re.DOTALL))
         monkeypatch.chdir(tmp_path)
         (tmp_path / "space.toml").write_text(files["space.toml"])

@@ -87,14 +87,16 @@ def steps() -> Iterator[tuple[str, str, str]]:
         for kind, block, inline in re.findall(blocks, page.read_text(), re.DOTALL | re.MULTILINE):
             if kind and kind != "sh":
                 yield name, kind, block
+            elif kind:
+                yield from ((name, kind, line) for line in block.splitlines())
             elif not re.search(r"\b(RUN|NAME|FILE|FOLDER)\b", inline):
-                yield from ((name, "sh", line) for line in (block or inline).splitlines())
+                yield name, "sh", " ".join(inline.split())
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """Where the reader is, who has some images but has not run anything yet."""
-    fashion = write_idx_folder(tmp_path / "cache", num_train=540, num_test=40, size=28)
+    fashion = write_idx_folder(tmp_path / "cache", num_train=480, num_test=40, size=28)
     digests = {n: hashlib.sha256((fashion / n).read_bytes()).hexdigest() for n in NAMES}
     changes = {
         "vae_hyperband.data.fashion_mnist": {"FASHION_MNIST_SHA256": digests},
@@ -162,7 +164,7 @@ def run(line: str, folder: Path, forks: Forks) -> subprocess.CompletedProcess[st
         else:
             done = forks.completed(words[1:], folder, folder.parent)
     if out:
-        Path(folder, out).expanduser().write_text(done.stdout)
+        (folder / Path(out).expanduser()).write_text(done.stdout)
     for option, value in itertools.pairwise(words):
         assert option != "--out" or done.returncode or (folder / value).exists(), line
     return done
