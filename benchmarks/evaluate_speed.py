@@ -29,12 +29,12 @@ def clock() -> tuple[float, float]:
     return time.time(), used.ru_utime + used.ru_stime
 
 
-def parts(ckpt: Path, threads: int) -> dict:
+def parts(ckpt: Path, threads: int, names: list[str]) -> dict:
     """One evaluation in this process: wall and CPU seconds of each part, and what was found."""
     import torch
 
     from vae_hyperband.common.process import keep_freed_memory
-    from vae_hyperband.evaluation.evaluate import evaluate
+    from vae_hyperband.evaluation.evaluate import EvaluateOptions, evaluate
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -46,7 +46,8 @@ def parts(ckpt: Path, threads: int) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:  # where no sampler is fitted yet
         copied = shutil.copy(ckpt, Path(folder) / "best.pt")
-        evaluation = evaluate(Path(copied), "test", say=say)
+        options = EvaluateOptions(parts=tuple(names))
+        evaluation = evaluate(Path(copied), "test", options=options, say=say)
     ends = [mark for _, mark in marks[1:]] + [clock()]
     seconds = {
         name: {"wall": end[0] - begun[0], "cpu": end[1] - begun[1]}
@@ -63,7 +64,10 @@ def in_process(package: Path, *arguments: str, cache: Path, threads: int) -> str
         "OMP_NUM_THREADS": str(threads),
     }
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    # there, too: with -m Python looks for packages in the current folder first
+    done = subprocess.run(
+        command, cwd=package, env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout
 
 
@@ -82,10 +86,11 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="a folder with another vae_hyperband/")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", nargs="+", default=["likelihood", "latents", "images"])
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        print(json.dumps(parts(args.ckpt, args.threads)))
+        print(json.dumps(parts(args.ckpt, args.threads, args.parts)))
         return
     versions = {"ours": ROOT} | ({"against": args.against.resolve()} if args.against else {})
     starts = {name: {words: [] for words in COMMANDS} for name in versions}
@@ -96,7 +101,14 @@ def main() -> None:
                 cache = Path(folder)
                 for words in COMMANDS:
                     starts[name][words].append(start(package, words, cache))
-                call = (__file__, "--part", str(args.ckpt), "--threads", str(args.threads))
+                call = (
+                    str(Path(__file__).resolve()),
+                    str(args.ckpt.resolve()),
+                    "--threads",
+                    str(args.threads),
+                    "--part",
+                )
+                call += ("--parts", *args.parts)
                 pair = [
                     json.loads(in_process(package, *call, cache=cache, threads=args.threads))
                     for _ in range(2)
