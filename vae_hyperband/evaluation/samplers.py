@@ -77,7 +77,7 @@ class Prior:
 
 
 #: Nats per image that a round of expectation-maximisation has to gain to be followed by another:
-#: with a tenth of it a fit takes three times as long, and FIDs are no lower (benchmarks/RECORDS.md).
+#: with a tenth of it a fit takes three times as long, for the same FID (benchmarks/RECORDS.md).
 TOLERANCE = 0.01
 
 MAX_ROOTS_BYTES = 256 << 20  # of a mixture, in memory and in its file
