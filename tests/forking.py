@@ -94,7 +94,14 @@ class Forks:
 def _serve(module: str) -> None:
     import torch._dynamo  # noqa: F401, which AdamW imports when it is first used
 
+    import vae_hyperband
+
     importlib.import_module(module)
+    # what commands import when they run, each child would import again
+    for later in ("training.dry_run", "reporting.summaries"):
+        importlib.import_module(f"vae_hyperband.{later}")
+    for name in vae_hyperband.__all__:
+        getattr(vae_hyperband, name)
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
