@@ -155,6 +155,9 @@ def _child(
             resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
         status = train_vae.main(argv)
         sys.stdout.flush()
+    except SystemExit as stop:  # tyro's end of a completion, as of --help
+        sys.stdout.flush()
+        status = 1 if stop.code and not isinstance(stop.code, int) else stop.code or 0
     except BaseException:
         traceback.print_exc()
     finally:

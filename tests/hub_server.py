@@ -90,7 +90,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     content = files["/".join(parts[4:])]
                     etag = hashlib.sha256(content).hexdigest()
                     self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=oid)
-            except KeyError as error:
+            except (KeyError, IndexError) as error:  # also of paths that are no file's
                 missing = parts[3] if len(parts) > 3 and str(error) == repr(parts[3]) else ""
                 self.refuse("RevisionNotFound" if missing else "RepoNotFound")
 

@@ -116,7 +116,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for place in ("photos/cats", "photos/dogs", "ordinary/a", "ordinary/b", "held-out", "new"):
         (here / place).mkdir(parents=True)
         for number in range(100):
-            pixels = random.integers(0, 256, (72, 96, 3), dtype=np.uint8)
+            pixels = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(here / place / f"{number}.png")
     for name in ("photo.jpg", "photo1.jpg", "photo2.jpg"):
         Image.fromarray(pixels).save(here / name)
