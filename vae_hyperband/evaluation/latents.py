@@ -25,8 +25,9 @@ ACTIVE_VARIANCE = 0.01
 
 RIDGES = (0.01, 1.0)  # of the linear probe: scikit-learn's C, the stronger one first
 RIDGE_IMAGES = 20_000  # that the ridge is chosen with, at most
-ROUNDS = 50  # of L-BFGS, at most
+ROUNDS, UNSCALED_ROUNDS = 50, 200  # of L-BFGS, at most
 SCALING_IMAGES = 10_000  # for the coordinates of L-BFGS
+MOST_SCALED = 1024  # features that get such coordinates
 NEIGHBOURS = 10  # of the kNN probe
 FEW = 100  # images at a time of :func:`encode_images`
 CHUNK = 500  # rows of an N x N matrix at a time
@@ -149,31 +150,39 @@ def _fitted(x_PF: Tensor, class_P: Tensor, start_FK: Tensor, penalty: float) -> 
     features is 1, whose weights have no penalty.
 
     Its coordinates are those in which the features are uncorrelated (a bound of the Hessian,
-    Boehning 1992): pixels then need half as many rounds.
+    Boehning 1992): pixels then need half as many rounds. Many features stay as they are: the
+    matrix of those of a 64x64 RGB image would take minutes, and gigabytes.
     """
-    some_PF = x_PF[:SCALING_IMAGES].double()
-    hessian_FF = some_PF.T @ some_PF / (len(some_PF) * start_FK.shape[1])
-    hessian_FF.diagonal()[:-1] += penalty
-    hessian_FF.diagonal().add_(1e-9)
-    upper_FF = torch.linalg.cholesky(hessian_FF, upper=True)
-    one_FF = torch.eye(len(upper_FF), dtype=upper_FF.dtype)
-    root_FF = torch.linalg.solve_triangular(upper_FF, one_FF, upper=True).float()
-    turned_FK = (upper_FF @ start_FK.double()).float().requires_grad_()
+    root_FF, turned_FK, rounds = None, start_FK.clone(), UNSCALED_ROUNDS
+    if len(start_FK) <= MOST_SCALED:
+        some_PF = x_PF[:SCALING_IMAGES].double()
+        hessian_FF = some_PF.T @ some_PF / (len(some_PF) * start_FK.shape[1])
+        hessian_FF.diagonal()[:-1] += penalty
+        hessian_FF.diagonal().add_(1e-9)
+        upper_FF = torch.linalg.cholesky(hessian_FF, upper=True)
+        one_FF = torch.eye(len(upper_FF), dtype=upper_FF.dtype)
+        root_FF = torch.linalg.solve_triangular(upper_FF, one_FF, upper=True).float()
+        turned_FK, rounds = (upper_FF @ start_FK.double()).float(), ROUNDS
+    turned_FK.requires_grad_()
+
+    def weights() -> Tensor:
+        return turned_FK if root_FF is None else root_FF @ turned_FK
+
     solver = torch.optim.LBFGS(
-        [turned_FK], max_iter=ROUNDS, history_size=20, line_search_fn="strong_wolfe",
+        [turned_FK], max_iter=rounds, history_size=20, line_search_fn="strong_wolfe",
         tolerance_grad=1e-6,
     )  # fmt: skip
 
     def loss() -> Tensor:
         solver.zero_grad()
-        weight_FK = root_FF @ turned_FK
+        weight_FK = weights()
         total = F.cross_entropy(x_PF @ weight_FK, class_P)
         total = total + penalty / 2 * weight_FK[:-1].square().sum()
         total.backward()
         return total
 
     solver.step(loss)
-    return root_FF @ turned_FK.detach()
+    return weights().detach()
 
 
 def knn_probe(
