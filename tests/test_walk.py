@@ -37,7 +37,7 @@ PAGES = [
 
 #: How commands begin that are not run here, and why.
 NOT_RUN = {
-    "make ": "the targets are CI's own steps, or take hours; what they run is tested as a command",
+    "make ": "steps of CI; bench, reproduce and best take hours, and no test runs them",
     "source ": "installs",
     "pip ": "installs",
     "uv ": "installs",

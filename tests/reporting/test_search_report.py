@@ -111,6 +111,8 @@ def test_following_a_search_rewrites_its_report_until_the_end(folder, boards, tm
     )
     with pytest.raises(StopIteration):
         next(written)
+    (target / DECISIONS).unlink()
+    assert [path.read_text() for path in follow_search(place(tmp_path, "s"))] == [last]
 
 
 def test_only_a_search_is_followed(folder, boards, tmp_path, capsys):

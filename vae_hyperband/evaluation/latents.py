@@ -127,11 +127,11 @@ def linear_probe(
     nothing_FK = torch.zeros(train_PF.shape[1], len(classes_K))
 
     def tried(ridge: float) -> tuple[float, Tensor]:
-        found_FK = _fitted(train_PF[rest], class_P[rest], nothing_FK, _penalty(ridge))
+        found_FK = _fitted(train_PF[rest], class_P[rest], nothing_FK, penalty(ridge))
         right = (train_PF[chosen] @ found_FK).argmax(dim=1) == class_P[chosen]
         return right.double().mean().item(), found_FK
 
-    def _penalty(ridge: float) -> float:
+    def penalty(ridge: float) -> float:
         # of the mean loss; scikit-learn penalises one vector of two classes, here there are two
         return (2 if len(classes_K) == 2 else 1) / (ridge * len(labels_P))
 
@@ -140,7 +140,7 @@ def linear_probe(
         scores = {ridge: tried(ridge) for ridge in RIDGES}
         ridge = max(scores, key=lambda ridge: scores[ridge][0])
         start_FK = scores[ridge][1]
-    weight_FK = _fitted(train_PF, class_P, start_FK, _penalty(ridge))
+    weight_FK = _fitted(train_PF, class_P, start_FK, penalty(ridge))
     return mean_and_error(classes_K[(held_out_NF @ weight_FK).argmax(dim=1)] == labels_N)
 
 

@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import lzma
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +35,10 @@ from vae_hyperband.export.onnx_export import (
     velocity_graph,
 )
 from vae_hyperband.model.vae import VAE
-from vae_hyperband.reporting.page import render
+from vae_hyperband.reporting.page import Data, render
 
 FOLDER = Path(__file__).with_name("web")
 SCRIPTS = ("engine.js", "page.js", "drawing.js")
-
-Data = dict[str, Any]  # JSON that the scripts read
 
 #: ONNX Runtime Web 1.30.0 as published; the WebAssembly after unpacking. To update them: npm pack
 #: onnxruntime-web, then xz -9e of the second one.

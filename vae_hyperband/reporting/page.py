@@ -15,6 +15,8 @@ from PIL import Image
 
 WEB = Path(__file__).with_name("web")
 
+Data = dict[str, Any]  # what a template or a script is given
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -43,7 +45,7 @@ def _data_url(png: bytes) -> str:
 
 def render(
     template: Path,
-    values: Mapping[str, Any],
+    values: Data,
     css: Path,
     scripts: Sequence[str],
     allowed: Mapping[str, str] | None = None,

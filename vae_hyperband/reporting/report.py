@@ -4,7 +4,6 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from vae_hyperband.common.checks import read_json, require
 from vae_hyperband.common.config import Places, in_effect, network_option
@@ -14,7 +13,7 @@ from vae_hyperband.evaluation.results import Evaluation
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import figures
 from vae_hyperband.reporting.animations import logged_samples
-from vae_hyperband.reporting.page import WEB, Picture, render
+from vae_hyperband.reporting.page import WEB, Data, Picture, render
 from vae_hyperband.reporting.runs import best_ckpt
 from vae_hyperband.reporting.search_report import environment_of, search_report
 from vae_hyperband.reporting.tables import LOSS_NAMES, evaluation_tables, headline
@@ -63,7 +62,8 @@ def follow_search(place: Places, out: Path | None = None) -> Iterator[Path]:
     while not finished:
         # before reading: what is written from here on is seen at the next look
         finished = (place.ckpt_folder / RESULT).exists()
-        size = (place.ckpt_folder / DECISIONS).stat().st_size
+        # a finished search needs no log: someone may have kept its result alone
+        size = -1 if finished else (place.ckpt_folder / DECISIONS).stat().st_size
         if finished or size != seen:
             yield write_report(place, out)
             seen = size
@@ -131,7 +131,7 @@ def _pictures(checkpoint: Checkpoint, place: Places) -> dict[str, Picture]:
 EVALUATIONS = ("evaluation.json", "evaluation-validation.json", "evaluation-test.json")
 
 
-def _metrics(checkpoint: Checkpoint, place: Places) -> dict[str, Any]:
+def _metrics(checkpoint: Checkpoint, place: Places) -> Data:
     """The evaluations of this checkpoint beside the logs; without any, the last validation."""
     found, stale = [], ""
     for path in (place.log_folder / name for name in EVALUATIONS):

@@ -11,13 +11,11 @@ from vae_hyperband.common.config import changed_options
 from vae_hyperband.common.errors import ConfigError
 from vae_hyperband.model.checkpoint import Checkpoint, load_ckpt
 from vae_hyperband.reporting import search_figure
-from vae_hyperband.reporting.page import WEB, Picture, render
+from vae_hyperband.reporting.page import WEB, Data, Picture, render
 from vae_hyperband.reporting.summaries import summary_of
 from vae_hyperband.search.config import SearchConfig
 from vae_hyperband.search.space import Choice, LogRange, describe, shown
 from vae_hyperband.search.trials import WINNER, Column, SearchResult, TrialRecord
-
-Data = dict[str, Any]  # JSON that the script reads
 
 
 def search_report(found: SearchResult, name: str) -> str:
