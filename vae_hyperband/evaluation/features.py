@@ -97,19 +97,25 @@ def kept(split: Split, facts: tuple[str, ...], compute: Callable[[], Tensor]) ->
     and put there."""
     if len(split) < LEAST_KEPT:
         return compute()
-    content = [KEPT_VERSION, split.image_shape, split.content_digest(), *facts]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    try:
-        folder = cache_folder() / "measured"
-    except DataError:  # a user without a home directory
+    about = (KEPT_VERSION, split.image_shape, split.content_digest(), *facts)
+    key, path = _cached("measured", *about)
+    if path is None:
         return compute()
-    path = folder / f"{key[:32]}.safetensors"
     found = _read_kept(path, key)
     if found is None:
         found = compute()
         if found.nbytes <= MOST_KEPT_BYTES:
             _write_kept(path, key, found)
     return found
+
+
+def _cached(kind: str, *depends_on: object) -> tuple[str, Path | None]:
+    """The key of what depends on that, and its file in the user's cache, if there can be one."""
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    try:
+        return key, cache_folder() / kind / f"{key[:32]}.safetensors"
+    except DataError:  # a user without a home directory
+        return key, None
 
 
 def _read_kept(path: Path, key: str) -> Tensor | None:
@@ -229,13 +235,7 @@ def own_features(
     train: Split, device: torch.device | str = "cpu", say: Say = lambda text: None
 ) -> Features:
     """Those of a classifier of the split's labels, which it is trained on if it is new."""
-    key = hashlib.sha256(
-        json.dumps([RECIPE, train.image_shape, train.content_digest()]).encode()
-    ).hexdigest()
-    try:
-        path = cache_folder() / "features" / f"{key[:32]}.safetensors"
-    except DataError:  # a user without a home directory
-        path = None
+    key, path = _cached("features", RECIPE, train.image_shape, train.content_digest())
     net = _read_net(path, key, say)
     if net is None:
         say(f"fitting a classifier of the {plural(len(train), 'training image')}, for features")
