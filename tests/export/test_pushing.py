@@ -88,7 +88,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub, run_with, options, small_conf
     push = command_line("export", trained.best, "--format", "safetensors", "--out", "shared")
     done = run_with(*push, "--push", "org/name", "--license", "our-own")
     assert done.returncode == 2
-    assert '"license" must be one of [' in done.stderr  # the hub's own words
+    assert '"license" must be one of [' in done.stderr  # the server's words
     assert done.stderr.count("\n") == 1
     for name, changes in (("org/name", {"HF_ENDPOINT": "http://127.0.0.1:9"}), ("a b", {})):
         done = run_with(*push, "--push", name, **changes)
