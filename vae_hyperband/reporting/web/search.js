@@ -409,12 +409,14 @@ function remember() {
 function recall() {
   const words = new URLSearchParams(location.hash.slice(1));
   for (const axis of axes) {
-    const [low, high] = (words.get(axis.name) ?? "").split("..");
-    if (high !== undefined) filters.set(axis.name, [low === "" ? -Infinity : Number(low), high === "" ? Infinity : Number(high)]);
+    const ends = (words.get(axis.name) ?? "").split("..");
+    const range = ends.map((end, i) => (end === "" ? [-Infinity, Infinity][i] : Number(end)));
+    if (range.length === 2 && !range.some(Number.isNaN)) filters.set(axis.name, range);
   }
   const [column, order] = (words.get("sort") ?? "").split(" ");
-  const head = document.querySelector(`#trials`).parentElement.tHead.rows[0].cells[column];
-  while (head && order && head.getAttribute("aria-sort") !== order) head.querySelector("button").click();
+  const head = body.parentElement.tHead.rows[0].cells[Number(column)];
+  if (!head || !["ascending", "descending"].includes(order)) return; // a link may have been cut off
+  while (head.getAttribute("aria-sort") !== order) head.querySelector("button").click();
 }
 
 document.getElementById("charts").hidden = false;
